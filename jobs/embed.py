@@ -1,0 +1,8 @@
+"""Entry point of the `embed` job: python jobs/embed.py --config FILE [--set section.key=value ...]"""
+
+import _path  # noqa: F401  makes the package of this checkout importable
+
+from springtide.jobs import main
+
+if __name__ == "__main__":
+    main("embed")

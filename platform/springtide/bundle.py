@@ -1,0 +1,120 @@
+"""A bundle: everything one trained model needs to be used, in one directory, checked by checksums, without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+
+from springtide.config import Settings
+from springtide.errors import SpringtideError
+from springtide.files import publish_directory, verify_manifest, write_json, write_manifest
+from springtide.model.fusion import FusionModel
+from springtide.model.recommender import Recommender
+from springtide.schemas import ITEMS, check_schema
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle."""
+
+    path: Path
+    version: str  # first 12 hex digits of the manifest's sha256: equal files, equal version
+    settings: Settings
+    metrics: dict[str, Any]
+    recommender: Recommender
+
+
+def write_bundle(
+    path: Path,
+    model: FusionModel,
+    settings: Settings,
+    items: pa.Table,
+    actions: list[str],
+    counts: sp.csr_matrix,
+    text_vectors: np.ndarray | None,
+    metrics: dict[str, Any],
+) -> None:
+    """Write a bundle beside `path` and rename it into place.
+
+    items: schemas.ITEMS; counts: [I, I] transition counts; text_vectors: [I, D] float32 normalised, a zero row = no text.
+    Raises SpringtideError if the disk refuses.
+    """
+    with publish_directory(path) as out:
+        save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors")
+        counts = counts.tocsr()
+        save_arrays(
+            {"data": counts.data.astype(np.float32), "indices": counts.indices.astype(np.int64), "indptr": counts.indptr.astype(np.int64)},
+            out / "memory.safetensors",
+        )  # fmt: skip
+        vectors = np.zeros((len(items), 0), np.float32) if text_vectors is None else text_vectors.astype(np.float32)
+        save_arrays({"text": vectors}, out / "vectors.safetensors")
+        pq.write_table(check_schema(items, ITEMS, "items"), out / "items.parquet")
+        write_json(
+            out / "config.json",
+            {"format": FORMAT, "actions": actions, "rating_stats": model.rating_stats.tolist(), "settings": settings.model_dump(mode="json")},
+        )  # fmt: skip
+        write_json(out / "metrics.json", metrics)
+        write_manifest(out)
+
+
+def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
+    """Load a bundle, after checking every file against the manifest.
+
+    Raises SpringtideError naming the file that is missing, differs or cannot be read.
+    """
+    path = Path(path).absolute()
+    if verify:
+        verify_manifest(path, "bundle")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+        if config["format"] != FORMAT:
+            raise SpringtideError(f"bundle {path} has format {config['format']}, this version reads {FORMAT}; train it again")
+        settings = Settings.model_validate(config["settings"])
+        items = check_schema(pq.read_table(path / "items.parquet"), ITEMS, str(path / "items.parquet"))
+        state = load_tensors(path / "model.safetensors")
+        memory = load_arrays(path / "memory.safetensors")
+        vectors = load_arrays(path / "vectors.safetensors")["text"]
+    except (OSError, ValueError, KeyError, ValidationError, SafetensorError, pa.ArrowException) as error:
+        raise SpringtideError(f"cannot load the bundle {path}: {' '.join(str(error).split())[:300]}; train it again") from None
+    popularity = items["events"].to_numpy()
+    model = FusionModel(
+        settings.model,
+        len(config["actions"]),
+        state["item_vectors.text"],
+        state["item_vectors.known"],
+        torch.from_numpy(popularity.copy()),
+        tuple(config["rating_stats"]),
+    )
+    model.load_state_dict(state)
+    if model.memory is not None:
+        size = len(items)
+        model.memory.load_counts(sp.csr_matrix((memory["data"], memory["indices"], memory["indptr"]), shape=(size, size)))
+    recommender = Recommender(
+        model,
+        items["item_id"].to_pylist(),
+        items["title"].to_pylist(),
+        items["categories"].to_pylist(),
+        config["actions"],
+        popularity,
+        vectors if vectors.shape[1] else None,
+    )
+    version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
+    return Bundle(path, version, settings, metrics, recommender)

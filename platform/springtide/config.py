@@ -1,0 +1,339 @@
+"""One typed settings tree for every stage. A YAML file is one experiment; `--set section.key=value` overrides it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from springtide.errors import SpringtideError
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, (str, dict, int)) else value
+
+
+Strings = Annotated[list[str], BeforeValidator(_as_list)]
+Column = Union[str, int]  # a name, or the position (from 0) in a file that has no header line
+FileFormat = Literal["csv", "tsv", "jsonl", "parquet"]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused and values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------- data
+class EventColumns(Section):
+    user_id: Column = "user_id"
+    item_id: Column = "item_id"
+    timestamp: Column = "timestamp"  # epoch seconds or milliseconds, or ISO-8601
+    action: Column | None = None
+    rating: Column | None = None
+
+
+class ColumnRule(Section):
+    """A test on one source column. Exactly one of `matches`, `above` and `below` is given."""
+
+    column: Column
+    matches: str | None = None  # regular expression (RE2), anywhere in the text
+    above: float | None = None  # strictly
+    below: float | None = None
+
+    @model_validator(mode="after")
+    def _one_test(self) -> ColumnRule:
+        if sum(v is not None for v in (self.matches, self.above, self.below)) != 1:
+            raise ValueError("give exactly one of matches, above and below")
+        return self
+
+
+class ActionRule(ColumnRule):
+    action: str  # the action of the rows that pass the test; the first rule that fits a row wins
+
+
+class EventSource(Section):
+    paths: Strings = Field(min_length=1)  # files or folders, local or a URI that pyarrow can open
+    format: FileFormat | None = None  # guessed from the file name if absent
+    columns: EventColumns = EventColumns()
+    action: str | None = None  # a constant, for a source without the column
+    action_rules: list[ActionRule] = []  # read the action off other columns
+    keep: list[ColumnRule] = []  # rows that fail a rule are quarantined as "filtered"
+
+    @model_validator(mode="after")
+    def _one_action(self) -> EventSource:
+        if self.action is not None and self.columns.action is not None:
+            raise ValueError("give either action (a constant) or columns.action, not both")
+        return self
+
+
+class ItemColumns(Section):
+    item_id: Column = "item_id"
+    title: Column | None = None
+    categories: Column | None = None
+
+
+class ItemSource(Section):
+    paths: Strings = Field(min_length=1)
+    format: FileFormat | None = None
+    columns: ItemColumns = ItemColumns()
+    # Source columns whose values are joined with ". ", or one template such as "{title} by {author}".
+    # Absent: title and categories.
+    text: Strings | None = None
+    category_separator: str = "|"
+
+
+class DataConfig(Section):
+    events: Annotated[list[EventSource], BeforeValidator(_as_list)] = Field(min_length=1)
+    items: ItemSource | None = None  # absent: the catalogue is the items of the log, without text
+    split: Literal["leave_one_out", "temporal", "none"] = "leave_one_out"
+    exclude_seen: bool = True  # never recommend what the user's history already holds
+    # exact: rows equal in user, item, time, action and rating; user_item: keep the first row of each user, item, action
+    deduplicate: Literal["exact", "user_item"] = "exact"
+    min_user_events: int = Field(1, ge=1)  # k-core: users and items with fewer events are dropped,
+    min_item_events: int = Field(1, ge=1)  # again and again until nothing changes
+    target_actions: Strings | None = None  # only these are predicted and tested; others are context. Absent: all
+    partitions: int = Field(8, ge=1, le=4096)  # hash partitions of users = Parquet files per table
+
+
+# ---------------------------------------------------------------- text
+class TextConfig(Section):
+    encoder: str = "default"  # "default" = the packaged all-MiniLM-L6-v2; else a Hugging Face name or a folder
+    max_tokens: int = Field(64, ge=4, le=512)
+    batch_size: int = Field(64, ge=1)
+    actors: int = Field(1, ge=1)
+    cpus_per_actor: float = Field(1.0, gt=0)
+    gpus_per_actor: float = Field(0.0, ge=0)
+
+
+# ---------------------------------------------------------------- model
+class ModelConfig(Section):
+    dim: int = Field(64, ge=4)  # width of item vectors, branches and gate
+    text_dim: int = Field(64, ge=0)  # kept principal components of the text vectors; 0 = ID only
+    id_embeddings: bool = True  # off: items are their text alone
+    id_dropout: float = Field(0.1, ge=0, lt=1)  # share of items whose ID row is hidden in a training step
+    dropout: float = Field(0.3, ge=0, lt=1)
+    long_branch: Literal["gru", "lstm"] = "gru"
+    long_layers: int = Field(1, ge=1, le=4)
+    long_window: int = Field(200, ge=2)  # most recent events that the long branch reads
+    short_window: int = Field(16, ge=1)  # events that the short branch attends to
+    short_heads: int = Field(2, ge=1)
+    gate: Literal["channel", "scalar", "mean"] = "channel"  # one weight a channel, one in all, or a plain average
+    gate_hidden: int = Field(0, ge=0)  # width of the gate's hidden layer; 0 = linear
+    use_rating: bool = True
+    use_time: bool = True  # log-bucketed gap to the event before
+    request_time: bool = False  # tell the gate the gap from the last event to the request
+    memory: bool = True  # transition memory
+    memory_distances: int = Field(10, ge=1)  # an item counts as a successor up to this many events later
+    memory_decay: float = Field(0.8, gt=0, le=1)  # weight of distance d is decay^(d-1)
+    memory_recent: int = Field(10, ge=1)  # history events that the memory is asked about
+    memory_neighbours: int = Field(256, ge=1)  # successors kept for each item
+    popularity: bool = True  # a learned multiple of log popularity
+
+    @model_validator(mode="after")
+    def _shapes(self) -> ModelConfig:
+        if self.dim % self.short_heads:
+            raise ValueError(f"dim ({self.dim}) must be a multiple of short_heads ({self.short_heads})")
+        if not self.id_embeddings and not self.text_dim:
+            raise ValueError("id_embeddings: false needs text_dim above 0, or items have no vector at all")
+        return self
+
+
+# ---------------------------------------------------------------- train
+class TrainConfig(Section):
+    workers: int = Field(2, ge=1)
+    cpus_per_worker: float = Field(0.5, gt=0)  # below a whole CPU, or Ray Data finds none left on a small machine
+    use_gpu: bool = False
+    threads_per_worker: int = Field(1, ge=1)
+    epochs: int = Field(30, ge=1)
+    patience: int = Field(3, ge=1)  # epochs without a better validation NDCG@10 before stopping
+    batch_size: int = Field(32, ge=1)  # sequences in a step, over all workers together
+    learning_rate: float = Field(2e-3, gt=0)
+    memory_learning_rate: float = Field(2e-2, gt=0)  # for the few scalars that weigh memory and popularity
+    weight_decay: float = Field(1e-4, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    clip_norm: float = Field(5.0, gt=0)
+    # Without a validation part in the split (split: none), the last event of this share of users is held out.
+    validation_share: float = Field(0.1, gt=0, le=0.5)
+    validation_users: int = Field(20_000, ge=1)  # at most this many users are ranked after each epoch
+    # A worker keeps its shard in memory after the first epoch if it fits; else every epoch streams it again.
+    cache_mb: int = Field(1024, ge=0)
+    max_failures: int = Field(3, ge=0)  # worker deaths survived, each from the last checkpoint
+    keep_checkpoints: int = Field(2, ge=1)
+    collective_timeout_s: int = Field(120, ge=1)
+    seed: int = 0
+
+
+# ---------------------------------------------------------------- tune
+class TuneConfig(Section):
+    # Setting -> list of choices, or {min, max, log?, integer?}; for example model.dim: [32, 64, 128].
+    space: dict[str, Any] = {
+        "model.gate": ["channel", "scalar", "mean"],
+        "model.gate_hidden": [0, 32, 64],
+        "model.dim": [32, 64, 96],
+        "train.learning_rate": {"min": 5e-4, "max": 5e-3, "log": True},
+    }
+    trials: int = Field(8, ge=1)
+    epochs: int = Field(12, ge=1)
+    grace_epochs: int = Field(3, ge=1)  # no trial is stopped earlier
+    reduction: int = Field(2, ge=2)  # ASHA keeps one of this many at each rung
+    workers_per_trial: int = Field(1, ge=1)
+    seed: int = 0
+
+
+# ---------------------------------------------------------------- evaluate, recommend, serve
+class EvaluateConfig(Section):
+    ks: list[Annotated[int, Field(ge=1)]] = [5, 10, 20]
+    batch_size: int = Field(256, ge=1)  # users ranked at once
+    bootstrap: int = Field(1000, ge=100)  # resamples for the intervals
+    part: Literal["test", "valid"] = "test"
+
+
+class RecommendConfig(Section):
+    k: int = Field(20, ge=1)
+    batch_size: int = Field(256, ge=1)
+    actors: int = Field(1, ge=1)
+    cpus_per_actor: float = Field(1.0, gt=0)
+
+
+class ServeConfig(Section):
+    config: str = "serve_configs/local.yaml"  # the Serve file that `deploy` lints, fills in and applies
+    timeout_s: float = Field(180.0, gt=0)  # longest wait for the applications to be ready
+
+
+class Settings(Section):
+    """Everything one experiment needs. `workspace` is the root under which its files live."""
+
+    name: str = "experiment"
+    workspace: str = "workspace"
+    data: DataConfig
+    text: TextConfig = TextConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    tune: TuneConfig = TuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    recommend: RecommendConfig = RecommendConfig()
+    serve: ServeConfig = ServeConfig()
+
+
+# ---------------------------------------------------------------- loading
+def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Settings:
+    """Read a YAML experiment and apply `section.key=value` overrides (the value is read as YAML).
+
+    Raises SpringtideError for a missing file, broken YAML, an unknown key (with the nearest valid name) or a bad value.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpringtideError(
+            f"cannot read the settings file {path}: {error.strerror}; check the path after --config"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpringtideError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    if raw is not None and not isinstance(raw, dict):
+        raise SpringtideError(f"{path} must hold sections such as data: and train:, not a {type(raw).__name__}")
+    tree: dict[str, Any] = raw or {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key.strip():
+            raise SpringtideError(f"--set {override}: write it as section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SpringtideError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from None
+        set_by_path(tree, key.strip(), value)
+    return parse_settings(tree, str(path))
+
+
+def parse_settings(tree: dict[str, Any], where: str = "settings") -> Settings:
+    """Validate a tree of plain values. `where` names its origin in the error. Raises SpringtideError."""
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SpringtideError(f"{where}: {_explain(error)}") from None
+
+
+def with_values(settings: Settings, values: dict[str, Any]) -> Settings:
+    """A copy of `settings` with some dotted settings replaced, validated again."""
+    tree = settings.model_dump(mode="json")
+    for key, value in values.items():
+        set_by_path(tree, key, value)
+    return parse_settings(tree, "overridden settings")
+
+
+def set_by_path(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b.0.c` in nested dicts and lists, in place, making missing dicts. Raises SpringtideError."""
+    node: Any = tree
+    *parents, last = key.split(".")
+    for position, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_list_index(node, part, key)]
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if isinstance(node, list) and len(node) == 1 and not (parents[position + 1 :] + [last])[0].isdigit():
+            node = node[0]  # a list of one source reads like the source itself
+        if not isinstance(node, (dict, list)):
+            raise SpringtideError(f"{key}: {part} is a value, not a section; drop what follows it")
+    if isinstance(node, list):
+        node[_list_index(node, last, key)] = value
+    else:
+        node[last] = value
+
+
+def _list_index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise SpringtideError(f"{key}: {part} must be a position from 0 to {len(node) - 1} in a list")
+    return int(part)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one sentence; an unknown key comes with the nearest valid name."""
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = problems[0]
+    where = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        valid = _fields_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), valid, n=1, cutoff=0.0)
+        hint = f"; did you mean {'.'.join([*map(str, first['loc'][:-1]), near[0]])}?" if near else ""
+        return f"unknown setting {where}{hint}{more}"
+    if first["type"] == "missing":
+        return f"the setting {where} is missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where or 'settings'}: {message[0].lower()}{message[1:]} (got {first['input']!r:.80}){more}"
+
+
+def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the section found at `loc`, following lists and optional types."""
+    section: type[BaseModel] = Settings
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        if field is None:
+            return []
+        found = _section_in(field.annotation)
+        if found is None:
+            return []
+        section = found
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is not None:
+        for argument in get_args(annotation):
+            found = _section_in(argument)
+            if found is not None:
+                return found
+    return None

@@ -1,0 +1,1 @@
+"""Behaviour logs to cleaned events and sequences, on Ray Data."""

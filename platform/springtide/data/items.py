@@ -1,0 +1,149 @@
+"""The item catalogue: raw item rows to one title, category list and text per item."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from springtide.config import Column, ItemSource
+from springtide.data.clean import CONTENT_CHARACTERS, MAX_ID_BYTES, MISSING_IDS, Rejects, _as_text, _content
+from springtide.data.readers import column_name, read_chunks
+from springtide.data.sources import SourceFile
+
+FIELD = re.compile(r"\{([^{}]+)\}")
+
+
+@dataclass(frozen=True)
+class RawItems:
+    """Described items, and what became of every row."""
+
+    items: pl.DataFrame  # item_id, title, categories (list), text; one row per item
+    quarantine: pa.Table  # file, row, reason, content
+    files: list[dict[str, object]]  # per file: path, rows, kept, deduplicated, quarantined
+
+
+def read_items(source: ItemSource, files: list[SourceFile]) -> RawItems:
+    """Read the catalogue. An item described in several ways keeps its most frequent description, ties by first row.
+
+    Raises SpringtideError as read_chunks does.
+    """
+    columns = _wanted(source)
+    frames: list[pl.DataFrame] = []
+    rejected: list[pl.DataFrame] = []
+    for file in files:
+        for chunk in read_chunks(file, columns, source.category_separator):
+            good, bad = _clean(chunk.table, chunk.rows, source, file.path)
+            frames.append(good)
+            rejected.append(bad)
+            for row, reason, content in chunk.bad_rows:
+                text = content[:CONTENT_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+                rejected.append(pl.DataFrame({"file": [file.path], "row": [row], "reason": [f"malformed row: {reason}"], "content": [text]}))
+    rows = pl.concat(frames) if frames else pl.DataFrame(schema={"item_id": pl.String, "title": pl.String, "categories": pl.String, "text": pl.String, "file": pl.String})  # fmt: skip
+    kept = (
+        rows.with_row_index("order")
+        .group_by("item_id", "title", "categories", "text", maintain_order=True)
+        .agg(pl.len().alias("times"), pl.first("order"), pl.first("file"))
+        .with_columns(described=(pl.col("title") != "") | (pl.col("text") != ""))
+        .sort(["described", "times", "order"], descending=[True, True, False])
+        .unique("item_id", keep="first", maintain_order=True)
+        .sort("order")
+    )
+    quarantine = pl.concat(rejected) if rejected else pl.DataFrame(schema=QUARANTINE_COLUMNS)
+    total, good_of, bad_of = rows["file"].value_counts(), kept["file"].value_counts(), quarantine["file"].value_counts()
+    counts = [dict(frame.iter_rows()) for frame in (total, good_of, bad_of)]
+    report: list[dict[str, object]] = [
+        {
+            "path": file.path,
+            "rows": counts[0].get(file.path, 0) + counts[2].get(file.path, 0),
+            "kept": counts[1].get(file.path, 0),
+            "deduplicated": counts[0].get(file.path, 0) - counts[1].get(file.path, 0),
+            "quarantined": counts[2].get(file.path, 0),
+        }
+        for file in files
+    ]
+    separator = pl.col("categories").str.split(source.category_separator)
+    cleaned = separator.list.eval(pl.element().str.strip_chars()).list.eval(pl.element().filter(pl.element() != ""))
+    items = kept.with_columns(categories=cleaned).select("item_id", "title", "categories", "text")
+    return RawItems(items, quarantine.to_arrow(), report)
+
+
+QUARANTINE_COLUMNS = {"file": pl.String, "row": pl.Int64, "reason": pl.String, "content": pl.String}
+
+
+def _wanted(source: ItemSource) -> list[Column]:
+    """Every source column that the catalogue reads, each once."""
+    named = [source.columns.item_id, source.columns.title, source.columns.categories]
+    columns = [column for column in named if column is not None]
+    if source.text and len(source.text) == 1 and FIELD.search(source.text[0]):
+        columns += [_as_column(name) for name in FIELD.findall(source.text[0])]
+    else:
+        columns += [_as_column(name) for name in source.text or []]
+    return list(dict.fromkeys(columns))
+
+
+def _as_column(name: str) -> Column:
+    return int(name) if name.isdigit() else name
+
+
+def _clean(table: pa.Table, rows: pa.Array, source: ItemSource, path: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+    rejects = Rejects(len(table))
+    text = {name: _as_text(table[name], rejects, name) for name in table.column_names}
+    ids = text[column_name(source.columns.item_id)]
+    rejects.add(pc.fill_null(pc.is_in(ids, MISSING_IDS), True), "no item_id")
+    rejects.add(pc.greater(pc.fill_null(pc.binary_length(ids), 0), MAX_ID_BYTES), f"item_id above {MAX_ID_BYTES} bytes")
+
+    def column(of: Column | None) -> pa.ChunkedArray | pa.Array:
+        return pa.array([""] * len(table), pa.string()) if of is None else _tidy(text[column_name(of)])
+
+    title, categories = column(source.columns.title), column(source.columns.categories)
+    if source.text is None:
+        joined = _join([title, pc.replace_substring(categories, source.category_separator, " ")])
+    elif len(source.text) == 1 and FIELD.search(source.text[0]):
+        joined = _fill(source.text[0], text, len(table))
+    else:
+        joined = _join([column(_as_column(name)) for name in source.text])
+    good = np.equal(rejects.reason, None)
+    frame = pl.DataFrame(
+        {"item_id": pl.Series(ids), "title": pl.Series(title), "categories": pl.Series(categories), "text": pl.Series(joined)}
+    ).with_columns(file=pl.lit(path))
+    bad = pl.DataFrame(
+        {
+            "file": [path] * int((~good).sum()),
+            "row": rows.to_numpy()[~good],
+            "reason": [str(reason) for reason in rejects.reason[~good]],
+            "content": _content(text, ~good).filter(pa.array(~good)).to_pylist() if not good.all() else [],
+        },
+        schema=QUARANTINE_COLUMNS,
+    )
+    return frame.filter(pl.Series(good)), bad
+
+
+def _tidy(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Null to "", white space folded."""
+    folded = pc.replace_substring_regex(pc.fill_null(column, ""), r"\s+", " ")
+    return pc.utf8_trim_whitespace(folded)
+
+
+def _join(columns: list[pa.ChunkedArray | pa.Array]) -> pa.ChunkedArray | pa.Array:
+    """Columns joined by ". ", empty ones left out."""
+    blanked = [pc.if_else(pc.equal(column, ""), None, column) for column in columns]
+    return pc.binary_join_element_wise(*blanked, ". ", null_handling="skip")
+
+
+def _fill(template: str, text: dict[str, pa.ChunkedArray], rows: int) -> pa.ChunkedArray | pa.Array:
+    """A template such as "{title} by {author}"; a row in which every field is empty has no text."""
+    pieces: list[pa.ChunkedArray | pa.Array] = []
+    blank = pa.array(np.ones(rows, bool))
+    for position, piece in enumerate(FIELD.split(template)):
+        if position % 2:
+            values = _tidy(text[column_name(_as_column(piece))])
+            blank = pc.and_(blank, pc.equal(values, ""))
+            pieces.append(values)
+        else:
+            pieces.append(pa.array([piece] * rows, pa.string()))
+    return pc.if_else(blank, "", pc.binary_join_element_wise(*pieces, ""))

@@ -1,0 +1,87 @@
+"""Where raw logs lie: folders and files, local or remote, expanded into a stable list of readable files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
+
+import pyarrow as pa
+from pyarrow import fs
+
+from springtide.config import FileFormat
+from springtide.errors import SpringtideError
+
+SUFFIXES: dict[str, FileFormat] = {
+    ".csv": "csv", ".tsv": "tsv", ".inter": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl",
+    ".json": "jsonl", ".parquet": "parquet", ".pq": "parquet",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One raw file. `index` orders files within a job: sources as configured, then by path."""
+
+    index: int
+    source: int  # position in data.events
+    path: str  # as the filesystem knows it
+    uri: str  # what opens it again on any node: a local path or the user's URI scheme
+    format: FileFormat
+    compression: Literal["gzip", "zstd", "bz2"] | None
+    bytes: int
+
+
+def list_files(paths: list[str], format: FileFormat | None, source: int, first_index: int) -> list[SourceFile]:
+    """Expand files and folders (recursively, hidden names skipped), sorted by path.
+
+    Raises SpringtideError for a path that does not exist, a folder without data files or a name that tells no format.
+    """
+    found: list[SourceFile] = []
+    for path in paths:
+        filesystem, inner = open_filesystem(path)
+        try:
+            info = filesystem.get_file_info(inner)
+        except OSError as error:
+            raise SpringtideError(f"cannot look at {path}: {error}; check the path and your access to it") from None
+        if info.type == fs.FileType.NotFound:
+            raise SpringtideError(f"there is no file or folder {path}; correct the data paths in the settings")
+        is_folder = info.type == fs.FileType.Directory
+        infos = filesystem.get_file_info(fs.FileSelector(inner, recursive=True)) if is_folder else [info]
+        base = path[: -len(inner)] if path.endswith(inner) else ""
+        before = len(found)
+        for entry in sorted((i for i in infos if i.type == fs.FileType.File), key=lambda i: i.path):
+            relative = PurePosixPath(entry.path[len(inner) :] if is_folder else entry.base_name)
+            if any(part.startswith((".", "_")) for part in relative.parts if part != "/"):
+                continue
+            guessed, compression = guess_format(entry.base_name)
+            if is_folder and guessed is None:
+                continue  # a README in a folder of logs is no log
+            chosen = format or guessed
+            if chosen is None:
+                raise SpringtideError(f"cannot tell the format of {path} by its name; set format: csv, tsv, jsonl or parquet")
+            found.append(
+                SourceFile(first_index + len(found), source, entry.path, base + entry.path, chosen, compression, entry.size)
+            )
+        if len(found) == before:
+            raise SpringtideError(f"the folder {path} holds no csv, tsv, jsonl or parquet file; correct the data paths")
+    return found
+
+
+def guess_format(name: str) -> tuple[FileFormat | None, Literal["gzip", "zstd", "bz2"] | None]:
+    """Format and compression by file name; None where the name does not tell."""
+    suffixes = [suffix.lower() for suffix in PurePosixPath(name).suffixes]
+    packing: dict[str, Literal["gzip", "zstd", "bz2"]] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+    compression = packing.get(suffixes[-1]) if suffixes else None
+    if compression:
+        suffixes = suffixes[:-1]
+    return (SUFFIXES.get(suffixes[-1]) if suffixes else None), compression
+
+
+def open_filesystem(path: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a local path or URI and the path inside it. Raises SpringtideError for an unknown scheme."""
+    try:
+        if "://" in path:
+            return fs.FileSystem.from_uri(path)
+        return fs.LocalFileSystem(), path.rstrip("/") or "/"
+    except (pa.ArrowInvalid, OSError) as error:
+        raise SpringtideError(f"cannot open {path}: {error}; check the address") from None

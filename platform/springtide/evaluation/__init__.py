@@ -1,0 +1,1 @@
+"""Full-catalogue metrics, counting baselines and the report."""

@@ -1,0 +1,227 @@
+"""Who is asked, and what they are recommended: evaluation cases out of the sequences, and full-catalogue ranking.
+
+For the part `valid` a user's history is their training events; for `test` it is training and validation events. The
+target is the first event of the part that may be predicted. Nothing at or after the part's first event, not even its
+time, is shown to a scorer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from springtide.errors import SpringtideError
+from springtide.model.recommender import History
+from springtide.schemas import SEQUENCES, TRAIN, check_schema
+
+WARM, COLD_USER, COLD_ITEM = "warm", "cold_user", "cold_item"
+_CELLS = 32_000_000  # users times items scored at once, whatever the batch size
+
+Score = Callable[[Sequence[History]], np.ndarray]  # histories -> [B, I] scores, -inf where never to be recommended
+
+
+@dataclass(frozen=True)
+class FlatSequences:
+    """The sequences table as flat arrays: user u's events are rows offsets[u]:offsets[u + 1], oldest first."""
+
+    user_ids: pa.Array  # [U], ascending, so that figures do not depend on how the table was sharded
+    offsets: np.ndarray  # [U + 1] int64
+    items: np.ndarray  # [N] int64 catalogue rows; the rest likewise [N]
+    actions: np.ndarray
+    ratings: np.ndarray
+    timestamps: np.ndarray
+    parts: np.ndarray
+    targets: np.ndarray  # bool: may this event be predicted?
+    catalogue: int  # number of items, I
+
+    @property
+    def users(self) -> np.ndarray:
+        """[N] the user number of every event."""
+        return np.repeat(np.arange(len(self.user_ids)), np.diff(self.offsets))
+
+
+@dataclass(frozen=True)
+class Cases:
+    """One question per user of a part, in ascending order of user id."""
+
+    events: FlatSequences
+    users: np.ndarray  # [C] user numbers
+    ends: np.ndarray  # [C] the history is rows offsets[user]:end
+    targets: np.ndarray  # [C] catalogue row of the first target in the part
+    all_targets: np.ndarray  # every target in the part, case after case
+    all_offsets: np.ndarray  # [C + 1] where each case's targets lie in `all_targets`
+    slices: np.ndarray  # [C] of WARM, COLD_USER, COLD_ITEM
+    new_items: np.ndarray  # [C] bool: the target has no training event
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[C] number of history events."""
+        return self.ends - self.events.offsets[self.users]
+
+    def history(self, case: int) -> History:
+        events = self.events
+        rows = slice(int(events.offsets[self.users[case]]), int(self.ends[case]))
+        return History(events.items[rows], events.actions[rows], events.ratings[rows], events.timestamps[rows])
+
+    def histories(self, start: int = 0, stop: int | None = None) -> list[History]:
+        return [self.history(case) for case in range(start, len(self) if stop is None else min(stop, len(self)))]
+
+    def take(self, cases: np.ndarray) -> Cases:
+        """The cases with these numbers, in this order."""
+        counts = np.diff(self.all_offsets)[cases]
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        rows = np.arange(offsets[-1]) + np.repeat(self.all_offsets[:-1][cases] - offsets[:-1], counts)
+        return Cases(self.events, self.users[cases], self.ends[cases], self.targets[cases], self.all_targets[rows],
+                     offsets, self.slices[cases], self.new_items[cases])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What one scorer recommends to every case."""
+
+    ranks: np.ndarray  # [C] int64: place of the target in the list from 1, 0 = not in it
+    lists: np.ndarray  # [C, K] int64 catalogue rows, best first, -1 = no more
+
+
+def flatten(sequences: pa.Table, catalogue: int) -> FlatSequences:
+    """Flat arrays of a table of the schema SEQUENCES, users in ascending order of id.
+
+    Raises SpringtideError for another schema, or for items outside the catalogue of that many items.
+    """
+    table = check_schema(sequences, SEQUENCES, "the sequences table").sort_by("user_id").combine_chunks()
+    columns = {name: _chunk(table[name]) for name in table.column_names}
+    lengths = np.asarray(pc.list_value_length(columns["items"]), dtype=np.int64)
+
+    def flat(name: str, dtype: type) -> np.ndarray:
+        values = columns[name].flatten().to_numpy(zero_copy_only=False)
+        return values.astype(dtype, copy=False)
+
+    items = flat("items", np.int64)
+    if items.size and not 0 <= items.min() <= items.max() < catalogue:
+        raise SpringtideError(f"the sequences name items outside the catalogue of {catalogue}; run prepare again")
+    return FlatSequences(
+        user_ids=columns["user_id"],
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        items=items,
+        actions=flat("actions", np.int64),
+        ratings=flat("ratings", np.float32),
+        timestamps=flat("timestamps", np.int64),
+        parts=flat("parts", np.int8),
+        targets=flat("targets", np.bool_),
+        catalogue=catalogue,
+    )
+
+
+def build_cases(events: FlatSequences, part: int, split: str) -> Cases:
+    """The cases of a part (schemas.VALID or TEST).
+
+    Slices tell cases apart under the split `temporal` only: `cold_user` has no training event, else `cold_item` if the
+    target has none, else `warm`. A user without a target in the part is no case.
+    """
+    users = events.users
+    wanted = np.flatnonzero((events.parts == part) & events.targets)
+    asked, first, counts = np.unique(users[wanted], return_index=True, return_counts=True)
+    later = np.flatnonzero(events.parts >= part)
+    known, first_later = np.unique(users[later], return_index=True)
+    ends = later[first_later][np.searchsorted(known, asked)]
+    targets = events.items[wanted[first]]
+
+    in_train = events.parts == TRAIN
+    new_items = ~np.isin(targets, np.unique(events.items[in_train]))
+    slices = np.full(len(asked), WARM, dtype="<U9")
+    if split == "temporal":
+        slices[new_items] = COLD_ITEM
+        slices[~np.isin(asked, np.unique(users[in_train]))] = COLD_USER
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    return Cases(events, asked, ends, targets, events.items[wanted], offsets, slices, new_items)
+
+
+def repeated_targets(cases: Cases) -> int:
+    """How many targets are already in their history: under exclude_seen they can only be missed."""
+    lengths = cases.lengths
+    owner = np.repeat(np.arange(len(cases)), lengths)
+    first = cases.events.offsets[cases.users]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    rows = np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)
+    return len(np.unique(owner[cases.events.items[rows] == cases.targets[owner]]))
+
+
+def rank_cases(cases: Cases, score: Score, *, depth: int, exclude_seen: bool, batch_size: int) -> Ranking:
+    """Recommend `depth` items of the whole catalogue to every case. Equal scores rank by catalogue row.
+
+    Raises SpringtideError if a scorer answers NaN.
+    """
+    ranks = np.zeros(len(cases), dtype=np.int64)
+    lists = np.full((len(cases), depth), -1, dtype=np.int64)
+    for start, scores in _scored(cases, score, exclude_seen, batch_size):
+        best = top_k(scores, depth)
+        stop = start + len(scores)
+        lists[start:stop, : best.shape[1]] = best
+        hit = best == cases.targets[start:stop, None]
+        ranks[start:stop] = np.where(hit.any(axis=1), hit.argmax(axis=1) + 1, 0)
+    return Ranking(ranks, lists)
+
+
+def target_ranks(cases: Cases, score: Score, *, exclude_seen: bool, batch_size: int) -> np.ndarray:
+    """[C] the target's place among the whole catalogue (0: excluded); cheaper than lists when only ranks are wanted."""
+    ranks = np.zeros(len(cases), dtype=np.int64)
+    for start, scores in _scored(cases, score, exclude_seen, batch_size):
+        targets = cases.targets[start : start + len(scores)]
+        own = scores[np.arange(len(scores)), targets][:, None]
+        better = (scores > own).sum(axis=1)
+        level = scores == own
+        for row in np.flatnonzero(level.sum(axis=1) > 1):
+            better[row] += level[row, : targets[row]].sum()
+        ranks[start : start + len(scores)] = np.where(own[:, 0] == -np.inf, 0, better + 1)
+    return ranks
+
+
+def top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """The k best columns of each row of scores [B, I]: [B, min(k, I)] int64, best first, ties by column, -1 for -inf.
+
+    Selects instead of sorting the catalogue; exact under ties, which plain argpartition is not.
+    """
+    k = min(k, scores.shape[1])
+    threshold = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
+    above = scores > threshold
+    level = scores == threshold
+    room = k - above.sum(axis=1)
+    crowded = np.flatnonzero(level.sum(axis=1) > room)
+    if crowded.size:
+        contested = level[crowded]
+        level[crowded] = contested & (np.cumsum(contested, axis=1) <= room[crowded, None])
+    chosen = np.nonzero(above | level)[1].reshape(len(scores), k)
+    values = np.take_along_axis(scores, chosen, axis=1)
+    order = np.argsort(-values, axis=1, kind="stable")
+    chosen = np.take_along_axis(chosen, order, axis=1)
+    chosen[np.take_along_axis(values, order, axis=1) == -np.inf] = -1
+    return chosen
+
+
+def _scored(
+    cases: Cases, score: Score, exclude_seen: bool, batch_size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (first case, scores [B, I] float32 with seen items at -inf) batch by batch."""
+    step = max(1, min(batch_size, _CELLS // max(cases.events.catalogue, 1)))
+    for start in range(0, len(cases), step):
+        histories = cases.histories(start, start + step)
+        scores = np.array(score(histories), dtype=np.float32, order="C")
+        if np.isnan(scores).any():
+            case = start + int(np.flatnonzero(np.isnan(scores).any(axis=1))[0])
+            user = cases.events.user_ids[int(cases.users[case])]
+            raise SpringtideError(f"the scores of user {user} hold NaN and cannot be ranked; train the model again")
+        if exclude_seen:
+            row = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+            scores[row, np.concatenate([history.items for history in histories])] = -np.inf
+        yield start, scores
+
+
+def _chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)

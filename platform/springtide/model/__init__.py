@@ -1,0 +1,1 @@
+"""The fusion model in pure PyTorch: arrays and tensors in, arrays and tensors out."""

@@ -1,0 +1,118 @@
+"""Transition memory: smoothed counts of which item follows which, asked about a user's most recent events.
+
+With C[a, b] = sum over distances d of decay^(d-1) * (times b came d events after a), and additive smoothing of total
+mass tau spread evenly over the I items, log P(b | a) is log(1 + C[a, b] * I / tau) up to a constant of a. The memory
+scores b by the weighted sum of that over the recent events. The weights and tau are learned with the rest of the model.
+
+In training an example's own transition is inside the counts it is scored with and is taken out again, without which the
+memory would be trusted for knowing the answers. Only the most frequent successors of an item are kept, so an example
+must also forget a place in that list which it owes to itself: below the list's last count the rest counts as nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import Tensor, nn
+
+
+def count_transitions(
+    sequences: Iterable[tuple[np.ndarray, np.ndarray]], items: int, distances: int, decay: float
+) -> sp.csr_matrix:
+    """Count successors at distances 1..`distances`.
+
+    sequences: pairs (items [n] int, is_target [n] bool) in time order; an event that is no target is nobody's successor.
+    Returns [items, items] float32 CSR, C[a, b].
+    """
+    total = sp.csr_matrix((items, items), dtype=np.float32)
+    pieces: list[tuple[np.ndarray, np.ndarray]] = list(sequences)
+    if not pieces:
+        return total
+    flat = np.concatenate([row for row, _ in pieces])
+    wanted = np.concatenate([target for _, target in pieces]).astype(bool)
+    user = np.repeat(np.arange(len(pieces)), [len(row) for row, _ in pieces])
+    for distance in range(1, distances + 1):
+        valid = (user[distance:] == user[:-distance]) & wanted[distance:]
+        source, successor = flat[:-distance][valid], flat[distance:][valid]
+        weight = np.full(len(source), decay ** (distance - 1), np.float32)
+        total = total + sp.csr_matrix((weight, (source, successor)), shape=(items, items))
+    total.sort_indices()
+    return total
+
+
+class TransitionMemory(nn.Module):
+    """The counts as fixed buffers, and the few learned numbers that turn them into scores."""
+
+    keys: Tensor  # [nnz] int64, a * I + b of every kept transition, ascending
+    counts: Tensor  # [nnz] float32
+    successors: Tensor  # [I, N] int64, the N most frequent successors of each item
+    slots: Tensor  # [I, N] int64, their positions in `counts`; nnz marks an empty slot
+    cutoff: Tensor  # [I] float32, the smallest kept count of a list that was cut, 0 of a whole one
+
+    def __init__(self, items: int, distances: int, decay: float, recent: int, neighbours: int) -> None:
+        super().__init__()
+        self.items, self.distances, self.decay = items, distances, decay
+        self.recent, self.neighbours = recent, neighbours
+        # Start from the published shape: most weight on the last few events, a slow tail behind them.
+        self.log_weight = nn.Parameter(-0.35 * torch.arange(recent, dtype=torch.float32))
+        self.log_tau = nn.Parameter(torch.tensor(3.0))
+        self.load_counts(sp.csr_matrix((items, items), dtype=np.float32))
+
+    def load_counts(self, counts: sp.csr_matrix) -> None:
+        """Take new counts [I, I], keeping the `neighbours` largest of each row (ties by item)."""
+        counts = counts.tocsr()
+        counts.sort_indices()
+        row = np.repeat(np.arange(self.items), np.diff(counts.indptr))
+        order = np.lexsort((counts.indices, -counts.data, row))  # best successor first within each row
+        rank = np.arange(len(order)) - counts.indptr[row[order]]
+        kept = order[rank < self.neighbours]
+        width = int(rank[rank < self.neighbours].max(initial=0)) + 1
+        position = np.sort(kept)  # back to ascending (a, b)
+        keys = row[position].astype(np.int64) * self.items + counts.indices[position]
+        successors = np.zeros((self.items, width), np.int64)
+        slots = np.full((self.items, width), len(position), np.int64)
+        kept_rank = rank[rank < self.neighbours]
+        successors[row[kept], kept_rank] = counts.indices[kept]
+        slots[row[kept], kept_rank] = np.searchsorted(position, kept)
+        cutoff = np.zeros(self.items, np.float32)
+        last = order[rank == self.neighbours - 1]
+        cut = np.diff(counts.indptr)[row[last]] > self.neighbours
+        cutoff[row[last][cut]] = counts.data[last][cut]
+        for name, value in (("keys", keys), ("successors", successors), ("slots", slots), ("cutoff", cutoff)):
+            self.register_buffer(name, torch.from_numpy(value), persistent=False)
+        self.register_buffer("counts", torch.from_numpy(counts.data[position].astype(np.float32)), persistent=False)
+
+    def forward(self, recent: Tensor, valid: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Score all items.
+
+        recent: [P, J] int64, the last J items before each of P moments, newest first; valid: [P, J] bool.
+        targets: [P] int64, the item that really came next, whose own transition is then taken out of the counts.
+        Returns [P, I] float32, zero where no recent event was ever followed by the item.
+        """
+        scale = self.items * torch.exp(-self.log_tau)
+        weight = torch.exp(self.log_weight[: recent.shape[1]]) * valid  # [P, J]
+        value = torch.log1p(torch.cat([self.counts, self.counts.new_zeros(1)]) * scale)  # [nnz + 1]
+        table = value[self.slots]  # [I, N]
+        score = weight.new_zeros(len(recent), self.items)
+        for j in range(recent.shape[1]):  # one event at a time keeps the peak at [P, N]
+            score = score.scatter_add(1, self.successors[recent[:, j]], weight[:, j, None] * table[recent[:, j]])
+        if targets is not None:
+            score = score.scatter_add(1, targets[:, None], self._own_share(recent, weight, targets, scale)[:, None])
+        return score
+
+    def _own_share(self, recent: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        """[P] (negative) change of the target's score when its own transitions leave the counts."""
+        key = recent * self.items + targets[:, None]  # [P, J]
+        place = torch.searchsorted(self.keys, key).clamp(max=max(0, len(self.keys) - 1))
+        if len(self.keys) == 0:
+            return weight.new_zeros(len(recent))
+        found = self.keys[place] == key
+        count = self.counts[place] * found
+        distance = torch.arange(recent.shape[1], device=recent.device)
+        own = torch.where(distance < self.distances, self.decay**distance.float(), 0.0)
+        left = (count - own * found).clamp(min=0)
+        left = left * (left >= self.cutoff[recent])
+        return (weight * (torch.log1p(left * scale) - torch.log1p(count * scale))).sum(1)

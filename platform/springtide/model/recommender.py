@@ -1,0 +1,179 @@
+"""One trained model and its catalogue as an object that answers: the same in a notebook, in a batch job and behind HTTP.
+
+Item ids outside, catalogue rows inside. Arrays in, arrays out; no files, no Ray, no HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from springtide.model.batch import EMPTY, History, scoring_batch
+from springtide.model.fusion import FusionModel, Interest
+
+QUERY_TEMPERATURE = 0.05  # cosines of sentence encoders differ by hundredths; this spreads them like logits
+NEAREST = 10
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model thinks of the whole catalogue for B requests."""
+
+    logits: np.ndarray  # [B, I] float32, -inf = can never be recommended
+    gate_short: np.ndarray  # [B] float32, mean weight of the short branch, NaN for an empty history
+
+
+@dataclass(frozen=True)
+class Interests:
+    """What one history of n events says of its owner."""
+
+    attention_long: np.ndarray  # [n] weights of the events in the long branch, sum 1
+    attention_short: np.ndarray  # [n] in the short branch
+    gate_short: float
+    items_long: np.ndarray  # [10] catalogue rows nearest the long branch's interest, best first
+    items_short: np.ndarray  # [10] nearest the short branch's
+
+
+class Recommender:
+    """A trained FusionModel with its catalogue. Not thread-safe while items are being added; else free of state."""
+
+    def __init__(
+        self,
+        model: FusionModel,
+        item_ids: list[str],
+        titles: list[str],
+        categories: list[list[str]],
+        actions: list[str],
+        popularity: np.ndarray,
+        text_vectors: np.ndarray | None,
+    ) -> None:
+        self.model = model.eval()
+        self.item_ids, self.titles, self.categories, self.actions = item_ids, titles, categories, actions
+        self.popularity = popularity
+        self.text_vectors = text_vectors
+        self.index = {item_id: row for row, item_id in enumerate(item_ids)}
+        self._action_index = {action: number for number, action in enumerate(actions)}
+        with torch.inference_mode():
+            self._vectors = model.item_vectors()
+        self.item_vectors: np.ndarray = self._vectors.numpy()  # [I, dim]
+        # Neither trained nor described: such an item has an arbitrary vector, so it is never recommended.
+        has_text = np.zeros(len(item_ids), bool) if text_vectors is None else np.abs(text_vectors).sum(1) > 0
+        self.recommendable = (popularity > 0) | has_text
+
+    def history(self, events: Sequence[Mapping[str, Any]]) -> tuple[History, list[str]]:
+        """Turn events (`item_id`, optional `timestamp` ms, `action`, `rating`) into a History and the unknown item ids.
+
+        Events are put in time order; equal and missing timestamps keep the order given (missing: as the one before).
+        """
+        known = [event for event in events if event["item_id"] in self.index]
+        unknown = [event["item_id"] for event in events if event["item_id"] not in self.index]
+        if not known:
+            return EMPTY, unknown
+        times = [event.get("timestamp") for event in known]
+        filled = np.zeros(len(known), np.int64)
+        last = next((t for t in times if t is not None), 0)
+        for position, time in enumerate(times):
+            last = filled[position] = last if time is None else time
+        order = np.argsort(filled, kind="stable")
+        ratings = [np.nan if event.get("rating") is None else float(event["rating"]) for event in known]
+        history = History(
+            np.array([self.index[event["item_id"]] for event in known], np.int64)[order],
+            np.array([self._action_index.get(event.get("action") or "", 0) for event in known], np.int64)[order],
+            np.array(ratings, np.float32)[order],
+            filled[order],
+        )
+        return history, unknown
+
+    def score(
+        self, histories: Sequence[History], queries: np.ndarray | None = None, now: np.ndarray | None = None
+    ) -> Scores:
+        """Logits of the whole catalogue for each request.
+
+        queries: [B, D] float32 normalised encoder vectors, a NaN row = no query; now: [B] int64 ms, time of the request.
+        A request with neither history nor query gets log popularity.
+        """
+        logits = np.tile(np.log1p(self.popularity).astype(np.float32), (len(histories), 1))
+        gate = np.full(len(histories), np.nan, np.float32)
+        asked = np.zeros(len(histories), bool) if queries is None else ~np.isnan(queries).any(1)
+        logits[asked] = 0
+        rows = np.flatnonzero([len(history) > 0 for history in histories])
+        if len(rows):
+            logits[rows], gate[rows] = self._score_histories([histories[r] for r in rows], None if now is None else now[rows])
+        if asked.any() and queries is not None:
+            if self.text_vectors is None:
+                raise ValueError("this model has no item texts, so it cannot answer a query")
+            logits[asked] += queries[asked] @ self.text_vectors.T / QUERY_TEMPERATURE
+        logits[:, ~self.recommendable] = -np.inf
+        return Scores(logits, gate)
+
+    @torch.inference_mode()
+    def _score_histories(self, histories: list[History], now: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        batch, interest, last = self._read(histories, now)
+        logits = self.model.logits_at(batch, interest, self._vectors, last)
+        gate = interest.gate[last[:, 0], last[:, 1]].mean(-1)
+        return logits.numpy(), gate.numpy()
+
+    def _read(self, histories: list[History], now: np.ndarray | None) -> tuple[Any, Interest, torch.Tensor]:
+        batch = scoring_batch(histories, self.model.config.long_window, now)
+        interest = self.model.interest(batch, self._vectors)
+        last = torch.stack([torch.arange(len(histories)), batch.mask.sum(1) - 1], 1)
+        return batch, interest, last
+
+    def top_k(
+        self, logits: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items of each row of `logits` [B, I], never those in `exclude` (catalogue rows, per row).
+
+        Returns rows [B, k'] int64 (-1 where fewer items remain) and scores [B, k'] float32, best first, ties by
+        catalogue row; k' = min(k, I).
+        """
+        scores = logits.copy()
+        for row, banned in enumerate(exclude or ()):
+            scores[row, banned] = -np.inf
+        k = min(k, scores.shape[1])
+        if k < scores.shape[1]:
+            # The k-th best score is the bar; of the items that tie at it, argsort below keeps the lowest rows.
+            bar = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
+            candidates = [np.flatnonzero(row >= limit) for row, limit in zip(scores, bar, strict=True)]
+        else:
+            candidates = [np.arange(scores.shape[1])] * len(scores)
+        best = np.full((len(scores), k), -1, np.int64)
+        values = np.full((len(scores), k), -np.inf, np.float32)
+        for row, some in enumerate(candidates):
+            order = some[np.argsort(-scores[row, some], kind="stable")[:k]]
+            order = order[np.isfinite(scores[row, order])]
+            best[row, : len(order)], values[row, : len(order)] = order, scores[row, order]
+        return best, values
+
+    @torch.inference_mode()
+    def interests(self, history: History) -> Interests:
+        """Which events weigh in each branch, how the gate mixes them, and what each branch alone is after."""
+        if not len(history):
+            none = np.zeros(0, np.float32)
+            return Interests(none, none, float("nan"), np.zeros(0, np.int64), np.zeros(0, np.int64))
+        _, interest, last = self._read([history], None)
+        place = int(last[0, 1])
+        length = place + 1
+        long, short = np.zeros(len(history), np.float32), np.zeros(len(history), np.float32)
+        long[-length:] = interest.attention_long[0, place, :length].numpy()
+        window = interest.attention_short[0, place].numpy()
+        reach = min(length, len(window))
+        short[-reach:] = window[-reach:]
+        nearest = []
+        for branch in (interest.long, interest.short):
+            scores = (branch[0, place] @ self._vectors.T).numpy()
+            scores[~self.recommendable] = -np.inf
+            nearest.append(self.top_k(scores[None], NEAREST)[0][0])
+        return Interests(long, short, float(interest.gate[0, place].mean()), nearest[0], nearest[1])
+
+    def similar(self, item: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k items whose vectors have the highest cosine with that of `item`: rows and cosines, best first."""
+        norms = np.linalg.norm(self.item_vectors, axis=1).clip(min=1e-9)
+        cosine = (self.item_vectors @ self.item_vectors[item]) / (norms * norms[item])
+        cosine[~self.recommendable] = -np.inf
+        rows, scores = self.top_k(cosine[None].astype(np.float32), k, [np.array([item])])
+        return rows[0][rows[0] >= 0], scores[0][rows[0] >= 0]

@@ -1,0 +1,1 @@
+"""Ray Serve deployments, the history store and the HTTP schemas."""

@@ -1,0 +1,205 @@
+"""The Ray Serve application: Ingress (HTTP, event log) -> TextEncoder (queries) and Scorer (model, top K).
+
+A recommendation by history is one hop, with a query two. Heavy work runs in a thread, so that each replica's event
+loop stays free to take requests, answer health checks and report its queue to the autoscaler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI
+from pydantic import ValidationError
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+
+from springtide.errors import SpringtideError
+from springtide.serving.app import create_app
+from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
+from springtide.serving.options import AppOptions, EncoderOptions, ScorerOptions
+from springtide.serving.seeding import seed_histories
+from springtide.serving.service import Service
+from springtide.serving.store import SQLiteStore
+
+log = logging.getLogger("ray.serve")
+
+
+def _padded_tokens(items: list[tuple[str, int]]) -> int:
+    """Cost of a batch of (text, tokens): every text is padded to the longest."""
+    return len(items) * max(tokens for _, tokens in items)
+
+
+@serve.deployment(max_ongoing_requests=64)
+class TextEncoder:
+    """Texts -> unit vectors. Texts of concurrent requests share a batch, filled by padded tokens, not by count."""
+
+    def __init__(self) -> None:
+        self._encoder: Any = None
+        self._max_tokens = 0
+        self._thread = ThreadPoolExecutor(1)  # tokenizers of Hugging Face refuse two threads at once
+
+    async def reconfigure(self, config: Json) -> None:
+        """Load the encoder that `config` (EncoderOptions) names beside the old one, warm it, then swap."""
+        try:
+            options = EncoderOptions.model_validate(config)
+            encoder = await self._run(_load_encoder, options)
+        except Exception as error:
+            if self._encoder is None:
+                raise _startup_error("TextEncoder", error) from None
+            log.exception("TextEncoder keeps its old encoder, the new one failed to load")
+            return
+        self._encoder, self._max_tokens = encoder, options.max_tokens
+        self._batch.set_max_batch_size(options.max_batch_tokens)  # type: ignore[attr-defined]
+        self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+
+    async def encode(self, texts: list[str]) -> np.ndarray:
+        """[n, D] float32."""
+        lengths = await self._run(self._encoder.token_lengths, texts)
+        sized = [(text, min(n, self._max_tokens)) for text, n in zip(texts, lengths, strict=True)]
+        return np.stack(await asyncio.gather(*(self._batch(item) for item in sized)))
+
+    @serve.batch(max_batch_size=2048, batch_wait_timeout_s=0.002, batch_size_fn=_padded_tokens)
+    async def _batch(self, items: list[tuple[str, int]]) -> list[np.ndarray]:
+        return list(await self._run(self._encoder.encode, [text for text, _ in items]))
+
+    async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+
+@serve.deployment(max_ongoing_requests=128)
+class Scorer:
+    """Histories and query vectors -> items, from the bundle that `user_config` (ScorerOptions) names."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._refused: str | None = None
+
+    async def reconfigure(self, config: Json) -> None:
+        """Load and warm the new model beside the old one, then swap one reference; on failure the old one stays."""
+        try:
+            options = ScorerOptions.model_validate(config)
+            engine = await asyncio.to_thread(_load_engine, options)
+        except Exception as error:
+            if self._engine is None:
+                raise _startup_error("Scorer", error) from None
+            self._refused = _sentence(error)
+            log.error("Scorer keeps %s, the new model was refused: %s", self._engine.label, self._refused)
+            return
+        self._engine, self._refused = engine, None
+        self._batch.set_max_batch_size(options.max_batch)  # type: ignore[attr-defined]
+        self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+        log.info("Scorer serves %s", engine.label)
+
+    async def score(self, request: ScoreRequest) -> Json | Refusal:
+        answer: Json | Refusal = await self._batch(request)
+        return answer
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
+    async def _batch(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
+        return await asyncio.to_thread(self._ready_engine().score, requests)
+
+    async def interests(self, events: list[Json]) -> Json:
+        return await asyncio.to_thread(self._ready_engine().interests, events)
+
+    async def similar(self, item_id: str, k: int) -> Json | Refusal:
+        return await asyncio.to_thread(self._ready_engine().similar, item_id, k)
+
+    async def describe(self) -> Json:
+        refused = {"error": self._refused} if self._refused else {}
+        return {**self._ready_engine().describe(), **refused}
+
+    def _ready_engine(self) -> Engine:
+        if self._engine is None:
+            raise SpringtideError("Scorer has no user_config, so no model; name a bundle in the Serve configuration")
+        return self._engine
+
+
+@serve.deployment(max_ongoing_requests=128)
+@serve.ingress()
+class Ingress:
+    """HTTP and the event log. Imports the prepared log in the background; /readyz waits for it."""
+
+    def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
+        async def encode(texts: list[str]) -> np.ndarray:
+            return await encoder.encode.remote(texts)  # type: ignore[no-any-return]
+
+        async def call(method: str, *arguments: Any) -> Any:
+            return await getattr(scorer, method).remote(*arguments)
+
+        self._service = Service(
+            SQLiteStore(options.store),
+            encode,
+            call,
+            encoder_timeout_s=options.encoder_timeout_s,
+            scorer_timeout_s=options.scorer_timeout_s,
+            store_timeout_s=options.store_timeout_s,
+        )
+        if options.workspace is not None:
+            self._service.seeding = "the prepared log is being imported"
+            threading.Thread(target=self._seed, args=(Path(options.workspace),), daemon=True).start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._service)
+
+    def _seed(self, workspace: Path) -> None:
+        try:
+            rows = seed_histories(self._service.store, workspace)
+            log.info("imported %d events of the prepared log", rows)
+            self._service.seeding = "ok"
+        except Exception as error:
+            log.exception("the prepared log was not imported")
+            self._service.seeding = f"the prepared log was not imported: {_sentence(error)}"
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application builder that Serve configurations name in `import_path`; `args` are AppOptions."""
+    options = AppOptions.model_validate(args)
+    return Ingress.bind(TextEncoder.bind(), Scorer.bind(), options)  # type: ignore[no-any-return,attr-defined]
+
+
+# ---------------------------------------------------------------- loading, in a thread
+def _load_engine(options: ScorerOptions) -> Engine:
+    import torch
+
+    from springtide.bundle import load_bundle
+
+    torch.set_num_threads(options.threads)
+    bundle = load_bundle(options.bundle)
+    if options.version is not None and options.version != bundle.version:
+        log.warning("bundle %s has version %s, the configuration says %s", bundle.path, bundle.version, options.version)
+    if options.device != "cpu":
+        bundle.recommender.to(options.device)
+    engine = Engine(bundle, options.name)
+    engine.warm_up()
+    return engine
+
+
+def _load_encoder(options: EncoderOptions) -> Any:
+    import torch
+
+    from springtide.text.encoder import Encoder
+
+    torch.set_num_threads(options.threads)
+    encoder = Encoder(options.encoder, options.max_tokens, options.device)
+    encoder.encode(["warm up", "up " * options.max_tokens])
+    return encoder
+
+
+def _startup_error(name: str, error: Exception) -> RuntimeError:
+    """Serve shows only the text of this, so it must carry the sentence."""
+    return RuntimeError(f"{name} cannot start: {_sentence(error)}")
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"user_config {'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return str(error) if isinstance(error, SpringtideError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,53 @@
+"""What a Serve configuration may say of our application: its `args` and each deployment's `user_config`."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+IMPORT_PATH = "springtide.serving.deployments:build"
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AppOptions(Options):
+    """`args` of the application. A change restarts every replica."""
+
+    store: str = Field(min_length=1)  # file of the event log
+    workspace: str | None = None  # its prepared log becomes the users' first histories
+    encoder_timeout_s: float = Field(5.0, gt=0, le=600)
+    scorer_timeout_s: float = Field(10.0, gt=0, le=600)
+    store_timeout_s: float = Field(5.0, gt=0, le=600)
+
+
+class ScorerOptions(Options):
+    """`user_config` of Scorer. A change swaps the model in place."""
+
+    bundle: str = Field(min_length=1)
+    name: str = Field("default", min_length=1, max_length=64, pattern=r"^[\w.-]+$")
+    version: str | None = None  # of the bundle; a new version at the same path is then noticed
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    threads: int = Field(1, ge=1)
+    max_batch: int = Field(32, ge=1, le=1024)  # requests scored at once
+    batch_wait_ms: float = Field(2.0, ge=0, le=1000)
+
+
+class EncoderOptions(Options):
+    """`user_config` of TextEncoder. A change swaps the encoder in place."""
+
+    encoder: str = "default"  # as text.encoder in the settings
+    max_tokens: int = Field(64, ge=4, le=512)
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    threads: int = Field(1, ge=1)
+    max_batch_tokens: int = Field(2048, ge=4)  # padded tokens encoded at once
+    batch_wait_ms: float = Field(2.0, ge=0, le=1000)
+
+    @model_validator(mode="after")
+    def _one_text_fits(self) -> EncoderOptions:
+        if self.max_batch_tokens < self.max_tokens:
+            raise ValueError("max_batch_tokens must be at least max_tokens, or a long text fits no batch")
+        return self
+
+
+USER_CONFIG: dict[str, type[Options] | None] = {"Ingress": None, "TextEncoder": EncoderOptions, "Scorer": ScorerOptions}

@@ -1,0 +1,283 @@
+"""Requests and responses of HTTP version 1, with their bounds, and the one rule that reads a timestamp."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+MAX_BODY_BYTES = 16 * 2**20
+MAX_K = 1000
+MAX_HISTORY = 100_000  # events accepted in one request
+HISTORY_USED = 1000  # most recent events that a recommendation reads
+MAX_QUERY = 2000  # characters
+MAX_ID = 512
+MAX_EVENTS = 1000  # in one call of POST /v1/events
+MAX_TEXTS = 64
+_MILLISECONDS_FROM = 1e11  # numbers at or above this are milliseconds, below it seconds
+_LAST_MS = 253_402_300_799_999  # the end of the year 9999
+_FIRST_MS = -62_135_596_800_000  # the start of the year 1
+
+
+def parse_timestamp(value: Any) -> int:
+    """Milliseconds since 1970 UTC from epoch seconds, epoch milliseconds (numbers from 1e11 on) or ISO-8601 text.
+
+    Text without an offset is UTC. Raises ValueError for anything else and for times outside the years 1 to 9999.
+    """
+    if isinstance(value, str):
+        text = value.strip()[:64]  # longer than any time; the ISO reader would accept endless fractions of a second
+        try:
+            value = int(text) if text.lstrip("+-").isdigit() else float(text)
+        except ValueError:
+            try:
+                moment = datetime.fromisoformat(text)
+            except ValueError:
+                raise ValueError("give epoch seconds, epoch milliseconds or ISO-8601 text") from None
+            moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+            return round((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1000)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
+        raise ValueError("give epoch seconds, epoch milliseconds or ISO-8601 text")
+    ms = round(value if abs(value) >= _MILLISECONDS_FROM else value * 1000)
+    if not _FIRST_MS <= ms <= _LAST_MS:
+        raise ValueError("the time must lie in the years 1 to 9999 (are these microseconds?)")
+    return ms
+
+
+def _finite(value: int | float) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+
+
+def _number_to_text(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _plain(text: str) -> str:
+    """Refuse what could break a log line, a file or a database: control characters and half surrogate pairs."""
+    if not (text.isascii() and text.isprintable()) and any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise ValueError("must not hold control characters")
+    return text
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode text") from None
+    return text
+
+
+Identifier = Annotated[
+    str, BeforeValidator(_number_to_text), Field(min_length=1, max_length=MAX_ID), AfterValidator(_plain)
+]
+Timestamp = Annotated[
+    int,
+    BeforeValidator(parse_timestamp, json_schema_input_type=int | float | str),
+    Field(description="epoch seconds, epoch milliseconds (from 1e11 on) or ISO-8601"),
+]
+Rating = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
+Query = Annotated[str, Field(min_length=1, max_length=MAX_QUERY), AfterValidator(_encodable)]
+Count = Annotated[int, Field(ge=1, le=MAX_K)]
+
+
+class Request(BaseModel):
+    """Unknown fields are refused, so that a misspelt one is never silently without effect."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class HistoryEvent(Request):
+    item_id: Identifier
+    timestamp: Timestamp | None = None
+    action: Identifier | None = None
+    rating: Rating | None = None
+
+
+class Event(HistoryEvent):
+    user_id: Identifier
+    event_id: Identifier | None = Field(
+        None, description="makes the call safe to repeat: an event with a known event_id is ignored"
+    )
+    timestamp: Timestamp | None = Field(None, description="absent: the time of arrival")
+
+
+class Filters(Request):
+    categories: list[Identifier] = Field(default=[], max_length=1000, description="keep items of any of these")
+    exclude_items: list[Identifier] = Field(default=[], max_length=10_000)
+
+
+class RecommendRequest(Request):
+    """At least one of user_id, history and query. A non-empty `history` is used in place of the user's stored one."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"user_id": "42", "k": 5}, {"history": [{"item_id": "50"}], "k": 5}]}
+    )
+
+    user_id: Identifier | None = None
+    history: list[HistoryEvent] | None = Field(
+        None,
+        max_length=MAX_HISTORY,
+        description=f"oldest first unless timestamps say otherwise; the most recent {HISTORY_USED} events are used",
+    )
+    query: Query | None = Field(None, description="free text, in any language that the encoder knows")
+    k: Count = 10
+    exclude_seen: bool | None = Field(None, description="leave out items of the history; absent: as trained")
+    filters: Filters = Filters()
+    diversity: float = Field(0.0, ge=0, le=1, description="0: by score alone; towards 1: unlike one another")
+    model: Identifier | None = Field(None, description="a model's name or name@version; absent: the one that is served")
+    explain: bool = False
+
+    @model_validator(mode="after")
+    def _someone(self) -> RecommendRequest:
+        if self.user_id is None and self.history is None and self.query is None:
+            raise ValueError("give at least one of user_id, history and query")
+        return self
+
+
+class EncodeRequest(Request):
+    """`text` for one vector, `texts` for several."""
+
+    text: Query | None = None
+    texts: list[Query] | None = Field(None, min_length=1, max_length=MAX_TEXTS)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> EncodeRequest:
+        if (self.text is None) == (self.texts is None):
+            raise ValueError("give either text or texts")
+        return self
+
+
+def _one_or_list(value: Any) -> str:
+    return "list" if isinstance(value, list) else "event"
+
+
+EventsBody = Annotated[
+    Annotated[Event, Tag("event")] | Annotated[list[Event], Field(min_length=1, max_length=MAX_EVENTS), Tag("list")],
+    Discriminator(_one_or_list),
+]
+
+
+# ---------------------------------------------------------------- responses
+class Response(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+class ErrorDetail(Response):
+    code: str
+    message: str
+
+
+class ErrorBody(Response):
+    error: ErrorDetail
+
+
+class Gate(Response):
+    """Weights of the two branches, 1 together; null without a known history."""
+
+    long: float | None
+    short: float | None
+
+
+class ScoredItem(Response):
+    item_id: str
+    score: float
+    title: str
+
+
+class PastEvent(Response):
+    item_id: str
+    title: str
+    timestamp: int | None = None
+    weight: float
+
+
+class Explanation(Response):
+    gate: Gate
+    recent: list[PastEvent] = Field(description="the past events that weighed most")
+
+
+class RecommendResponse(Response):
+    items: list[ScoredItem]
+    model: str = Field(description="name@version")
+    source: str = Field(description="history, query, history+query or popular")
+    gate: Gate
+    explanation: Explanation | None = None
+    unknown_items: list[str] | None = Field(None, description="item ids of the history that the model does not know")
+    degraded: bool | None = Field(None, description="true when a part was down and the answer was made without it")
+
+
+class EventsResponse(Response):
+    accepted: int
+    duplicates: int
+
+
+class WeighedEvent(Response):
+    item_id: str
+    title: str
+    timestamp: int | None = None
+    action: str | None = None
+    rating: float | None = None
+    attention_long: float
+    attention_short: float
+
+
+class CategoryShare(Response):
+    category: str
+    share: float
+
+
+class Branch(Response):
+    categories: list[CategoryShare] = Field(description="shares of the branch's attention, greatest first")
+    items: list[ScoredItem] = Field(description="the items nearest to the branch's vector, best first")
+
+
+class InterestsResponse(Response):
+    user_id: str
+    model: str
+    gate: Gate
+    events: list[WeighedEvent]
+    long: Branch
+    short: Branch
+    unknown_items: list[str] | None = None
+
+
+class SimilarResponse(Response):
+    item_id: str
+    title: str
+    model: str
+    items: list[ScoredItem]
+
+
+class EncodeResponse(Response):
+    dim: int
+    vectors: list[list[float]] | None = None
+    vector: list[float] | None = None
+
+
+class ModelInfo(Response):
+    model: str
+    name: str
+    version: str
+    items: int
+    loaded_at: str
+    metrics: dict[str, Any]
+    error: str | None = Field(None, description="why the last change of model was refused, if it was")
+
+
+class ModelsResponse(Response):
+    models: list[ModelInfo]
+
+
+class Readiness(Response):
+    ready: bool
+    checks: dict[str, str]
+
+
+class ApiError(Exception):
+    """An error that a caller sees: an HTTP status, a short code and one sentence."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message

@@ -1,0 +1,199 @@
+"""What the Ingress does with a request, free of Ray and HTTP: reads the history, encodes the query, asks the scorer.
+
+A part that is down or slow costs its share of the answer, never the caller's patience: every call has a time limit,
+a missing encoder or store leaves a `degraded` answer, a missing scorer an error 503.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from springtide.errors import SpringtideError
+from springtide.serving.engine import Refusal, ScoreRequest
+from springtide.serving.schemas import HISTORY_USED, ApiError, EncodeRequest, Event, HistoryEvent, RecommendRequest
+from springtide.serving.store import HistoryStore
+
+log = logging.getLogger("springtide.serving")
+Json = dict[str, Any]
+Encode = Callable[[list[str]], Awaitable[np.ndarray]]  # texts -> [n, D] float32, L2-normalised
+Call = Callable[..., Awaitable[Any]]  # (method of the scorer, its arguments) -> its answer
+
+
+class Backend(Protocol):
+    """What the HTTP application needs. Each method raises ApiError for what the caller should be told."""
+
+    async def recommend(self, request: RecommendRequest) -> Json: ...
+    async def events(self, events: list[Event]) -> Json: ...
+    async def interests(self, user_id: str) -> Json: ...
+    async def similar(self, item_id: str, k: int) -> Json: ...
+    async def encode(self, request: EncodeRequest) -> Json: ...
+    async def models(self) -> Json: ...
+    async def ready(self) -> Json: ...
+
+
+class Service:
+    """The Backend in use. `encode` and `call` reach the TextEncoder and the Scorer; tests hand in plain coroutines."""
+
+    def __init__(
+        self,
+        store: HistoryStore,
+        encode: Encode,
+        call: Call,
+        encoder_timeout_s: float = 5.0,
+        scorer_timeout_s: float = 10.0,
+        store_timeout_s: float = 5.0,
+    ) -> None:
+        self.store = store
+        self.seeding = "ok"  # or why the stored histories are not complete yet
+        self._encode, self._call = encode, call
+        self._encoder_timeout_s, self._scorer_timeout_s = encoder_timeout_s, scorer_timeout_s
+        self._store_timeout_s = store_timeout_s
+
+    async def recommend(self, request: RecommendRequest) -> Json:
+        (events, history_lost), (query, query_lost) = await asyncio.gather(
+            self._history_of(request), self._vector_of(request.query)
+        )
+        answer = await self._score(
+            ScoreRequest(
+                events=events,
+                query=query,
+                k=request.k,
+                exclude_seen=request.exclude_seen,
+                categories=tuple(request.filters.categories),
+                exclude_items=tuple(request.filters.exclude_items),
+                diversity=request.diversity,
+                explain=request.explain,
+                model=request.model,
+                now=int(time.time() * 1000),
+            )
+        )
+        if history_lost or query_lost:
+            answer["degraded"] = True
+        return answer
+
+    async def events(self, events: list[Event]) -> Json:
+        now = int(time.time() * 1000)
+        rows = [
+            {
+                "event_id": event.event_id or uuid.uuid4().hex,
+                "user_id": event.user_id,
+                "item_id": event.item_id,
+                "timestamp": now if event.timestamp is None else event.timestamp,
+                "action": event.action,
+                "rating": event.rating,
+            }
+            for event in events
+        ]
+        try:
+            accepted = await self._stored(self.store.append, rows)
+        except (SpringtideError, TimeoutError) as error:
+            log.error("events not stored: %s", error or "timeout")
+            raise ApiError(
+                503, "store_unavailable", "the events may not be stored; send them again with the same event_id"
+            ) from None
+        return {"accepted": accepted, "duplicates": len(rows) - accepted}
+
+    async def interests(self, user_id: str) -> Json:
+        try:
+            events = await self._stored(self.store.history, user_id, HISTORY_USED)
+        except (SpringtideError, TimeoutError) as error:
+            log.error("history not read: %s", error or "timeout")
+            raise ApiError(503, "store_unavailable", "the event log cannot be read at the moment") from None
+        if not events:
+            raise ApiError(404, "unknown_user", "no event of this user is known")
+        return {"user_id": user_id, **await self._ask("interests", events)}
+
+    async def similar(self, item_id: str, k: int) -> Json:
+        return await self._ask("similar", item_id, k)
+
+    async def encode(self, request: EncodeRequest) -> Json:
+        texts = [request.text] if request.text is not None else list(request.texts or [])
+        try:
+            vectors = await asyncio.wait_for(self._encode(texts), self._encoder_timeout_s)
+        except Exception as error:
+            log.error("texts not encoded: %r", error)
+            raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
+        rows = np.asarray(vectors, np.float64).round(7).tolist()
+        one = {"vector": rows[0]} if request.text is not None else {"vectors": rows}
+        return {"dim": len(rows[0]), **one}
+
+    async def models(self) -> Json:
+        return {"models": [await self._ask("describe")]}
+
+    async def ready(self) -> Json:
+        """True only when a `recommend` would be answered whole: histories in place, store and scorer answering."""
+        checks = {"histories": self.seeding, "store": "ok", "scorer": "ok"}
+        try:
+            await self._stored(self.store.history, "", 1)
+        except (SpringtideError, TimeoutError) as error:
+            checks["store"] = str(error) or "timeout"
+        try:
+            await self._ask("describe")
+        except ApiError as error:
+            checks["scorer"] = error.message
+        return {"ready": all(state == "ok" for state in checks.values()), "checks": checks}
+
+    async def _history_of(self, request: RecommendRequest) -> tuple[list[Json], bool]:
+        """The events to recommend from, and whether stored ones could not be read."""
+        if request.history:
+            return recent_events(request.history), False
+        if request.user_id is None:
+            return [], False
+        try:
+            return await self._stored(self.store.history, request.user_id, HISTORY_USED), False
+        except (SpringtideError, TimeoutError) as error:
+            log.error("history not read, answering without: %s", error or "timeout")
+            return [], True
+
+    async def _vector_of(self, query: str | None) -> tuple[np.ndarray | None, bool]:
+        """The query's vector, and whether it could not be had."""
+        if query is None:
+            return None, False
+        try:
+            vectors = await asyncio.wait_for(self._encode([query]), self._encoder_timeout_s)
+            return np.asarray(vectors[0], np.float32), False
+        except Exception as error:  # a dead replica, a full queue, a time-out: the answer does without the query
+            log.error("query not encoded, answering without: %r", error)
+            return None, True
+
+    async def _score(self, request: ScoreRequest) -> Json:
+        return await self._ask("score", request)
+
+    async def _ask(self, method: str, *arguments: Any) -> Json:
+        try:
+            answer = await asyncio.wait_for(self._call(method, *arguments), self._scorer_timeout_s)
+        except Exception as error:
+            log.error("scorer.%s failed: %r", method, error)
+            raise ApiError(503, "scorer_unavailable", "the model does not answer at the moment; try again") from None
+        if isinstance(answer, Refusal):
+            raise ApiError(answer.status, answer.code, answer.message)
+        return dict(answer)
+
+    async def _stored(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.wait_for(asyncio.to_thread(work, *arguments), self._store_timeout_s)
+
+
+def recent_events(history: list[HistoryEvent]) -> list[Json]:
+    """The most recent HISTORY_USED events of a request, oldest first; equal times keep the order given.
+
+    An event without a timestamp is taken to follow the one before it at once.
+    """
+    times: list[int] = []
+    for event in history:
+        times.append(event.timestamp if event.timestamp is not None else (times[-1] if times else 0))
+    first = next((event.timestamp for event in history if event.timestamp is not None), None)
+    if first is None:
+        return [event.model_dump(exclude_none=True) for event in history[-HISTORY_USED:]]
+    for i, event in enumerate(history):  # those before the first known time share it
+        if event.timestamp is not None:
+            break
+        times[i] = first
+    order = sorted(range(len(history)), key=times.__getitem__)[-HISTORY_USED:]
+    return [{**history[i].model_dump(exclude_none=True), "timestamp": times[i]} for i in order]

@@ -1,0 +1,1 @@
+"""BERT-family encoder: the catalogue in bulk, a query online."""

@@ -1,0 +1,116 @@
+"""The `embed` stage: a text vector for every catalogue item, from a BERT-family encoder in a Ray Data actor pool."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from springtide.cluster import connect
+from springtide.config import Settings, TextConfig
+from springtide.data.prepared import load_prepared
+from springtide.errors import SpringtideError
+from springtide.files import publish_directory, verify_manifest, write_manifest
+from springtide.schemas import VECTORS, check_schema
+from springtide.text.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+
+class EncodeBatch:
+    """One actor of the pool: a loaded encoder that turns a block of items into vectors."""
+
+    def __init__(self, config: TextConfig) -> None:
+        self.batch_size = config.batch_size
+        device = "cuda" if config.gpus_per_actor else "cpu"
+        self.encoder = Encoder(config.encoder, config.max_tokens, device)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        vectors = self.encoder.encode(batch["text"].to_pylist(), self.batch_size)
+        return pa.table({"item_id": batch["item_id"], "vector": pa.array(list(vectors), pa.list_(pa.float32()))})
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Encode the item texts into `<workspace>/vectors`. Returns the body of results/embed.json.
+
+    Raises SpringtideError if there is no prepared log, no item text or no such encoder.
+    """
+    prepared = load_prepared(settings.workspace)
+    config = settings.text
+    items = prepared.items.select(["item_id", "text"])
+    described = items.filter(pa.compute.not_equal(items["text"], ""))
+    if not len(described):
+        raise SpringtideError("no item has a text to encode; set data.items.text, or model.text_dim=0 and skip this job")
+    Encoder(config.encoder, config.max_tokens)  # a wrong name fails here, in a sentence, and not in an actor
+    connect()
+    import ray
+
+    blocks = max(1, min(config.actors * 4, len(described) // config.batch_size))
+    vectors = (
+        ray.data.from_arrow(described)
+        .repartition(blocks)
+        .map_batches(
+            EncodeBatch,
+            fn_constructor_args=(config,),
+            batch_size=config.batch_size * 8,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=config.actors),
+            num_cpus=config.cpus_per_actor,
+            num_gpus=config.gpus_per_actor or None,
+        )
+        .materialize()
+    )
+    tables = [check_schema(table.cast(VECTORS), VECTORS, "vectors") for table in ray.get(vectors.to_arrow_refs())]
+    table = pa.concat_tables(tables)
+    final = Path(settings.workspace) / "vectors"
+    with publish_directory(final) as out:
+        pq.write_table(table, out / "part-00000.parquet")
+        write_manifest(out, {"prepared": prepared.content_hash, "encoder": config.encoder, "max_tokens": config.max_tokens})
+    width = len(table["vector"][0])
+    log.info("%d of %d items have a text; vectors are %d wide", len(table), len(items), width)
+    return {"vectors": str(final), "items": len(items), "encoded": len(table), "width": width}
+
+
+def load_vectors(workspace: str | Path, item_ids: list[str]) -> np.ndarray | None:
+    """[I, D] float32 in catalogue order, a zero row for an item without text; None if `embed` has not run.
+
+    Raises SpringtideError if the vectors are damaged.
+    """
+    path = Path(workspace).absolute() / "vectors"
+    if not path.exists():
+        return None
+    verify_manifest(path, "text vectors")
+    table = check_schema(pq.read_table(path / "part-00000.parquet"), VECTORS, str(path))
+    rows = {item_id: row for row, item_id in enumerate(item_ids)}
+    values = np.stack(table["vector"].to_numpy())
+    out = np.zeros((len(item_ids), values.shape[1]), np.float32)
+    kept = [(rows[item_id], position) for position, item_id in enumerate(table["item_id"].to_pylist()) if item_id in rows]
+    if kept:
+        target, source = map(list, zip(*kept, strict=True))
+        out[target] = values[source]
+    return out
+
+
+def whiten(vectors: np.ndarray, width: int) -> np.ndarray:
+    """[I, min(width, D, I)] float32: principal components of the described rows, scaled to unit variance.
+
+    Frozen sentence vectors crowd into a narrow cone; whitening spreads them (Su et al., arXiv 2103.15316). Zero rows
+    (no text) stay zero.
+    """
+    described = np.abs(vectors).sum(1) > 0
+    width = min(width, vectors.shape[1], max(0, int(described.sum()) - 1))
+    out = np.zeros((len(vectors), width), np.float32)
+    if not width:
+        return out
+    rows = vectors[described].astype(np.float64)
+    rows = rows - rows.mean(0)
+    values, axes = np.linalg.eigh(rows.T @ rows / len(rows))
+    best = np.argsort(values)[::-1][:width]
+    scale = np.sqrt(values[best] + 1e-6 + 0.01 * values[best[0]])  # a floor, or the last components are noise
+    signs = np.sign(axes[np.abs(axes[:, best]).argmax(0), best])  # eigenvectors have no sign of their own: fix one
+    out[described] = (rows @ (axes[:, best] * signs / scale)).astype(np.float32)
+    return out

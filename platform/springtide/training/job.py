@@ -1,0 +1,203 @@
+"""The `train` stage: Ray Train over 1 to N workers, fed by Ray Data, ending in a bundle. Rerun it to resume."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from springtide.bundle import write_bundle
+from springtide.cluster import connect
+from springtide.config import Settings
+from springtide.data.prepared import Prepared, load_prepared
+from springtide.errors import SpringtideError
+from springtide.text.embed import load_vectors, whiten
+from springtide.training.loop import Progress
+from springtide.training.statistics import collect_file, merge
+from springtide.training.worker import build_model, read_progress, train_worker, write_inputs
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Train on the workspace's prepared log and write `<workspace>/bundle`. Returns the body of results/train.json.
+
+    An interrupted run with the same data and settings goes on from its last checkpoint. Raises SpringtideError if
+    there is nothing to train on.
+    """
+    submitted = time.time()
+    prepared = load_prepared(settings.workspace)
+    run_folder = Path(settings.workspace) / "runs" / f"train-{fingerprint(settings, prepared)}"
+    if (run_folder / "finished").exists():
+        log.info("these settings were trained before; training them again from the start")
+        shutil.rmtree(run_folder)
+    progress = train(settings, prepared, run_folder, submitted)
+    metrics = write_trained(settings, prepared, run_folder, progress, Path(settings.workspace) / "bundle")
+    (run_folder / "finished").touch()
+    log.info("best validation NDCG@10 %.4f in epoch %d of %d", progress.best, progress.best_epoch + 1, progress.epoch)
+    return {"bundle": str(Path(settings.workspace) / "bundle"), "run": str(run_folder), **metrics}
+
+
+def fingerprint(settings: Settings, prepared: Prepared) -> str:
+    """Ten hex digits that change with the data and with every setting that the trained weights depend on."""
+    said = settings.model_dump(mode="json", include={"model", "train"}) | {"exclude_seen": settings.data.exclude_seen}
+    vectors = Path(settings.workspace) / "vectors" / "manifest.json"
+    said |= {"log": prepared.content_hash, "vectors": vectors.read_text() if vectors.exists() else ""}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def train(
+    settings: Settings, prepared: Prepared, run_folder: Path, submitted: float, callbacks: list[Any] | None = None
+) -> Progress:
+    """Run Ray Train in `run_folder` and return the final progress, best weights included."""
+    connect()
+    import ray
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = settings.train
+    files = prepared.sequence_files
+    if config.workers > len(files):
+        raise SpringtideError(
+            f"train.workers is {config.workers}, but the log has {len(files)} partitions; lower it or raise data.partitions"
+        )
+    _check_resources(settings)
+    inputs = write_statistics(settings, prepared, run_folder)
+    shards = {
+        # Each worker has its own files, so the share of a worker is the same in every run and no row is dropped.
+        f"train-{worker}": ray.data.read_parquet([str(file) for file in files[worker :: config.workers]])
+        for worker in range(config.workers)
+    }
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "settings": settings.model_dump(mode="json"),
+            "actions": len(prepared.actions),
+            "inputs": str(inputs),
+            "holdout_share": holdout_share(settings, prepared),
+            "submitted": submitted,
+        },
+        torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={"CPU": config.cpus_per_worker, **({"GPU": 1} if config.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=run_folder.name,
+            storage_path=str(run_folder.parent),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            callbacks=callbacks,
+        ),
+        datasets=shards,
+        dataset_config=DataConfig(datasets_to_split=[]),
+    )
+    result = trainer.fit()
+    if result.checkpoint is None:
+        raise SpringtideError("training ended without a checkpoint; see the messages of the workers above")
+    with result.checkpoint.as_directory() as folder:
+        return read_progress(Path(folder))
+
+
+def holdout_share(settings: Settings, prepared: Prepared) -> float:
+    """The share of users to hold out, if the split has no validation part of its own."""
+    return 0.0 if prepared.report["split"]["valid"] else settings.train.validation_share
+
+
+def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path) -> Path:
+    """Count the training events, a Ray task per file, and leave the result with the text vectors for the workers.
+
+    Raises SpringtideError if no user has two training events, or if text is asked for and `embed` has not run.
+    """
+    import ray
+
+    items = prepared.items
+    share = holdout_share(settings, prepared)
+    collect = ray.remote(num_cpus=0.5)(collect_file)
+    parts = ray.get([collect.remote(file, len(items), settings.model, share) for file in prepared.sequence_files])
+    statistics = merge(parts)
+    users = prepared.report["users"]
+    if int(statistics.popularity.sum()) <= users and not _can_train(prepared, share):
+        raise SpringtideError(
+            f"no user among {users} has two training events, so there is no sequence to learn from; use a longer log"
+        )
+    run_folder.mkdir(parents=True, exist_ok=True)
+    path = run_folder / "inputs.safetensors"
+    write_inputs(path, statistics, text_features(settings, prepared))
+    return path
+
+
+def _can_train(prepared: Prepared, share: float) -> bool:
+    import pyarrow.parquet as pq
+
+    from springtide.training.sequences import from_table, training_windows
+
+    return any(len(training_windows(from_table(pq.read_table(f), share), 2)) for f in prepared.sequence_files)
+
+
+def text_features(settings: Settings, prepared: Prepared) -> np.ndarray:
+    """Whitened text vectors [I, text_dim]; zero width where the settings or the log have no text.
+
+    Raises SpringtideError if the items have texts that `embed` has not encoded yet.
+    """
+    if not settings.model.text_dim or not prepared.report["catalogue"]["with_text"]:
+        if not settings.model.id_embeddings:
+            raise SpringtideError("model.id_embeddings is off and no item has a text, so items have no vector; turn it on")
+        return np.zeros((len(prepared.items), 0), np.float32)
+    vectors = load_vectors(settings.workspace, prepared.items["item_id"].to_pylist())
+    if vectors is None:
+        raise SpringtideError("the items have texts but no vectors yet; run the embed job first, or set model.text_dim=0")
+    return whiten(vectors, settings.model.text_dim)
+
+
+def write_trained(
+    settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress, bundle: Path
+) -> dict[str, Any]:
+    """Write the best epoch as a bundle. Returns the run's metrics."""
+    model, counts = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
+    model.load_state_dict(progress.best_state)
+    metrics = summarise(progress, sum(p.numel() for p in model.parameters()))
+    vectors = load_vectors(settings.workspace, prepared.items["item_id"].to_pylist())
+    write_bundle(bundle, model, settings, prepared.items, prepared.actions, counts, vectors, metrics)
+    return metrics
+
+
+def summarise(progress: Progress, parameters: int) -> dict[str, Any]:
+    """The run in numbers: accuracy, and how fast. The first epoch counts as start-up where there are more."""
+    running = progress.epochs[1:] or progress.epochs
+    loop = sum(e["seconds"] + e["report_seconds"] for e in running)
+    around = sum(e["wait_seconds"] + e["report_seconds"] for e in running)
+    return {
+        "validation": {"ndcg@10": progress.best, "epoch": progress.best_epoch},
+        "epochs": progress.epochs,
+        "parameters": parameters,
+        "positions_per_cpu_second": sum(e["positions"] for e in running) / max(1e-9, sum(e["cpu_seconds"] for e in running)),
+        "seconds_to_first_step": progress.epochs[0]["first_step_seconds"],
+        "epoch_seconds": loop / len(running),
+        "ray_share": around / max(1e-9, loop),
+    }
+
+
+def _check_resources(settings: Settings) -> None:
+    """Refuse what the cluster can never grant, instead of waiting for it."""
+    import ray
+
+    config = settings.train
+    total = ray.cluster_resources()
+    asked = config.workers * config.cpus_per_worker
+    if asked >= total.get("CPU", 0):
+        raise SpringtideError(
+            f"{config.workers} workers with {config.cpus_per_worker:g} CPUs each leave nothing of the cluster's "
+            f"{total.get('CPU', 0):g} CPUs for reading data; lower train.workers or train.cpus_per_worker"
+        )
+    if config.use_gpu and config.workers > total.get("GPU", 0):
+        log.warning("waiting for %d GPUs; the cluster has %g now", config.workers, total.get("GPU", 0))
+
+

@@ -1,0 +1,208 @@
+"""The training loop: the same for one process and for DDP. Knows torch.distributed, but neither Ray nor files.
+
+Gradients are those of the mean loss over all positions of all workers' batches, however unequal the workers' shares:
+each scales its summed loss by the global count, and one that has run out of data joins with an empty batch. All
+randomness is drawn anew from (seed, epoch, rank), so a run resumed at an epoch equals one that never stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from springtide.config import TrainConfig
+from springtide.errors import SpringtideError
+from springtide.model.batch import Batch, History, scoring_batch
+from springtide.model.fusion import FusionModel
+
+RANK_BATCH = 128
+
+
+class Feed(Protocol):
+    """One worker's share of the data."""
+
+    def epoch(self, epoch: int) -> Iterator[Batch]: ...
+
+    def cases(self) -> list[tuple[History, int]]: ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands between two epochs; with the model's and the optimizer's tensors, all that a resume needs."""
+
+    epoch: int = 0  # epochs done
+    best: float = -1.0  # best validation NDCG@10
+    best_epoch: int = -1
+    epochs: list[dict[str, float]] = field(default_factory=list)  # one record each
+    best_state: dict[str, Tensor] = field(default_factory=dict)
+
+    def finished(self, config: TrainConfig) -> bool:
+        waited = self.epoch - 1 - self.best_epoch
+        return self.epoch >= config.epochs or (self.best_epoch >= 0 and waited >= config.patience)
+
+
+def make_optimizer(model: FusionModel, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; the few numbers that weigh memory and popularity move faster and are not decayed."""
+    fast = [p for n, p in model.named_parameters() if n.startswith(("memory", "trust", "popularity_weight", "log_temperature"))]
+    fast_ids = {id(p) for p in fast}
+    slow = [p for p in model.parameters() if id(p) not in fast_ids]
+    return torch.optim.AdamW(
+        [
+            {"params": slow, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+            {"params": fast, "lr": config.memory_learning_rate, "weight_decay": 0.0},
+        ]
+    )
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    feed: Feed,
+    config: TrainConfig,
+    exclude_seen: bool,
+    progress: Progress,
+    after_epoch: Callable[[Progress], None],
+    device: torch.device | None = None,
+) -> Progress:
+    """Train until early stopping. `model` is a FusionModel or DDP around one; `after_epoch` saves and reports.
+
+    Raises SpringtideError if the loss stops being finite.
+    """
+    device = device or torch.device("cpu")
+    inner = bare(model)
+    while not progress.finished(config):
+        started, cpu = time.perf_counter(), time.process_time()
+        torch.manual_seed(seed_of(config.seed, progress.epoch, rank()))
+        record = train_epoch(model, optimizer, feed.epoch(progress.epoch), config, exclude_seen, progress.epoch, device)
+        trained = time.perf_counter()
+        record |= validate(inner, feed.cases(), exclude_seen, device)
+        record["validate_seconds"] = time.perf_counter() - trained
+        record["seconds"] = time.perf_counter() - started
+        record["cpu_seconds"] = float(all_sum(torch.tensor(time.process_time() - cpu, dtype=torch.float64)))
+        record["epoch"] = progress.epoch
+        if record["ndcg@10"] > progress.best or not record["users"]:  # nobody to validate on: the last epoch stands
+            progress.best, progress.best_epoch = record["ndcg@10"], progress.epoch
+            progress.best_state = {name: value.detach().cpu().clone() for name, value in inner.state_dict().items()}
+        progress.epochs.append(record)
+        progress.epoch += 1
+        after_epoch(progress)
+    return progress
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Batch],
+    config: TrainConfig,
+    exclude_seen: bool,
+    epoch: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """One pass over all workers' batches. Returns loss per position, positions, steps and seconds spent waiting."""
+    model.train()
+    loss_sum, positions, steps, waited = 0.0, 0, 0, 0.0
+    last: Batch | None = None
+    while True:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        waited += time.perf_counter() - asked
+        count = int(all_sum(torch.tensor(0 if batch is None else int((batch.targets >= 0).sum()))))
+        going = int(all_sum(torch.tensor(0 if batch is None else 1)))
+        if not going:
+            break
+        if batch is None:
+            batch = _nothing_to_learn(last)
+        last = batch
+        if not count:
+            continue
+        loss, _ = model(batch.to(device), exclude_seen, config.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        (loss * (world_size() / count)).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        if not torch.isfinite(norm):
+            raise SpringtideError(
+                f"the loss is not finite in epoch {epoch + 1}, step {steps + 1}; lower train.learning_rate or look for extreme "
+                "ratings in the log (the last checkpoint is kept)"
+            )
+        optimizer.step()
+        loss_sum += loss.item()
+        positions += count
+        steps += 1
+    total = float(all_sum(torch.tensor(loss_sum, dtype=torch.float64)))
+    return {"loss": total / max(1, positions), "positions": positions, "steps": steps, "wait_seconds": waited}
+
+
+def _nothing_to_learn(last: Batch | None) -> Batch:
+    """A batch without targets, for a worker whose share has run out while others still train."""
+    if last is None:  # it never had any
+        one = torch.zeros(1, 1, dtype=torch.int64)
+        return Batch(one, one, torch.full((1, 1), torch.nan), one, one == 0, torch.zeros(1, dtype=torch.int64), one, one - 1)
+    return replace(last, targets=torch.full_like(last.targets, -1))
+
+
+@torch.no_grad()
+def validate(
+    model: FusionModel, cases: list[tuple[History, int]], exclude_seen: bool, device: torch.device
+) -> dict[str, float]:
+    """NDCG@10 and HR@10 over the whole catalogue, of all workers' cases together."""
+    model.eval()
+    vectors = model.item_vectors()
+    sums = torch.zeros(3, dtype=torch.float64)  # NDCG, hits, cases
+    for begin in range(0, len(cases), RANK_BATCH):
+        some = cases[begin : begin + RANK_BATCH]
+        histories = [history for history, _ in some]
+        batch = scoring_batch(histories, model.config.long_window).to(device)
+        last = torch.stack([torch.arange(len(some), device=device), batch.mask.sum(1) - 1], 1)
+        logits = model.logits_at(batch, model.interest(batch, vectors), vectors, last).cpu().numpy()
+        targets = np.array([target for _, target in some])
+        if exclude_seen:
+            for row, history in enumerate(histories):
+                logits[row, history.items] = -np.inf
+        own = logits[np.arange(len(some)), targets][:, None]
+        ahead = (logits > own).sum(1) + ((logits == own) & (np.arange(logits.shape[1]) < targets[:, None])).sum(1)
+        # A target that the history already holds was excluded above, so it cannot be hit.
+        hit = (ahead < 10) & np.isfinite(own[:, 0])
+        sums += torch.tensor([float((hit / np.log2(ahead + 2)).sum()), float(hit.sum()), float(len(some))])
+    all_sum(sums)
+    count = max(1.0, float(sums[2]))
+    return {"ndcg@10": float(sums[0]) / count, "hr@10": float(sums[1]) / count, "users": float(sums[2])}
+
+
+# ---------------------------------------------------------------- processes
+def bare(model: nn.Module) -> FusionModel:
+    """The model inside DDP, or itself."""
+    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    assert isinstance(inner, FusionModel)
+    return inner
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_sum(value: Tensor) -> Tensor:
+    """The sum over all workers, in place."""
+    if world_size() > 1:
+        if dist.get_backend() == "nccl":
+            moved = value.cuda()
+            dist.all_reduce(moved)
+            value.copy_(moved)
+        else:
+            dist.all_reduce(value)
+    return value
+
+
+def seed_of(*parts: int) -> int:
+    """One 63-bit seed out of several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

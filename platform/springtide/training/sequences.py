@@ -1,0 +1,135 @@
+"""A worker's share of the histories as flat arrays: training windows, batches and validation cases.
+
+Every training position of a window is a target; prefixes are never materialised. Batches are cut out with one gather.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from springtide.model.batch import Batch, History
+from springtide.schemas import TRAIN, VALID
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Histories of U users laid end to end: E events in all."""
+
+    items: np.ndarray  # [E] int64
+    actions: np.ndarray  # [E] int64
+    ratings: np.ndarray  # [E] float32
+    timestamps: np.ndarray  # [E] int64
+    targets: np.ndarray  # [E] bool, may be predicted
+    start: np.ndarray  # [U] first event of each user
+    train_end: np.ndarray  # [U] one past the last training event
+    valid_target: np.ndarray  # [U] the event to predict in validation, -1 = none
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in vars(self).values())
+
+    def history(self, user: int, end: int) -> History:
+        """A user's events before flat position `end`."""
+        part = slice(int(self.start[user]), end)
+        return History(self.items[part], self.actions[part], self.ratings[part], self.timestamps[part])
+
+
+def from_table(table: pa.Table, holdout_share: float) -> Sequences:
+    """Flatten a SEQUENCES table, users in user_id order so that the order of arrival does not matter.
+
+    holdout_share: in a log without a validation part, this share of the users with 3 events or more (chosen by a hash
+    of the id) has its last target held out. 0 = none.
+    """
+    table = table.combine_chunks().sort_by("user_id")
+    lengths = pa.compute.list_value_length(table["items"]).to_numpy().astype(np.int64)
+    start = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64) if len(lengths) else np.zeros(0, np.int64)
+
+    def flat(name: str, dtype: type[np.generic]) -> np.ndarray:
+        return pa.compute.list_flatten(table[name]).to_numpy(zero_copy_only=False).astype(dtype)
+
+    parts, targets = flat("parts", np.int8), flat("targets", np.bool_)
+    user = np.repeat(np.arange(len(lengths)), lengths)
+    train_end = start + np.bincount(user[parts == TRAIN], minlength=len(lengths))
+    valid_target = np.full(len(lengths), -1, np.int64)
+    places = np.flatnonzero((parts == VALID) & targets)
+    valid_target[user[places[::-1]]] = places[::-1]  # the first one stands
+    if holdout_share:
+        for row, user_id in enumerate(table["user_id"].to_pylist()):
+            if zlib.crc32(b"holdout:" + user_id.encode()) % 10_000 < holdout_share * 10_000:
+                own = np.flatnonzero(targets[start[row] : train_end[row]])
+                if len(own) >= 3:
+                    valid_target[row] = train_end[row] = start[row] + own[-1]
+    return Sequences(
+        flat("items", np.int64), flat("actions", np.int64), flat("ratings", np.float32), flat("timestamps", np.int64),
+        targets, start, train_end, valid_target,
+    )  # fmt: skip
+
+
+def concatenate(parts: list[Sequences]) -> Sequences:
+    """Several blocks of whole users as one."""
+    shifts = np.concatenate([[0], np.cumsum([len(p.items) for p in parts])[:-1]])
+    joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0])}
+    for name in ("start", "train_end"):
+        joined[name] = np.concatenate([getattr(p, name) + shift for p, shift in zip(parts, shifts, strict=True)])
+    joined["valid_target"] = np.concatenate(
+        [np.where(p.valid_target >= 0, p.valid_target + shift, -1) for p, shift in zip(parts, shifts, strict=True)]
+    )
+    return Sequences(**joined)
+
+
+def training_windows(sequences: Sequences, length: int) -> np.ndarray:
+    """[W, 3] int64 (first event, one past the last input, events of the user before it).
+
+    A user's training events are cut from the newest backwards into windows of `length` inputs; each event but the
+    user's first is the target of exactly one window.
+    """
+    inputs = np.maximum(sequences.train_end - sequences.start - 1, 0)  # the last training event is target only
+    pieces = -(-inputs // length)
+    user = np.repeat(np.arange(len(inputs)), pieces)
+    back = np.arange(len(user)) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # 0 = the newest window
+    end = (sequences.train_end - 1)[user] - back * length
+    first = np.maximum(end - length, sequences.start[user])
+    return np.stack([first, end, first - sequences.start[user]], 1)
+
+
+def training_batch(sequences: Sequences, windows: np.ndarray) -> Batch:
+    """Gather windows [B, 3] into padded tensors; targets are the events one step later."""
+    first, end, offset = windows.T
+    place = first[:, None] + np.arange(int((end - first).max()))  # [B, L]
+    mask = place < end[:, None]
+    place = np.where(mask, place, first[:, None])
+    wanted = mask & sequences.targets[place + 1]
+
+    def gather(array: np.ndarray, fill: float) -> torch.Tensor:
+        return torch.from_numpy(np.where(mask, array[place], np.array(fill, array.dtype)))
+
+    return Batch(
+        items=gather(sequences.items, 0),
+        actions=gather(sequences.actions, 0),
+        ratings=gather(sequences.ratings, np.nan),
+        timestamps=gather(sequences.timestamps, 0),
+        mask=torch.from_numpy(mask),
+        offset=torch.from_numpy(offset),
+        now=torch.from_numpy(np.where(mask, sequences.timestamps[place + 1], 0)),
+        targets=torch.from_numpy(np.where(wanted, sequences.items[place + 1], -1)),
+    )
+
+
+def epoch_batches(sequences: Sequences, length: int, batch_size: int, seed: tuple[int, ...]) -> Iterator[Batch]:
+    """All training windows once, in an order drawn from `seed`."""
+    windows = training_windows(sequences, length)
+    order = np.random.default_rng(seed).permutation(len(windows))
+    for begin in range(0, len(order), batch_size):
+        yield training_batch(sequences, windows[order[begin : begin + batch_size]])
+
+
+def validation_cases(sequences: Sequences, limit: int) -> list[tuple[History, int]]:
+    """(history, item that came next) of at most `limit` users with a validation event."""
+    users = np.flatnonzero((sequences.valid_target >= 0) & (sequences.valid_target > sequences.start))[:limit]
+    return [(sequences.history(u, int(sequences.valid_target[u])), int(sequences.items[sequences.valid_target[u]])) for u in users]

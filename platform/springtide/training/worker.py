@@ -1,0 +1,233 @@
+"""What each Ray Train worker runs: its shard from Ray Data, the model under DDP, a checkpoint after every epoch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+
+from springtide.config import Settings, TrainConfig
+from springtide.errors import SpringtideError
+from springtide.model.batch import Batch, History
+from springtide.model.fusion import FusionModel
+from springtide.schemas import SEQUENCES, check_schema
+from springtide.training.loop import Progress, bare, fit, make_optimizer, rank, seed_of, world_size
+from springtide.training.sequences import Sequences, concatenate, epoch_batches, from_table, validation_cases
+from springtide.training.statistics import Statistics
+
+log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- inputs that the driver leaves for the workers
+def write_inputs(path: Path, statistics: Statistics, text: np.ndarray) -> None:
+    """Save statistics and whitened text vectors [I, text_dim] where every worker can read them."""
+    counts = statistics.transitions
+    save_arrays(
+        {
+            "popularity": statistics.popularity.astype(np.int64),
+            "rating_stats": np.array(statistics.rating_stats),
+            "text": np.ascontiguousarray(text, np.float32),
+            "counts": counts.data.astype(np.float32),
+            "indices": counts.indices.astype(np.int64),
+            "indptr": counts.indptr.astype(np.int64),
+        },
+        path,
+    )
+
+
+def build_model(settings: Settings, actions: int, inputs: Path) -> tuple[FusionModel, sp.csr_matrix]:
+    """A fresh model with its statistics filled in, weights drawn from train.seed; and the full transition counts."""
+    arrays = load_arrays(inputs)
+    popularity = arrays["popularity"]
+    counts = sp.csr_matrix((arrays["counts"], arrays["indices"], arrays["indptr"]), shape=(len(popularity),) * 2)
+    mean, deviation = arrays["rating_stats"].tolist()
+    torch.manual_seed(seed_of(settings.train.seed))
+    model = FusionModel(
+        settings.model,
+        actions,
+        torch.from_numpy(arrays["text"]),
+        torch.from_numpy(popularity > 0),
+        torch.from_numpy(popularity),
+        (mean, deviation),
+    )
+    if model.memory is not None:
+        model.memory.load_counts(counts)
+    return model, counts
+
+
+# ---------------------------------------------------------------- data
+class ShardFeed:
+    """This worker's share of the sequences, streamed by Ray Data.
+
+    It stays in memory after the first pass if it fits into train.cache_mb; else every epoch streams it again, block by
+    block, and shuffles within each block.
+    """
+
+    def __init__(self, shard: Any, window: int, config: TrainConfig, holdout_share: float) -> None:
+        self._shard, self._window, self._config, self._holdout = shard, window, config, holdout_share
+        self._batch_size = max(1, -(-config.batch_size // world_size()))
+        self._cached: Sequences | None = None
+        self._cases: list[tuple[History, int]] | None = None
+
+    def _stream(self) -> Iterator[Sequences]:
+        for table in self._shard.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if isinstance(table, pa.Table) and len(table):
+                yield from_table(check_schema(table.cast(SEQUENCES), SEQUENCES, "sequences"), self._holdout)
+
+    def _blocks(self) -> Iterator[Sequences]:
+        if self._cached is not None:
+            yield self._cached
+            return
+        limit, held, kept = self._config.cache_mb << 20, 0, list[Sequences]()
+        quota = -(-self._config.validation_users // world_size())
+        cases: list[tuple[History, int]] = []
+        stream = self._stream()
+        for block in stream:
+            held += block.nbytes
+            if self._cases is None and len(cases) < quota:
+                cases += validation_cases(block, quota - len(cases))
+            kept.append(block)
+            if held > limit:
+                break
+        else:
+            self._cached = concatenate(kept) if kept else from_table(SEQUENCES.empty_table(), 0)
+            self._cases = cases if self._cases is None else self._cases
+            yield self._cached
+            return
+        yield from kept
+        for block in stream:
+            if self._cases is None and len(cases) < quota:
+                cases += validation_cases(block, quota - len(cases))
+            yield block
+        self._cases = cases if self._cases is None else self._cases
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Every training window of the shard once, in an order that depends on seed, epoch and rank only."""
+        for number, block in enumerate(self._blocks()):
+            yield from epoch_batches(block, self._window, self._batch_size, (self._config.seed, epoch, rank(), number))
+
+    def cases(self) -> list[tuple[History, int]]:
+        """This worker's validation users; known after the first epoch has run."""
+        if self._cases is None:
+            for _ in self._blocks():
+                pass
+        return self._cases or []
+
+
+# ---------------------------------------------------------------- checkpoints
+def save_checkpoint(folder: Path, model: FusionModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+    """Model, optimizer, best weights so far and the record of the epochs. Tensors and JSON only."""
+    save_tensors(_owned(model.state_dict()), folder / "model.safetensors")
+    save_tensors(_owned(progress.best_state), folder / "best.safetensors")
+    moments = {
+        f"{index}.{name}": torch.as_tensor(value).clone().contiguous()
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    save_tensors(moments, folder / "optimizer.safetensors")
+    record = {name: value for name, value in vars(progress).items() if name != "best_state"}
+    (folder / "progress.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _owned(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+
+
+def load_checkpoint(folder: Path, model: FusionModel, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint back into model and optimizer. Returns the progress it was taken at."""
+    model.load_state_dict(load_tensors(folder / "model.safetensors"))
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in load_tensors(folder / "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return read_progress(folder)
+
+
+def read_progress(folder: Path) -> Progress:
+    """The record of a checkpoint with its best weights."""
+    record = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
+    return Progress(**record, best_state=load_tensors(folder / "best.safetensors"))
+
+
+# ---------------------------------------------------------------- the worker
+def train_worker(job: dict[str, Any]) -> None:
+    """The loop that Ray Train starts on every worker. `job` holds plain values only; see training.job."""
+    import ray.train
+    import ray.train.torch
+
+    settings = Settings.model_validate(job["settings"])
+    config = settings.train
+    torch.set_num_threads(config.threads_per_worker)
+    device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
+    model, _ = build_model(settings, job["actions"], Path(job["inputs"]))
+    optimizer = make_optimizer(model.to(device), config)
+    progress = Progress()
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            progress = load_checkpoint(Path(folder), model, optimizer)
+        if rank() == 0:
+            print(f"resumed after epoch {progress.epoch}", flush=True)
+    wrapped = ray.train.torch.prepare_model(
+        model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False} if world_size() > 1 else None
+    )
+    shard = ray.train.get_dataset_shard(f"train-{ray.train.get_context().get_world_rank()}")
+    feed = ShardFeed(shard, settings.model.long_window, config, job["holdout_share"])
+    clock = {"first_step": 0.0, "report": 0.0}
+
+    class FirstStep:
+        """Notes when the first batch is there; everything before it is start-up."""
+
+        def epoch(self, epoch: int) -> Iterator[Batch]:
+            for batch in feed.epoch(epoch):
+                clock["first_step"] = clock["first_step"] or time.time() - job["submitted"]
+                yield batch
+
+        def cases(self) -> list[tuple[History, int]]:
+            return feed.cases()
+
+    def after_epoch(progress: Progress) -> None:
+        started = time.perf_counter()
+        record = progress.epochs[-1]
+        record["first_step_seconds"] = clock["first_step"]
+        record["report_seconds"] = clock["report"]  # of the epoch before: this one's report is still to come
+        metrics = {key: record[key] for key in ("loss", "ndcg@10", "hr@10", "epoch")} | {"best": progress.best}
+        with tempfile.TemporaryDirectory() as folder:
+            if rank() == 0:
+                save_checkpoint(Path(folder), bare(wrapped), optimizer, progress)
+                print(_line(progress, config), flush=True)
+                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+            else:
+                ray.train.report(metrics, checkpoint=None)
+        clock["report"] = time.perf_counter() - started
+
+    try:
+        fit(wrapped, optimizer, FirstStep(), config, settings.data.exclude_seen, progress, after_epoch, device)
+    except SpringtideError:
+        raise
+    except RuntimeError as error:
+        where = f"worker {rank()} of {world_size()} failed in epoch {progress.epoch + 1}"
+        raise RuntimeError(f"{where}: {error}") from error
+
+
+def _line(progress: Progress, config: TrainConfig) -> str:
+    record = progress.epochs[-1]
+    better = " *" if progress.best_epoch == progress.epoch - 1 else f" (best {progress.best:.4f} in epoch {progress.best_epoch + 1})"
+    return (
+        f"epoch {progress.epoch}/{config.epochs}  loss {record['loss']:.4f}  validation NDCG@10 {record['ndcg@10']:.4f}{better}"
+        f"  {record['seconds']:.1f} s"
+    )

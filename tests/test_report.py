@@ -1,0 +1,219 @@
+"""The evaluate job on a small prepared log, and the page and table that it makes."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from springtide.config import Settings, parse_settings
+from springtide.errors import SpringtideError
+from springtide.evaluation import job, report
+from springtide.files import write_json
+from springtide.model.recommender import History
+from springtide.schemas import ITEMS, SEQUENCES
+
+ITEM_COUNT, USERS = 25, 60
+PREPARED = {
+    "totals": {"rows": 700, "kept": 600, "quarantined": 77, "deduplicated": 23},
+    "users": USERS,
+    "items": ITEM_COUNT,
+    "ties": {"events": 41, "share": 0.07, "users_whose_last_two_tie": 5},
+}
+
+
+def settings_for(workspace: Path, **data: Any) -> Settings:
+    tree = {"name": "Ring <b>&", "workspace": str(workspace), "data": {"events": {"paths": "log.csv"}, **data}}
+    return parse_settings({**tree, "evaluate": {"bootstrap": 100}})
+
+
+def write_prepared(workspace: Path, last_parts: Sequence[int] = (1, 2)) -> None:
+    """Users who walk round a ring of items: the next item is always the one after."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 12, USERS)
+    items = [((rng.integers(ITEM_COUNT) + np.arange(n)) % ITEM_COUNT).tolist() for n in lengths]
+    sequences = pa.table(
+        {
+            "user_id": [f"u{n}" for n in range(USERS)],
+            "items": items,
+            "actions": [[1] * len(row) for row in items],
+            "ratings": [[float("nan")] * len(row) for row in items],
+            "timestamps": [list(range(len(row))) for row in items],
+            "parts": [[0] * (len(row) - 2) + list(last_parts) for row in items],
+            "targets": [[True] * len(row) for row in items],
+        },
+        schema=SEQUENCES,
+    )
+    ids = [f"i{n:02}" for n in range(ITEM_COUNT)]
+    catalogue = pa.table(
+        {"item": range(ITEM_COUNT), "item_id": ids, "title": ids, "categories": [[]] * ITEM_COUNT, "text": ids,
+         "events": [9] * ITEM_COUNT}, schema=ITEMS,
+    )  # fmt: skip
+    root = workspace / "prepared"
+    for name, table in (("sequences", sequences), ("items", catalogue)):
+        (root / name).mkdir(parents=True)
+        pq.write_table(table, root / name / "part-0.parquet")
+    write_json(root / "vocabulary.json", {"actions": ["<unknown>", "view"]})
+    write_json(root / "report.json", PREPARED)
+    write_json(root / "manifest.json", {"content_hash": "abc", "files": {}})
+
+
+class RingRecommender:
+    """Knows the ring; or, if `clueless`, nothing."""
+
+    def __init__(self, clueless: bool = False, items: int = ITEM_COUNT) -> None:
+        self.item_ids = [f"i{n:02}" for n in range(items)]
+        self.clueless = clueless
+
+    def score(self, histories: Sequence[History]) -> Any:
+        distance = [(np.arange(ITEM_COUNT) - h.items[-1] - 1) % ITEM_COUNT for h in histories]
+        logits = np.stack(distance).astype(np.float32) * (1 if self.clueless else -1)
+        return SimpleNamespace(logits=logits, gate_short=np.linspace(0.2, 0.9, len(histories)))
+
+
+def with_bundle(monkeypatch: pytest.MonkeyPatch, recommender: RingRecommender, settings: Settings) -> None:
+    epochs = [{"epoch": e, "loss": 3 / e, "ndcg@10": 0.1 * e} for e in (1, 2, 3)]
+    bundle = SimpleNamespace(
+        recommender=recommender, settings=settings, version="0123456789ab", metrics={"epochs": epochs}
+    )
+    monkeypatch.setattr(job, "load_bundle", lambda path: bundle)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], str]:
+    root = tmp_path_factory.mktemp("evaluated")
+    settings = settings_for(root)
+    write_prepared(root)
+    with pytest.MonkeyPatch.context() as patch:
+        with_bundle(patch, RingRecommender(), settings)
+        result = job.run(settings)
+    return result, json.loads((root / "metrics.json").read_text()), (root / "report.html").read_text()
+
+
+def test_the_job_writes_figures_with_intervals(evaluated: tuple[dict[str, Any], dict[str, Any], str]) -> None:
+    result, metrics, _ = evaluated
+    assert metrics["model"]["ndcg@10"]["value"] == 1 and metrics["model"]["precision@10"]["value"] == pytest.approx(0.1)
+    assert set(metrics["baselines"]) == {"popularity", "item_knn", "transitions"}
+    for values in (metrics["model"], *metrics["baselines"].values()):
+        assert {"hr@5", "ndcg@10", "mrr@20", "recall@20", "coverage@10"} <= set(values)
+        assert values["ndcg@10"]["lo"] <= values["ndcg@10"]["value"] <= values["ndcg@10"]["hi"]
+    best = max(metrics["baselines"], key=lambda n: metrics["baselines"][n]["ndcg@10"]["value"])
+    assert metrics["best_baseline"] == result["best_baseline"] == best
+    expected = 1 / metrics["baselines"][best]["ndcg@10"]["value"]
+    assert metrics["ratio_to_best"]["ndcg@10"]["value"] == pytest.approx(expected)
+    assert (metrics["users"], metrics["catalogue"]) == (USERS, ITEM_COUNT)
+    assert (metrics["split"], metrics["part"]) == ("leave_one_out", "test")
+    assert sum(metrics["gate"]["counts"]) == USERS and len(metrics["curves"]["model"]) == 20
+    assert sum(group["users"] for group in metrics["by_history_length"]) == USERS
+    assert len(json.dumps(result)) < 4000
+
+
+def test_the_page_is_self_contained_safe_and_accessible(evaluated: tuple[dict[str, Any], dict[str, Any], str]) -> None:
+    _, _, page = evaluated
+    for outside in ("<script", "<link", "<img", "@import", "src="):
+        assert outside not in page
+    links = page.replace("http://www.w3.org/", "")
+    assert "http://" not in links and "https://" not in links
+    assert "Ring &lt;b&gt;&amp;" in page and "Ring <b>" not in page
+    for fact in ("Quarantined rows", "77", "Events tied in time", "41", "0123456789ab", "training part alone"):
+        assert fact in page
+    drawings = [f"<svg{part.split('</svg>')[0]}</svg>" for part in page.split("<svg")[1:]]
+    assert len(drawings) == 5
+    name = "{http://www.w3.org/2000/svg}"
+    ids: list[str] = []
+    for drawing in drawings:
+        root = ET.fromstring(drawing)
+        assert root.get("role") == "img" and root.find(f"{name}title") is not None
+        assert (root.find(f"{name}desc") or root.findall(f"{name}desc")[0]).text
+        ids += [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
+    assert len(ids) == len(set(ids))
+    assert "#0102" not in page  # every placeholder colour became a theme colour
+
+
+def test_the_same_figures_make_the_same_page(evaluated: tuple[dict[str, Any], dict[str, Any], str]) -> None:
+    _, metrics, page = evaluated
+    assert report.render(metrics, PREPARED) == page
+
+
+def test_the_table_is_aligned_and_model_first(evaluated: tuple[dict[str, Any], dict[str, Any], str]) -> None:
+    lines = job.table(evaluated[1]).splitlines()
+    assert len(lines) == 6 and lines[2].startswith("Springtide model") and "1.0000" in lines[2]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_clueless_model_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_for(tmp_path)
+    write_prepared(tmp_path)
+    with_bundle(monkeypatch, RingRecommender(clueless=True), settings)
+    assert "loses to the best counting baseline" in job.run(settings)["verdict"]
+    assert "verdict worse" in (tmp_path / "report.html").read_text()
+
+
+def test_temporal_reports_all_targets_and_its_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_for(tmp_path, split="temporal")
+    write_prepared(tmp_path, last_parts=(2, 2))
+    path = tmp_path / "prepared" / "sequences" / "part-0.parquet"
+    cold = pa.table(
+        {"user_id": ["z"], "items": [[3, 4]], "actions": [[1, 1]], "ratings": [[1.0, 1.0]], "timestamps": [[1, 2]],
+         "parts": [[1, 2]], "targets": [[True, True]]}, schema=SEQUENCES,
+    )  # fmt: skip
+    pq.write_table(pa.concat_tables([pq.read_table(path), cold]), path)
+    with_bundle(monkeypatch, RingRecommender(), settings)
+    job.run(settings)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["headline"] == "warm" and metrics["users"] == USERS
+    assert metrics["model"]["recall_all@10"]["value"] == 1 and metrics["model"]["ndcg_all@10"]["value"] == 1
+    slice_ = metrics["slices"]["cold_user"]
+    assert slice_["users"] == 1 and slice_["model"]["hr@10"]["value"] == 1
+    assert "Cold users and cold items" in (tmp_path / "report.html").read_text()
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SpringtideError, match="split: none has nothing to test on"):
+        job.run(settings_for(tmp_path, split="none"))
+    write_prepared(tmp_path, last_parts=(0, 0))
+    settings = settings_for(tmp_path)
+    with_bundle(monkeypatch, RingRecommender(), settings)
+    with pytest.raises(SpringtideError, match="the test part holds no event"):
+        job.run(settings)
+    with_bundle(monkeypatch, RingRecommender(items=3), settings)
+    with pytest.raises(SpringtideError, match="another catalogue"):
+        job.run(settings)
+    with_bundle(monkeypatch, RingRecommender(), settings_for(tmp_path, split="none"))
+    with pytest.raises(SpringtideError, match="may have seen the test events"):
+        job.run(settings)
+    assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "report.html").exists()
+
+
+def verdict_of(model: float, base: float, ratio: dict[str, float] | None) -> dict[str, str]:
+    return report.verdict(
+        {"users": 900, "best_baseline": "item_knn", "ratio_to_best": {"ndcg@10": ratio},
+         "model": {"ndcg@10": {"value": model}}, "baselines": {"item_knn": {"ndcg@10": {"value": base}}}}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "kind", "words"),
+    [
+        (1.2, 1.1, 1.3, "better", "beats the best counting baseline, item-KNN (recency), by 20.0 %"),
+        (0.8, 0.7, 0.9, "worse", "loses to the best counting baseline"),
+        (1.05, 0.95, 1.2, "even", "5.0 % ahead of the best counting baseline, item-KNN (recency), a"),
+        (0.95, 0.9, 1.01, "even", "5.0 % behind"),
+        (1.0, 0.9, 1.1, "even", "The model is level with"),
+    ],
+)
+def test_the_verdict_follows_the_interval(value: float, low: float, high: float, kind: str, words: str) -> None:
+    found = verdict_of(value / 10, 0.1, {"value": value, "lo": low, "hi": high})
+    assert found["kind"] == kind and words in found["sentence"]
+
+
+def test_a_baseline_without_hits_has_no_ratio() -> None:
+    assert verdict_of(0.1, 0, None)["kind"] == "better" and verdict_of(0, 0, None)["kind"] == "even"

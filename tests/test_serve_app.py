@@ -1,0 +1,455 @@
+"""The HTTP application and its service over a hand-made recommender: contract, bounds, answers when parts fail."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from springtide.errors import SpringtideError
+from springtide.serving.app import create_app
+from springtide.serving.engine import Engine, ScoreRequest, diversify
+from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, HistoryEvent
+from springtide.serving.service import Service, recent_events
+from springtide.serving.store import SQLiteStore
+
+ITEMS = 12
+WIDTH = 4
+
+
+@dataclass(frozen=True)
+class FakeHistory:
+    items: np.ndarray
+    actions: np.ndarray
+    ratings: np.ndarray
+    timestamps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+class FakeRecommender:
+    """Item n scores n; a history adds 100 to the item after its last one, a query 50 to item 3."""
+
+    item_ids = [f"i{n}" for n in range(ITEMS)]
+    titles = [f"Title {n}" for n in range(ITEMS)]
+    categories = [["even" if n % 2 == 0 else "odd"] for n in range(ITEMS)]
+    actions = ["<unknown>", "view", "buy"]
+    index = {f"i{n}": n for n in range(ITEMS)}
+    item_vectors = np.eye(ITEMS, dtype=np.float32)
+    text_vectors: np.ndarray | None = np.ones((ITEMS, WIDTH), np.float32)
+
+    def history(self, events: Sequence[Mapping[str, Any]]) -> tuple[FakeHistory, list[str]]:
+        events = sorted(events, key=lambda e: e.get("timestamp", 0))
+        known = [e for e in events if e["item_id"] in self.index]
+        found = FakeHistory(
+            np.asarray([self.index[e["item_id"]] for e in known], np.int64),
+            np.asarray([1 if e.get("action") == "view" else 0 for e in known], np.int64),
+            np.asarray([e.get("rating", np.nan) for e in known], np.float32),
+            np.asarray([e.get("timestamp", 0) for e in known], np.int64),
+        )
+        return found, [e["item_id"] for e in events if e["item_id"] not in self.index]
+
+    def score(self, histories: Sequence[FakeHistory], queries: np.ndarray | None, now: np.ndarray | None) -> Any:
+        logits = np.tile(np.arange(ITEMS, dtype=np.float32), (len(histories), 1))
+        for row, history in enumerate(histories):
+            if len(history):
+                logits[row, (history.items[-1] + 1) % ITEMS] += 100
+            if queries is not None and not np.isnan(queries[row]).any():
+                logits[row, 3] += 50
+        gates = np.asarray([0.25 if len(h) else np.nan for h in histories])
+        return SimpleNamespace(logits=logits, gate_short=gates)
+
+    def top_k(
+        self, logits: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        logits = logits.copy()
+        for row, rows in enumerate(exclude or []):
+            logits[row, rows] = -np.inf
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+        values = np.take_along_axis(logits, order, axis=1)
+        return np.where(np.isfinite(values), order, -1), values
+
+    def interests(self, history: FakeHistory) -> Any:
+        n = len(history)
+        weights = np.arange(1, n + 1) / (n * (n + 1) / 2)
+        return SimpleNamespace(
+            attention_long=weights, attention_short=weights, gate_short=0.25,
+            items_long=np.arange(10), items_short=np.arange(10)[::-1],
+        )  # fmt: skip
+
+    def similar(self, item: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.asarray([r for r in range(ITEMS) if r != item][:k])
+        return rows, np.linspace(1, 0, len(rows))
+
+
+def engine() -> Engine:
+    settings = SimpleNamespace(data=SimpleNamespace(exclude_seen=True))
+    metrics = {"ndcg@10": 0.1}
+    bundle: Any = SimpleNamespace(version="abc", settings=settings, metrics=metrics, recommender=FakeRecommender())
+    return Engine(bundle, "films")
+
+
+@dataclass
+class Parts:
+    """The parts behind the service, each of which a test may break."""
+
+    store: SQLiteStore
+    engine: Engine = field(default_factory=engine)
+    encoder: str = "ok"  # or "slow" or "dead"
+    scorer: str = "ok"
+    calls: list[str] = field(default_factory=list)
+
+    async def encode(self, texts: list[str]) -> np.ndarray:
+        await self._state(self.encoder)
+        return np.full((len(texts), WIDTH), 0.5, np.float32)
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        self.calls.append(method)
+        await self._state(self.scorer)
+        if method == "score":
+            return self.engine.score([arguments[0]])[0]
+        return getattr(self.engine, method)(*arguments)
+
+    @staticmethod
+    async def _state(state: str) -> None:
+        if state == "slow":
+            await asyncio.sleep(60)
+        if state == "dead":
+            raise ConnectionError("replica died at 10.0.0.1")
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    store = SQLiteStore(tmp_path / "events.sqlite3")
+    yield Parts(store)
+    store.close()
+
+
+@pytest.fixture
+def service(parts: Parts) -> Service:
+    return Service(parts.store, parts.encode, parts.call, encoder_timeout_s=0.2, scorer_timeout_s=0.3)
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[TestClient]:
+    with TestClient(create_app(service)) as opened:
+        yield opened
+
+
+def ids(answer: Any) -> list[str]:
+    return [item["item_id"] for item in answer.json()["items"]]
+
+
+def recommend(client: TestClient, **body: Any) -> Any:
+    return client.post("/v1/recommend", json=body)
+
+
+# ---------------------------------------------------------------- recommend
+def test_by_history(client: TestClient) -> None:
+    answer = recommend(client, history=[{"item_id": "i4"}, {"item_id": "no-such-item"}], k=3)
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "items": [
+            {"item_id": "i5", "score": 105.0, "title": "Title 5"},
+            {"item_id": "i11", "score": 11.0, "title": "Title 11"},
+            {"item_id": "i10", "score": 10.0, "title": "Title 10"},
+        ],
+        "model": "films@abc",
+        "source": "history",
+        "gate": {"long": 0.75, "short": 0.25},
+        "unknown_items": ["no-such-item"],
+    }
+
+
+def test_sources(client: TestClient) -> None:
+    history = [{"item_id": "i4"}]
+    assert recommend(client, query="love").json()["source"] == "query"
+    assert ids(recommend(client, query="love"))[0] == "i3"
+    assert recommend(client, query="love", history=history).json()["source"] == "history+query"
+    stranger = recommend(client, user_id="stranger").json()
+    assert stranger["source"] == "popular"
+    assert stranger["gate"] == {"long": None, "short": None}
+    assert len(stranger["items"]) == 10
+    assert recommend(client, history=[{"item_id": "??"}]).json()["source"] == "popular"
+
+
+def test_an_event_changes_the_next_answer(client: TestClient) -> None:
+    event = {"event_id": "1", "user_id": "u", "item_id": "i4", "timestamp": 100}
+    assert client.post("/v1/events", json=event).status_code == 202
+    assert ids(recommend(client, user_id="u"))[0] == "i5"
+    later = [{**event, "event_id": "2", "item_id": "i7", "timestamp": "1970-01-01T00:02:00Z"}, event]
+    assert client.post("/v1/events", json=later).json() == {"accepted": 1, "duplicates": 1}
+    answer = ids(recommend(client, user_id="u", k=12))
+    assert answer[0] == "i8"
+    assert "i4" not in answer and "i7" not in answer
+    assert ids(recommend(client, user_id="u", history=[{"item_id": "i1"}]))[0] == "i2"
+    assert ids(recommend(client, user_id="u", history=[]))[0] == "i8"
+
+
+def test_events_without_time_or_id_are_taken_as_now(client: TestClient, parts: Parts) -> None:
+    event = {"user_id": "u", "item_id": "i4"}
+    assert client.post("/v1/events", json=[event, event]).json() == {"accepted": 2, "duplicates": 0}
+    assert parts.store.history("u")[0]["timestamp"] > 1_600_000_000_000
+
+
+def test_exclusions(client: TestClient) -> None:
+    history = [{"item_id": "i4"}, {"item_id": "i11"}]
+    assert "i4" not in ids(recommend(client, history=history, k=12))
+    assert len(ids(recommend(client, history=history, k=12, exclude_seen=False))) == ITEMS
+    filters = {"categories": ["even"], "exclude_items": ["i0", "no such"]}
+    evens = ids(recommend(client, history=history, k=12, filters=filters))
+    assert evens == ["i10", "i8", "i6", "i2"]  # every item that passes, best first
+    assert ids(recommend(client, user_id="u", filters={"categories": ["no such"]})) == []
+
+
+def test_k_beyond_the_catalogue(client: TestClient) -> None:
+    assert len(ids(recommend(client, user_id="u", k=1000))) == ITEMS
+
+
+def test_explanation(client: TestClient) -> None:
+    body = recommend(client, history=[{"item_id": f"i{n}", "timestamp": n + 1} for n in range(6)], explain=True).json()
+    explanation = body["explanation"]
+    assert explanation["gate"] == body["gate"]
+    assert [event["item_id"] for event in explanation["recent"]] == ["i5", "i4", "i3", "i2", "i1"]
+    assert recommend(client, user_id="u", explain=True).json()["explanation"]["recent"] == []
+
+
+def test_diversity_takes_unlike_items() -> None:
+    vectors = np.asarray([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
+    scores = np.asarray([4.0, 3.9, 3.0, 1.0])
+    assert diversify(scores, vectors, 2, 0.5).tolist() == [0, 2]
+    assert diversify(scores, vectors, 2, 0.01).tolist() == [0, 1]
+    assert sorted(diversify(scores, vectors, 9, 1.0).tolist()) == [0, 1, 2, 3]
+    assert diversify(np.empty(0), np.empty((0, 2)), 3, 0.5).tolist() == []
+
+
+def test_diversity_keeps_the_count(client: TestClient) -> None:
+    answer = ids(recommend(client, user_id="u", k=5, diversity=0.7))
+    assert len(set(answer)) == 5
+    assert answer[0] == "i11"
+
+
+def test_requests_in_one_batch_do_not_touch_each_other() -> None:
+    query = np.full(WIDTH, 0.5, np.float32)
+    batch = [
+        ScoreRequest(k=2),
+        ScoreRequest([{"item_id": "i4"}], k=12),
+        ScoreRequest(query=query, k=1, diversity=0.5),
+        ScoreRequest(model="other"),
+        ScoreRequest(query=np.ones(3, np.float32)),
+        ScoreRequest(exclude_items=("i11",), k=1),
+    ]
+    together = engine().score(batch)
+    assert together == [engine().score([request])[0] for request in batch]
+    assert [getattr(a, "code", None) for a in together] == [None, None, None, "unknown_model", "encoder_mismatch", None]
+
+
+def test_a_model_can_be_named(client: TestClient) -> None:
+    assert recommend(client, user_id="u", model="films").status_code == 200
+    assert recommend(client, user_id="u", model="films@abc").status_code == 200
+    refused = recommend(client, user_id="u", model="films@old")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (404, "unknown_model")
+
+
+def test_a_catalogue_without_text_refuses_a_query(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeRecommender, "text_vectors", None)
+    refused = recommend(client, query="love")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "no_text")
+
+
+def test_recent_events_are_ordered_and_cut() -> None:
+    def made(*times: int | None) -> list[HistoryEvent]:
+        return [HistoryEvent.model_construct(item_id=str(i), timestamp=t) for i, t in enumerate(times)]
+
+    def order(*times: int | None) -> list[str]:
+        return [event["item_id"] for event in recent_events(made(*times))]
+
+    assert order(None, None) == ["0", "1"]
+    assert order(3, 1, 2, 1) == ["1", "3", "2", "0"]
+    assert order(None, 5, None, 4) == ["3", "0", "1", "2"]
+    many = recent_events(made(*range(5 * HISTORY_USED, 0, -1)))
+    assert len(many) == HISTORY_USED
+    assert many[-1]["item_id"] == "0"
+
+
+# ---------------------------------------------------------------- the other endpoints
+def test_interests(client: TestClient) -> None:
+    client.post("/v1/events", json=[{"user_id": "a/b", "item_id": f"i{n}", "timestamp": n + 1} for n in range(3)])
+    client.post("/v1/events", json={"user_id": "a/b", "item_id": "gone", "timestamp": 9})
+    body = client.get("/v1/users/a%2Fb/interests").json()
+    assert (body["user_id"], body["model"], body["unknown_items"]) == ("a/b", "films@abc", ["gone"])
+    assert [e["item_id"] for e in body["events"]] == ["i0", "i1", "i2"]
+    assert body["gate"] == {"long": 0.75, "short": 0.25}
+    assert body["long"]["categories"][0] == {"category": "even", "share": pytest.approx(4 / 6, abs=1e-6)}
+    assert len(body["short"]["items"]) == 10
+    unknown = client.get("/v1/users/nobody/interests")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_user")
+
+
+def test_similar(client: TestClient) -> None:
+    body = client.get("/v1/items/i3/similar", params={"k": 2}).json()
+    assert [item["item_id"] for item in body["items"]] == ["i0", "i1"]
+    assert client.get("/v1/items/none/similar").json()["error"]["code"] == "unknown_item"
+    assert client.get("/v1/items/i3/similar", params={"k": 0}).status_code == 422
+    assert client.get("/v1/items/a%00b/similar").status_code == 422
+
+
+def test_encode(client: TestClient) -> None:
+    assert client.post("/v1/encode", json={"text": "a"}).json() == {"dim": WIDTH, "vector": [0.5] * WIDTH}
+    assert client.post("/v1/encode", json={"texts": ["a", "b"]}).json()["vectors"] == [[0.5] * WIDTH] * 2
+
+
+def test_operations(client: TestClient, service: Service) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json()["ready"] is True
+    assert client.get("/v1/models").json()["models"][0]["version"] == "abc"
+    service.seeding = "the prepared log is being imported"
+    waiting = client.get("/readyz")
+    assert waiting.status_code == 503
+    assert waiting.json()["checks"]["histories"] == "the prepared log is being imported"
+
+
+def test_documentation_needs_no_other_host(client: TestClient) -> None:
+    page = client.get("/")  # leads to the documentation until there is a console
+    assert page.status_code == 200
+    assert str(page.url).endswith("/docs")
+    links = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(links) >= 2
+    for link in links:
+        assert link.startswith("/")
+        assert client.get(link).status_code == 200
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/recommend", "/v1/events", "/v1/encode", "/v1/models", "/healthz", "/readyz"} <= set(paths)
+
+
+# ---------------------------------------------------------------- bad input
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        (b"{", 400, "invalid_json"),
+        (b"\xff\xfe{}", 400, "invalid_json"),
+        (b"[" * 100_000, 400, "invalid_json"),
+        (b'{"k": ' + b"1" * 5000 + b"}", 400, "invalid_json"),
+        (b"", 422, "invalid_request"),
+        (b"[]", 422, "invalid_request"),
+        (b"null", 422, "invalid_request"),
+        (b'{"user_id": "u", "k": 0}', 422, "invalid_request"),
+        (b'{"user_id": "u", "k": 1000000000}', 422, "invalid_request"),
+        (b'{"user_id": "u", "k": NaN}', 422, "invalid_request"),
+        (b'{"user_id": "\\ud800"}', 422, "invalid_request"),
+        (b'{"user_id": "u", "\\ud800": 1}', 422, "invalid_request"),
+        (b'{"history": [{"item_id": "a", "rating": Infinity}]}', 422, "invalid_request"),
+        (b'{"k": 5}', 422, "invalid_request"),
+    ],
+)
+def test_bad_bodies(client: TestClient, body: bytes, status: int, code: str) -> None:
+    answer = client.post("/v1/recommend", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert set(answer.json()) == {"error"}
+    assert "Traceback" not in answer.text
+
+
+def test_sentences_name_the_field(client: TestClient) -> None:
+    def message(**body: Any) -> str:
+        return str(recommend(client, **body).json()["error"]["message"])
+
+    assert message(user_id="u", k=0).startswith("k: input should be greater than or equal to 1")
+    assert message(user_id="u", dversity=1) == "dversity: unknown field"
+    assert message(history=[{"item_id": "a"}, {}]) == "history.1.item_id: field required"
+    assert message(k=3) == "give at least one of user_id, history and query"
+    posted = client.post("/v1/events", json=[{"user_id": "u"}])
+    assert posted.json()["error"]["message"] == "0.item_id: field required"
+
+
+def test_a_long_history_is_answered_and_a_longer_one_refused(client: TestClient) -> None:
+    events = [{"item_id": f"i{n % 3}", "timestamp": n} for n in range(100_000)]
+    assert recommend(client, history=events).status_code == 200
+    assert recommend(client, history=[*events, events[0]]).status_code == 422
+
+
+def test_a_large_body_is_refused_before_it_is_read(client: TestClient) -> None:
+    json_type = {"Content-Type": "application/json"}
+    declared = client.post("/v1/events", content=b" " * (MAX_BODY_BYTES + 1), headers=json_type)
+    assert (declared.status_code, declared.json()["error"]["code"]) == (413, "too_large")
+
+    def stream() -> Iterator[bytes]:
+        for _ in range(MAX_BODY_BYTES // 2**20 + 1):
+            yield b" " * 2**20
+
+    undeclared = client.post("/v1/events", content=stream(), headers=json_type)
+    assert (undeclared.status_code, undeclared.json()["error"]["code"]) == (413, "too_large")
+
+
+def test_other_routes_and_methods(client: TestClient) -> None:
+    assert client.get("/v2/none").json() == {"error": {"code": "not_found", "message": "Not Found"}}
+    assert client.get("/v1/recommend").status_code == 405
+    assert client.get("/v1/recommend").json()["error"]["code"] == "method_not_allowed"
+
+
+# ---------------------------------------------------------------- parts that fail
+@pytest.mark.parametrize("state", ["slow", "dead"])
+def test_without_an_encoder_the_history_answers(client: TestClient, parts: Parts, state: str) -> None:
+    parts.encoder = state
+    answer = recommend(client, query="love", history=[{"item_id": "i4"}])
+    assert answer.status_code == 200
+    assert (answer.json()["source"], answer.json()["degraded"]) == ("history", True)
+    assert recommend(client, query="love").json()["source"] == "popular"
+    assert "degraded" not in recommend(client, history=[{"item_id": "i4"}]).json()
+    refused = client.post("/v1/encode", json={"text": "a"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "encoder_unavailable")
+
+
+@pytest.mark.parametrize("state", ["slow", "dead"])
+def test_without_a_scorer_there_is_a_503(client: TestClient, parts: Parts, state: str) -> None:
+    parts.scorer = state
+    answer = recommend(client, user_id="u")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "scorer_unavailable")
+    assert answer.headers["Retry-After"] == "1"
+    assert "10.0.0.1" not in answer.text
+    assert client.get("/readyz").status_code == 503
+    assert client.get("/healthz").status_code == 200
+    assert client.post("/v1/events", json={"user_id": "u", "item_id": "i1"}).status_code == 202
+
+
+def test_without_a_store_recommendations_go_on_and_events_are_refused(client: TestClient, parts: Parts) -> None:
+    parts.store.close()
+    answer = recommend(client, user_id="u", query="love").json()
+    assert (answer["source"], answer["degraded"]) == ("query", True)
+    event = client.post("/v1/events", json={"user_id": "u", "item_id": "i1"})
+    assert (event.status_code, event.json()["error"]["code"]) == (503, "store_unavailable")
+    assert client.get("/v1/users/u/interests").status_code == 503
+    assert client.get("/readyz").status_code == 503
+
+
+def test_a_full_disk_acknowledges_nothing(client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(events: Any) -> int:
+        raise SpringtideError("the event log cannot be used: database or disk is full") from sqlite3.OperationalError()
+
+    monkeypatch.setattr(parts.store, "append", full)
+    assert client.post("/v1/events", json={"user_id": "u", "item_id": "i1"}).status_code == 503
+
+
+def test_a_fault_of_ours_shows_no_trace(client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(user_id: str) -> Any:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(service, "interests", broken)
+    answer = client.get("/v1/users/u/interests")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+    assert "secret" not in json.dumps(answer.json())
+
+
+def test_one_hop_for_a_history(client: TestClient, parts: Parts) -> None:
+    recommend(client, history=[{"item_id": "i4"}], explain=True)
+    assert parts.calls == ["score"]
