@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import polars as pl
 import pytest
+import synthetic
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "synthetic.py"
 EVENTS, USERS, ITEMS = 100_000, 5_000, 2_000
 
 
 @pytest.fixture(scope="module")
-def synthetic() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_synthetic", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def log(synthetic: ModuleType) -> pl.DataFrame:
+def log() -> pl.DataFrame:
     return synthetic.make_log(EVENTS, USERS, ITEMS, seed=3)[0]
 
 
-def test_counts_are_exact(synthetic: ModuleType, log: pl.DataFrame) -> None:
+def test_counts_are_exact(log: pl.DataFrame) -> None:
     items = synthetic.make_log(EVENTS, USERS, ITEMS, seed=3)[1]
     assert len(log) == EVENTS
     assert log["user_id"].n_unique() == USERS
@@ -41,7 +31,7 @@ def test_counts_are_exact(synthetic: ModuleType, log: pl.DataFrame) -> None:
     assert not items.select(pl.all().str.len_chars().min()).row(0).count(0)
 
 
-def test_seed_decides_everything(synthetic: ModuleType, log: pl.DataFrame) -> None:
+def test_seed_decides_everything(log: pl.DataFrame) -> None:
     again, other = (synthetic.make_log(EVENTS, USERS, ITEMS, seed=seed)[0] for seed in (3, 4))
     assert again.equals(log)
     assert not other.equals(log)

@@ -26,6 +26,7 @@ SMALL_MACHINE = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # or relative paths change their meaning inside a worker
     "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every line of a worker is shown twice
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
     "POLARS_MAX_THREADS": "1",

@@ -149,9 +149,9 @@ class TrainConfig(Section):
     use_gpu: bool = False
     threads_per_worker: int = Field(1, ge=1)
     epochs: int = Field(30, ge=1)
-    patience: int = Field(3, ge=1)  # epochs without a better validation NDCG@10 before stopping
-    batch_size: int = Field(32, ge=1)  # sequences in a step, over all workers together
-    learning_rate: float = Field(2e-3, gt=0)
+    patience: int = Field(4, ge=1)  # epochs without a better validation NDCG@10 before stopping
+    batch_size: int = Field(16, ge=1)  # sequences in a step, over all workers together
+    learning_rate: float = Field(5e-3, gt=0)
     memory_learning_rate: float = Field(2e-2, gt=0)  # for the few scalars that weigh memory and popularity
     weight_decay: float = Field(1e-4, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
@@ -201,6 +201,7 @@ class RecommendConfig(Section):
 
 class ServeConfig(Section):
     config: str = "serve_configs/local.yaml"  # the Serve file that `deploy` lints, fills in and applies
+    port: int | None = Field(None, ge=1, le=65535)  # replaces the file's http_options.port
     timeout_s: float = Field(180.0, gt=0)  # longest wait for the applications to be ready
 
 

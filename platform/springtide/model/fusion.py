@@ -43,7 +43,7 @@ class Interest:
     long: Tensor  # [B, L, dim]
     short: Tensor  # [B, L, dim]
     gate: Tensor  # [B, L, dim] weight of the short branch
-    trust: Tensor  # [B, L] beta, the weight of the memory
+    trust: Tensor  # [B, L] beta, the weight of the memory, 0 without one
     attention_long: Tensor  # [B, L, L]
     attention_short: Tensor  # [B, L, window]
 
@@ -80,9 +80,10 @@ class FusionModel(nn.Module):
             self.memory = TransitionMemory(
                 len(known), config.memory_distances, config.memory_decay, config.memory_recent, config.memory_neighbours
             )
-        self.trust = nn.Linear(config.dim + Gate.CONTEXT, 1)
-        nn.init.zeros_(self.trust.weight)
-        nn.init.zeros_(self.trust.bias)
+        self.trust = nn.Linear(config.dim + Gate.CONTEXT, 1) if config.memory else None
+        if self.trust is not None:
+            nn.init.zeros_(self.trust.weight)
+            nn.init.zeros_(self.trust.bias)
         self.popularity_weight = nn.Parameter(torch.tensor(0.0)) if config.popularity else None
         log_popularity = torch.log1p(popularity.float())
         self.register_buffer("log_popularity", log_popularity - log_popularity.mean())
@@ -99,7 +100,9 @@ class FusionModel(nn.Module):
         context = context_features(batch.timestamps, batch.now, batch.offset, self.config.request_time)
         gate = self.gate(long, short, context)
         user = gate * short + (1 - gate) * long
-        trust = F.softplus(self.trust(torch.cat([user, context], -1))[..., 0])
+        trust = torch.zeros_like(user[..., 0])
+        if self.trust is not None:
+            trust = F.softplus(self.trust(torch.cat([user, context], -1))[..., 0])
         return Interest(user, long, short, gate, trust, attention_long, attention_short)
 
     def logits_at(
@@ -113,7 +116,8 @@ class FusionModel(nn.Module):
         user = F.dropout(interest.user[row, place], self.config.dropout, self.training)
         logits = user @ vectors.T * torch.exp(self.log_temperature) * self.config.dim**-0.5
         if self.memory is not None:
-            back = place[:, None] - torch.arange(self.memory.recent, device=place.device)  # [P, J]
+            depth = max(self.memory.recent, self.memory.distances) if leave_one_out else self.memory.recent
+            back = place[:, None] - torch.arange(depth, device=place.device)  # [P, J]
             recent = batch.items[row[:, None], back.clamp(min=0)]
             targets = batch.targets[row, place] if leave_one_out else None
             logits = logits + interest.trust[row, place, None] * self.memory(recent, back >= 0, targets)

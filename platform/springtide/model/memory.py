@@ -5,8 +5,9 @@ mass tau spread evenly over the I items, log P(b | a) is log(1 + C[a, b] * I / t
 scores b by the weighted sum of that over the recent events. The weights and tau are learned with the rest of the model.
 
 In training an example's own transition is inside the counts it is scored with and is taken out again, without which the
-memory would be trusted for knowing the answers. Only the most frequent successors of an item are kept, so an example
-must also forget a place in that list which it owes to itself: below the list's last count the rest counts as nothing.
+memory would be trusted for knowing the answers. It is there once for every distance at which the item stood before the
+target. Only the most frequent successors of an item are kept, so an example must also forget a place in that list which
+it owes to itself: if the rest would not have beaten the best successor left out, it counts as nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class TransitionMemory(nn.Module):
     counts: Tensor  # [nnz] float32
     successors: Tensor  # [I, N] int64, the N most frequent successors of each item
     slots: Tensor  # [I, N] int64, their positions in `counts`; nnz marks an empty slot
-    cutoff: Tensor  # [I] float32, the smallest kept count of a list that was cut, 0 of a whole one
+    cutoff: Tensor  # [I] float32, the largest count left out of a list that was cut, 0 of a whole one
+    runner_up: Tensor  # [I] int64, the item of that count, -1 of a whole list
 
     def __init__(self, items: int, distances: int, decay: float, recent: int, neighbours: int) -> None:
         super().__init__()
@@ -77,33 +79,42 @@ class TransitionMemory(nn.Module):
         kept_rank = rank[rank < self.neighbours]
         successors[row[kept], kept_rank] = counts.indices[kept]
         slots[row[kept], kept_rank] = np.searchsorted(position, kept)
-        cutoff = np.zeros(self.items, np.float32)
-        last = order[rank == self.neighbours - 1]
-        cut = np.diff(counts.indptr)[row[last]] > self.neighbours
-        cutoff[row[last][cut]] = counts.data[last][cut]
-        for name, value in (("keys", keys), ("successors", successors), ("slots", slots), ("cutoff", cutoff)):
-            self.register_buffer(name, torch.from_numpy(value), persistent=False)
-        self.register_buffer("counts", torch.from_numpy(counts.data[position].astype(np.float32)), persistent=False)
+        cutoff, runner_up = np.zeros(self.items, np.float32), np.full(self.items, -1, np.int64)
+        next_best = order[rank == self.neighbours]
+        cutoff[row[next_best]], runner_up[row[next_best]] = counts.data[next_best], counts.indices[next_best]
+        arrays = {"keys": keys, "successors": successors, "slots": slots, "cutoff": cutoff, "runner_up": runner_up}
+        for name, value in (arrays | {"counts": counts.data[position].astype(np.float32)}).items():
+            self.register_buffer(name, torch.from_numpy(value).to(self.log_tau.device), persistent=False)
 
     def forward(self, recent: Tensor, valid: Tensor, targets: Tensor | None = None) -> Tensor:
         """Score all items.
 
-        recent: [P, J] int64, the last J items before each of P moments, newest first; valid: [P, J] bool.
-        targets: [P] int64, the item that really came next, whose own transition is then taken out of the counts.
+        recent: [P, J] int64, the last J items before each of P moments, newest first; valid: [P, J] bool. Only the first
+        `recent` of them are asked about; the own transitions are looked for in the first `distances`.
+        targets: [P] int64, the item that really came next, whose own transitions are then taken out of the counts.
         Returns [P, I] float32, zero where no recent event was ever followed by the item.
         """
         scale = self.items * torch.exp(-self.log_tau)
+        own = None if targets is None else self._own_counts(recent, valid)
+        recent, valid = recent[:, : self.recent], valid[:, : self.recent]
         weight = torch.exp(self.log_weight[: recent.shape[1]]) * valid  # [P, J]
         value = torch.log1p(torch.cat([self.counts, self.counts.new_zeros(1)]) * scale)  # [nnz + 1]
         table = value[self.slots]  # [I, N]
         score = weight.new_zeros(len(recent), self.items)
         for j in range(recent.shape[1]):  # one event at a time keeps the peak at [P, N]
-            score = score.scatter_add(1, self.successors[recent[:, j]], weight[:, j, None] * table[recent[:, j]])
-        if targets is not None:
-            score = score.scatter_add(1, targets[:, None], self._own_share(recent, weight, targets, scale)[:, None])
+            score.scatter_add_(1, self.successors[recent[:, j]], weight[:, j, None] * table[recent[:, j]])
+        if targets is not None and own is not None:
+            score.scatter_add_(1, targets[:, None], self._own_share(recent, weight, own, targets, scale)[:, None])
         return score
 
-    def _own_share(self, recent: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+    def _own_counts(self, recent: Tensor, valid: Tensor) -> Tensor:
+        """[P, J]: what each moment itself added to the count from each of its recent items to what came next."""
+        near, there = recent[:, : self.distances], valid[:, : self.distances]
+        share = self.decay ** torch.arange(near.shape[1], dtype=torch.float64, device=recent.device)
+        same = (recent[:, : self.recent, None] == near[:, None]) & there[:, None]  # an item may stand at many distances
+        return (same * share.float()).sum(-1)
+
+    def _own_share(self, recent: Tensor, weight: Tensor, own: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
         """[P] (negative) change of the target's score when its own transitions leave the counts."""
         key = recent * self.items + targets[:, None]  # [P, J]
         place = torch.searchsorted(self.keys, key).clamp(max=max(0, len(self.keys) - 1))
@@ -111,8 +122,9 @@ class TransitionMemory(nn.Module):
             return weight.new_zeros(len(recent))
         found = self.keys[place] == key
         count = self.counts[place] * found
-        distance = torch.arange(recent.shape[1], device=recent.device)
-        own = torch.where(distance < self.distances, self.decay**distance.float(), 0.0)
-        left = (count - own * found).clamp(min=0)
-        left = left * (left >= self.cutoff[recent])
+        left = count - own * found
+        left = left * (left > 1e-5 * count)  # what is left of rounding is no transition
+        ahead = left - self.cutoff[recent]
+        tied = ahead.abs() <= 1e-5 * count
+        left = left * torch.where(tied, targets[:, None] < self.runner_up[recent], ahead > 0)
         return (weight * (torch.log1p(left * scale) - torch.log1p(count * scale))).sum(1)

@@ -57,12 +57,20 @@ class Recommender:
         self.text_vectors = text_vectors
         self.index = {item_id: row for row, item_id in enumerate(item_ids)}
         self._action_index = {action: number for number, action in enumerate(actions)}
+        self._device = torch.device("cpu")
         with torch.inference_mode():
             self._vectors = model.item_vectors()
         self.item_vectors: np.ndarray = self._vectors.numpy()  # [I, dim]
         # Neither trained nor described: such an item has an arbitrary vector, so it is never recommended.
         has_text = np.zeros(len(item_ids), bool) if text_vectors is None else np.abs(text_vectors).sum(1) > 0
         self.recommendable = (popularity > 0) | has_text
+
+    def to(self, device: str) -> Recommender:
+        """Move the model to a device such as "cuda". Answers stay arrays on the CPU. Returns self."""
+        self._device = torch.device(device)
+        self.model.to(self._device)
+        self._vectors = self._vectors.to(self._device)
+        return self
 
     def history(self, events: Sequence[Mapping[str, Any]]) -> tuple[History, list[str]]:
         """Turn events (`item_id`, optional `timestamp` ms, `action`, `rating`) into a History and the unknown item ids.
@@ -115,12 +123,12 @@ class Recommender:
         batch, interest, last = self._read(histories, now)
         logits = self.model.logits_at(batch, interest, self._vectors, last)
         gate = interest.gate[last[:, 0], last[:, 1]].mean(-1)
-        return logits.numpy(), gate.numpy()
+        return logits.cpu().numpy(), gate.cpu().numpy()
 
     def _read(self, histories: list[History], now: np.ndarray | None) -> tuple[Any, Interest, torch.Tensor]:
-        batch = scoring_batch(histories, self.model.config.long_window, now)
+        batch = scoring_batch(histories, self.model.config.long_window, now).to(self._device)
         interest = self.model.interest(batch, self._vectors)
-        last = torch.stack([torch.arange(len(histories)), batch.mask.sum(1) - 1], 1)
+        last = torch.stack([torch.arange(len(histories), device=self._device), batch.mask.sum(1) - 1], 1)
         return batch, interest, last
 
     def top_k(
@@ -159,13 +167,13 @@ class Recommender:
         place = int(last[0, 1])
         length = place + 1
         long, short = np.zeros(len(history), np.float32), np.zeros(len(history), np.float32)
-        long[-length:] = interest.attention_long[0, place, :length].numpy()
-        window = interest.attention_short[0, place].numpy()
+        long[-length:] = interest.attention_long[0, place, :length].cpu().numpy()
+        window = interest.attention_short[0, place].cpu().numpy()
         reach = min(length, len(window))
         short[-reach:] = window[-reach:]
         nearest = []
         for branch in (interest.long, interest.short):
-            scores = (branch[0, place] @ self._vectors.T).numpy()
+            scores = (branch[0, place] @ self._vectors.T).cpu().numpy()
             scores[~self.recommendable] = -np.inf
             nearest.append(self.top_k(scores[None], NEAREST)[0][0])
         return Interests(long, short, float(interest.gate[0, place].mean()), nearest[0], nearest[1])

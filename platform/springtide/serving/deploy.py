@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
-
-import httpx
 
 from springtide.config import Settings
 from springtide.errors import SpringtideError
@@ -26,7 +27,7 @@ STORE_FILE = "history.sqlite3"  # in the workspace
 
 def run(settings: Settings) -> Json:
     """The deploy job: serve the experiment's bundle by `serve.config` on the cluster that the environment names."""
-    return deploy(settings)
+    return deploy(settings, port=settings.serve.port)
 
 
 def deploy(
@@ -184,20 +185,30 @@ def _wait_ready(url: str, config: Json, deadline: float) -> list[str]:
     reason = "no answer"
     while time.monotonic() < deadline:
         try:
-            answer = httpx.get(f"{url}/readyz", timeout=5)
-            if answer.status_code == 200:
-                models = httpx.get(f"{url}/v1/models", timeout=5).json()["models"]
+            status, state = _get(f"{url}/readyz")
+            if status == 200:
+                models = _get(f"{url}/v1/models")[1]["models"]
                 reason = next((m["error"] for m in models if m.get("error")), "the old model is still served")
                 if {m["version"] for m in models} >= wanted:
                     return [m["model"] for m in models]
                 if reason != "the old model is still served":
                     raise SpringtideError(f"the new model was refused and the old one still serves: {reason}")
             else:
-                reason = f"/readyz says {' '.join(answer.text.split())[:300]}"
-        except (httpx.HTTPError, ValueError, KeyError) as error:
+                reason = f"/readyz says {json.dumps(state)[:300]}"
+        except (OSError, ValueError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
         time.sleep(POLL_S)
     raise SpringtideError(f"{url} is not ready in time: {reason}; see the Serve logs, or raise serve.timeout_s")
+
+
+def _get(url: str) -> tuple[int, Any]:
+    """Status and JSON of a GET, past any proxy of the environment: the address is this machine's or the cluster's."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=5) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"null")
 
 
 def _bracketed(host: str) -> str:

@@ -58,7 +58,7 @@ def train(
     """Run Ray Train in `run_folder` and return the final progress, best weights included."""
     connect()
     import ray
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     config = settings.train
@@ -95,6 +95,7 @@ def train(
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             callbacks=callbacks,
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
         datasets=shards,
         dataset_config=DataConfig(datasets_to_split=[]),

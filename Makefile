@@ -1,0 +1,41 @@
+# Everything a fresh machine needs is Python 3.11 or later with pip, and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: setup quickstart test lint bench bench-prepare bench-train bench-serve clean
+
+setup: $(VENV)/.installed
+
+# constraints.txt pins what is tested; with torch pinned, pip takes the CPU build where the index offers one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/python -m springtide.quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: bench-prepare bench-train bench-serve
+
+bench-prepare: setup
+	$(BIN)/python benchmarks/prepare.py
+
+bench-train: setup
+	$(BIN)/python benchmarks/train.py
+
+bench-serve: setup
+	$(BIN)/python benchmarks/serve.py
+
+clean:
+	rm -rf $(VENV) workspace

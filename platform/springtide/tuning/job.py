@@ -1,0 +1,157 @@
+"""The `tune` stage: Ray Tune over any setting of model and train, with random search and ASHA early stopping."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from springtide.cluster import connect
+from springtide.config import Settings, parse_settings, with_values
+from springtide.data.prepared import load_prepared
+from springtide.errors import SpringtideError
+from springtide.files import write_json, write_text
+from springtide.training.job import fingerprint, train, write_trained
+from springtide.training.worker import read_progress
+from springtide.tuning.space import check_space, concurrent_trials, param_space
+
+log = logging.getLogger(__name__)
+METRIC = "ndcg@10"
+DRIVER_CPUS = 0.1  # a trial's own actor only waits for its workers
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Search `tune.space` and write `<workspace>/tune/`: trials.csv, trials.json, best.yaml and the best bundle.
+
+    An interrupted search with the same data and settings goes on where it stopped. Returns the body of
+    results/tune.json. Raises SpringtideError for a wrong space, a cluster too small, or if every trial failed.
+    """
+    check_space(settings)
+    prepared = load_prepared(settings.workspace)
+    connect()
+    import ray
+    from ray import tune
+
+    folder = Path(settings.workspace) / "tune"
+    resources = ray.cluster_resources()
+    concurrency = concurrent_trials(resources.get("CPU", 0), resources.get("GPU", 0), settings, DRIVER_CPUS)
+    base = with_values(
+        settings, {"train.workers": settings.tune.workers_per_trial, "train.epochs": settings.tune.epochs}
+    )
+    search = hashlib.sha256((settings.tune.model_dump_json() + fingerprint(base, prepared)).encode()).hexdigest()[:10]
+    experiment = folder / f"search-{search}"
+    if (experiment / "finished").exists():
+        log.info("this search was done before; doing it again from the start")
+        shutil.rmtree(experiment)
+    trial = tune.with_resources(run_trial, {"CPU": DRIVER_CPUS})
+    log.info("%d trials, %d at a time", settings.tune.trials, concurrency)
+    if tune.Tuner.can_restore(str(experiment)):
+        log.info("going on with the interrupted search %s", experiment.name)
+        tuner = tune.Tuner.restore(str(experiment), trainable=trial, resume_unfinished=True, resume_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trial,
+            param_space={
+                **param_space(settings.tune.space),
+                "base": base.model_dump(mode="json"),
+                "runs": str(folder / "runs" / search),
+            },
+            tune_config=tune.TuneConfig(
+                metric=METRIC,
+                mode="max",
+                num_samples=settings.tune.trials,
+                max_concurrent_trials=concurrency,
+                search_alg=tune.search.BasicVariantGenerator(random_state=settings.tune.seed),
+                scheduler=tune.schedulers.ASHAScheduler(
+                    max_t=settings.tune.epochs,
+                    grace_period=min(settings.tune.grace_epochs, settings.tune.epochs),
+                    reduction_factor=settings.tune.reduction,
+                ),
+            ),
+            run_config=tune.RunConfig(name=experiment.name, storage_path=str(folder), verbose=0),
+        )
+    results = tuner.fit()
+    rows = [_row(result, settings) for result in results]
+    done = [(row, result) for row, result in zip(rows, results, strict=True) if row[METRIC] is not None]
+    if not done:
+        first = next((" ".join(str(result.error).split()) for result in results if result.error), "no trial reported")
+        raise SpringtideError(f"every trial failed, the first with: {first[:300]}")
+    rows.sort(key=lambda row: (row[METRIC] is None, -(row[METRIC] or 0)))
+    write_json(folder / "trials.json", rows)
+    write_text(folder / "trials.csv", _csv(rows))
+    best, result = max(done, key=lambda pair: pair[0][METRIC])
+    chosen = with_values(settings, best["settings"])
+    write_text(folder / "best.yaml", yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    run_folder = Path(result.metrics["checkpoint_path"]).parent
+    progress = read_progress(Path(result.metrics["checkpoint_path"]))
+    metrics = write_trained(chosen, prepared, run_folder, progress, folder / "bundle")
+    (experiment / "finished").touch()
+    print(_table(rows), flush=True)
+    return {
+        "best": {"settings": best["settings"], METRIC: best[METRIC], "trial": best["trial"]},
+        "best_config": str(folder / "best.yaml"),
+        "bundle": str(folder / "bundle"),
+        "trials": str(folder / "trials.csv"),
+        "concurrent_trials": concurrency,
+        "epochs_run": sum(row["epochs"] for row in rows),
+        "validation": metrics["validation"],
+    }
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """One trial: a whole Ray Train run whose reports Tune sees. Its folder is named by the trial, so it resumes."""
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    varied = {key: value for key, value in config.items() if "." in key}
+    settings = with_values(parse_settings(config["base"]), varied)
+    trial = tune.get_context().get_trial_id()
+    folder = Path(config["runs"]) / f"trial-{trial}"
+    train(settings, load_prepared(settings.workspace), folder, time.time(), [TuneReportCallback()])
+
+
+def _row(result: Any, settings: Settings) -> dict[str, Any]:
+    """One line of the trial table."""
+    metrics, frame = result.metrics or {}, result.metrics_dataframe
+    history = [] if frame is None or METRIC not in frame else frame[METRIC].tolist()
+    return {
+        "trial": metrics.get("trial_id"),
+        "settings": {key: value for key, value in (result.config or {}).items() if key in settings.tune.space},
+        METRIC: max(history) if history and "checkpoint_path" in metrics else None,
+        "epochs": len(history),
+        "seconds": metrics.get("time_total_s"),
+        "error": None if result.error is None else " ".join(str(result.error).split())[:200],
+    }
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]["settings"])
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["trial", METRIC, "epochs", "seconds", *names, "error"])
+    for row in rows:
+        values = [json.dumps(row["settings"].get(name)) for name in names]
+        writer.writerow([row["trial"], row[METRIC], row["epochs"], row["seconds"], *values, row["error"] or ""])
+    return text.getvalue()
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """The trials, best first, for a terminal."""
+    lines = [f"{'validation NDCG@10':>18}  epochs  settings"]
+    for row in rows:
+        said = "  ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in row["settings"].items())
+        score = "failed" if row[METRIC] is None else f"{row[METRIC]:.4f}"
+        lines.append(f"{score:>18}  {row['epochs']:>6}  {said}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,242 @@
+"""The deployments on a real cluster: answers over HTTP, a swap of models under load, and kill -9 of every replica."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+from toy import ACTIONS, toy_bundle, toy_items, toy_log, toy_settings
+
+from springtide.files import write_json, write_manifest
+from springtide.schemas import SEQUENCES
+from springtide.serving.deploy import filled
+from springtide.serving.lint import load_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+APP = "springtide"
+CONFIG = Path(__file__).parents[2] / "serve_configs" / "local.yaml"
+
+
+@dataclass
+class Served:
+    """A running application over a workspace, deployed from serve_configs/local.yaml as the deploy job does."""
+
+    ray: Any
+    workspace: Path
+    port: int
+    client: httpx.Client
+
+    def config(self) -> dict[str, Any]:
+        config = filled(load_config(CONFIG), toy_settings(self.workspace), self.port)
+        config["applications"][0]["runtime_env"] = {
+            "py_modules": self.ray.get_runtime_context().runtime_env["py_modules"]
+        }
+        return config
+
+    def apply(self, config: dict[str, Any]) -> None:
+        """What Serve's REST API does with a configuration; the session's cluster has no dashboard to ask."""
+        _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+        deadline = time.monotonic() + 120
+        while (state := serve.status().applications[APP]).status != "RUNNING":
+            assert state.status != "DEPLOY_FAILED", state
+            assert time.monotonic() < deadline, state
+            time.sleep(0.1)
+
+    def recommend(self, **body: Any) -> Any:
+        answer = self.client.post("/v1/recommend", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def pids(self) -> set[int]:
+        """Processes of the application's replicas."""
+        found = self.ray.util.list_named_actors(all_namespaces=True)
+        replicas = [self.ray.get_actor(a["name"], a["namespace"]) for a in found if f"::{APP}#" in a["name"]]
+        return set(self.ray.get([replica.__ray_call__.remote(lambda _: os.getpid()) for replica in replicas]))
+
+    def wait_model(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        deadline = time.monotonic() + 60
+        while True:
+            (model,) = self.client.get("/v1/models").json()["models"]
+            if wanted(model):
+                return dict(model)
+            assert time.monotonic() < deadline, model
+            time.sleep(0.1)
+
+    def wait_ready(self, seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        state = "no answer"
+        while time.monotonic() < deadline:
+            try:
+                answer = self.client.get("/readyz")
+                if answer.status_code == 200:
+                    return
+                state = answer.text
+            except httpx.HTTPError as error:
+                state = repr(error)
+            time.sleep(0.2)
+        pytest.fail(f"not ready: {state}")
+
+
+def write_prepared(workspace: Path) -> int:
+    """The toy log as `prepare` would leave it; returns its events."""
+    users: dict[str, list[dict[str, Any]]] = {}
+    for event in toy_log():
+        users.setdefault(event["user_id"], []).append(event)
+    sequences = {
+        "user_id": list(users),
+        "items": [[int(e["item_id"][1:]) for e in events] for events in users.values()],
+        "actions": [[ACTIONS.index(e["action"]) for e in events] for events in users.values()],
+        "ratings": [[e["rating"] for e in events] for events in users.values()],
+        "timestamps": [[e["timestamp"] for e in events] for events in users.values()],
+        "parts": [[0] * len(events) for events in users.values()],
+        "targets": [[True] * len(events) for events in users.values()],
+    }
+    prepared = workspace / "prepared"
+    for folder, table in (("items", toy_items()), ("sequences", pa.table(sequences, schema=SEQUENCES))):
+        (prepared / folder).mkdir(parents=True)
+        pq.write_table(table, prepared / folder / "part-0.parquet")
+    write_json(prepared / "vocabulary.json", {"actions": ACTIONS})
+    write_manifest(prepared, {"content_hash": "toy"})
+    return sum(len(events) for events in users.values())
+
+
+@pytest.fixture(scope="module")
+def served(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    workspace = tmp_path_factory.mktemp("serve")
+    write_prepared(workspace)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        found = Served(ray_session, workspace, port, client)
+        toy_bundle(workspace)
+        found.apply(found.config())
+        found.wait_ready()
+        yield found
+    serve.shutdown()
+
+
+def test_every_endpoint_answers(served: Served) -> None:
+    client = served.client
+    assert client.get("/healthz").status_code == 200
+    assert client.get("/docs").status_code == 200
+    stranger = served.recommend(user_id="stranger", k=3)
+    assert (stranger["source"], len(stranger["items"])) == ("popular", 3)
+    known = served.recommend(user_id="u1", k=40)  # from the prepared log
+    seen = {event["item_id"] for event in toy_log() if event["user_id"] == "u1"}
+    assert known["source"] == "history"
+    assert {item["item_id"] for item in known["items"]} == {f"i{n:02d}" for n in range(40)} - seen
+    assert known["gate"]["long"] + known["gate"]["short"] == pytest.approx(1)
+    both = served.recommend(history=[{"item_id": "i03"}], query="Item number 4", k=5, diversity=0.5, explain=True)
+    assert both["source"] == "history+query"
+    assert both["explanation"]["recent"][0]["item_id"] == "i03"
+    assert served.recommend(query="浪漫喜剧", filters={"categories": ["odd"]}, k=40)["source"] == "query"
+    vectors = client.post("/v1/encode", json={"texts": ["a short text", "another, rather longer, text"]}).json()
+    assert [sum(x * x for x in v) for v in vectors["vectors"]] == pytest.approx([1, 1], abs=1e-4)
+    assert len(client.get("/v1/items/i03/similar", params={"k": 5}).json()["items"]) == 5
+    assert client.get("/v1/users/u1/interests").json()["events"][0]["title"].startswith("Item number")
+    broken = client.post("/v1/recommend", content="{", headers={"Content-Type": "application/json"})
+    assert (broken.status_code, broken.json()["error"]["code"]) == (400, "invalid_json")
+
+
+def test_concurrent_queries_get_their_own_vectors(served: Served) -> None:
+    texts = [f"text number {n} " + "word " * (n % 7) for n in range(24)]
+    alone = {text: served.client.post("/v1/encode", json={"text": text}).json()["vector"] for text in texts}
+    found: dict[str, list[float]] = {}
+
+    def ask(text: str) -> None:
+        found[text] = served.client.post("/v1/encode", json={"text": text}).json()["vector"]
+
+    threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for text in texts:
+        assert found[text] == pytest.approx(alone[text], abs=1e-4)
+
+
+def test_an_event_changes_the_next_answer(served: Served) -> None:
+    event = {"event_id": "first", "user_id": "newcomer", "item_id": "i20", "action": "view"}
+    assert served.recommend(user_id="newcomer")["source"] == "popular"
+    assert served.client.post("/v1/events", json=event).json() == {"accepted": 1, "duplicates": 0}
+    assert served.client.post("/v1/events", json=event).json() == {"accepted": 0, "duplicates": 1}
+    after = served.recommend(user_id="newcomer", k=40)
+    assert after["source"] == "history"
+    assert "i20" not in {item["item_id"] for item in after["items"]}
+
+
+def test_a_model_is_swapped_without_a_failed_request(served: Served) -> None:
+    before = served.recommend(user_id="u1")["model"]
+    pids = served.pids()
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        with httpx.Client(base_url=served.client.base_url, timeout=60, trust_env=False) as client:
+            while not stop.is_set():
+                statuses.append(client.post("/v1/recommend", json={"user_id": "u2"}).status_code)
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        toy_bundle(served.workspace, seed=1)  # a retrained model takes the place of the old one
+        served.apply(served.config())
+        after = served.wait_model(lambda model: model["model"] != before)["model"]
+
+        config = served.config()
+        weights = served.workspace / "bundle" / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        scorer = next(d for d in config["applications"][0]["deployments"] if d["name"] == "Scorer")
+        scorer["user_config"]["version"] = "damaged"
+        served.apply(config)
+        refused = served.wait_model(lambda model: "error" in model)
+        weights.write_bytes(whole)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert refused["model"] == after  # the one before stays
+    assert "model.safetensors differs from its checksum" in refused["error"]
+    assert len(statuses) > 10
+    assert set(statuses) == {200}
+    assert served.pids() == pids  # swapped inside the running replicas
+    served.apply(served.config())
+    served.wait_model(lambda model: "error" not in model)
+
+
+def test_an_acknowledged_event_survives_kill_9_of_every_replica(served: Served) -> None:
+    assert served.client.post("/v1/events", json={"user_id": "survivor", "item_id": "i07"}).status_code == 202
+    pids = served.pids()
+    assert len(pids) == 3
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            answer = served.client.get("/v1/users/survivor/interests")
+            if answer.status_code == 200:
+                break
+        except httpx.HTTPError:
+            pass
+        assert time.monotonic() < deadline, "the replicas did not come back"
+        time.sleep(0.5)
+    assert [event["item_id"] for event in answer.json()["events"]] == ["i07"]
+    assert served.recommend(user_id="survivor", query="back again")["source"].startswith("history")

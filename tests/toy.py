@@ -1,0 +1,100 @@
+"""A small log and a small untrained bundle for tests that need one but not its accuracy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from springtide.bundle import write_bundle
+from springtide.config import Settings, parse_settings
+from springtide.model.fusion import FusionModel
+from springtide.model.memory import count_transitions
+from springtide.schemas import ITEMS
+
+ITEMS_IN_TOY = 40
+ACTIONS = ["<unknown>", "purchase", "view"]
+DAY_MS = 86_400_000
+
+
+def toy_log(users: int = 60, items: int = ITEMS_IN_TOY, seed: int = 0) -> list[dict[str, Any]]:
+    """Events in log order. Item i is usually followed by i + 1, so there is something to learn."""
+    rng = np.random.default_rng(seed)
+    events = []
+    for user in range(users):
+        item, time = int(rng.integers(items)), 1_600_000_000_000 + int(rng.integers(DAY_MS))
+        for _ in range(int(rng.integers(5, 15))):
+            events.append(
+                {
+                    "user_id": f"u{user}",
+                    "item_id": f"i{item:02d}",
+                    "timestamp": time,
+                    "action": "purchase" if rng.random() < 0.3 else "view",
+                    "rating": float(rng.integers(1, 6)),
+                }
+            )
+            item = (item + 1) % items if rng.random() < 0.8 else int(rng.integers(items))
+            time += int(rng.integers(1000, DAY_MS))
+    return events
+
+
+def toy_settings(workspace: Path, **values: Any) -> Settings:
+    """Settings over paths that need not exist, with a tiny model."""
+    tree: dict[str, Any] = {
+        "name": "toy",
+        "workspace": str(workspace),
+        "data": {"events": {"paths": str(workspace / "events.csv"), "columns": {"action": "action", "rating": "rating"}}},
+        "model": {"dim": 16, "text_dim": 8, "short_window": 4, "long_window": 20, "memory_recent": 4},
+        "train": {"epochs": 2, "workers": 1, "batch_size": 8},
+    }
+    for key, value in values.items():
+        section, _, name = key.partition("__")
+        tree.setdefault(section, {})[name] = value
+    return parse_settings(tree)
+
+
+def toy_items(items: int = ITEMS_IN_TOY) -> pa.Table:
+    """A catalogue in which every item has a title, a category and a text."""
+    return pa.table(
+        {
+            "item": pa.array(range(items), pa.int32()),
+            "item_id": [f"i{i:02d}" for i in range(items)],
+            "title": [f"Item number {i}" for i in range(items)],
+            "categories": [["even" if i % 2 == 0 else "odd"] for i in range(items)],
+            "text": [f"Item number {i}" for i in range(items)],
+            "events": pa.array([10 + i for i in range(items)], pa.int64()),
+        },
+        schema=ITEMS,
+    )
+
+
+def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
+    """Write a bundle with random weights below `folder` and return its path."""
+    settings = toy_settings(folder, **values)
+    items = toy_items()
+    rng = np.random.default_rng(seed)
+    text = rng.normal(size=(len(items), 384)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    events = items["events"].to_numpy()
+    rows: dict[str, list[int]] = {}
+    for event in toy_log(seed=seed):
+        rows.setdefault(event["user_id"], []).append(int(event["item_id"][1:]))
+    pairs = [(np.array(row), np.ones(len(row), bool)) for row in rows.values()]
+    counts = count_transitions(pairs, len(items), settings.model.memory_distances, settings.model.memory_decay)
+    torch.manual_seed(seed)
+    model = FusionModel(
+        settings.model,
+        len(ACTIONS),
+        torch.from_numpy(rng.normal(size=(len(items), settings.model.text_dim)).astype(np.float32)),
+        torch.ones(len(items), dtype=torch.bool),
+        torch.from_numpy(events.copy()),
+        (3.0, 1.0),
+    )
+    if model.memory is not None:
+        model.memory.load_counts(counts)
+    path = folder / "bundle"
+    write_bundle(path, model, settings, items, ACTIONS, counts, text, {"validation": {"ndcg@10": 0.1}})
+    return path
