@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
+
 from harness import REPO, describe, job, machine, run_measured, scratch, table, write_experiment, write_result
 from synthetic import write_log
 
@@ -113,7 +114,7 @@ def main() -> None:
             for size in sizes:
                 log = root / f"{format}-{size}"
                 if not (log / "events").exists():
-                    write_log(log, size, size // 20, min(50_000, size // 50), args.shards, format)
+                    write_log(log, size, size // 20, min(50_000, size // 50), shards=args.shards, format=format)
                 measured.append(measure(root / "runs" / log.name, log, format, args.rounds))
                 if args.keep is None:
                     shutil.rmtree(log)

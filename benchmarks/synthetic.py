@@ -170,8 +170,9 @@ def _catalogue(cluster: np.ndarray, rng: np.random.Generator) -> pl.DataFrame:
     )
 
 
-def write_log(out: Path, events: int, users: int, items: int, shards: int = 8, format: str = "parquet", seed: int = 0
-              ) -> tuple[Path, Path]:  # fmt: skip
+def write_log(
+    out: Path, events: int, users: int, items: int, *, shards: int = 8, format: str = "parquet", seed: int = 0
+) -> tuple[Path, Path]:
     """Write the log in `shards` files, cut by time, and the catalogue. Returns the events folder and the items file."""
     if format not in ("parquet", "csv"):
         raise ValueError(f"format must be parquet or csv, not {format}")
@@ -207,9 +208,8 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.perf_counter()
     try:
-        folder, items_file = write_log(
-            args.out, args.events, args.users, args.items, args.shards, args.format, args.seed
-        )
+        folder, items_file = write_log(args.out, args.events, args.users, args.items,
+                                       shards=args.shards, format=args.format, seed=args.seed)  # fmt: skip
     except (ValueError, OSError) as error:
         parser.exit(1, f"{error}\n")
     print(f"{args.events:,} events in {folder}, {args.items:,} items in {items_file}: "

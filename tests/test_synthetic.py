@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+
 import synthetic
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "synthetic.py"
@@ -92,7 +93,7 @@ def test_command_line_writes_shards(tmp_path: Path, kind: str) -> None:
     arguments = ["--events", "3000", "--users", "200", "--items", "150", "--shards", "3", "--format", kind]
     for folder in ("one", "two"):
         done = subprocess.run([sys.executable, str(SCRIPT), *arguments, "--out", str(tmp_path / folder)],
-                              capture_output=True, text=True, timeout=60)  # fmt: skip
+                              check=False, capture_output=True, text=True, timeout=60)  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert "3,000 events" in done.stdout
     one, two = (sorted(p for p in (tmp_path / f).rglob("*") if p.is_file()) for f in ("one", "two"))
@@ -104,6 +105,6 @@ def test_command_line_writes_shards(tmp_path: Path, kind: str) -> None:
 
 def test_more_users_than_events_is_refused(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(SCRIPT), "--events", "10", "--users", "20", "--out", str(tmp_path)],
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          check=False, capture_output=True, text=True, timeout=60)  # fmt: skip
     assert done.returncode == 1
     assert "users (20)" in done.stderr and "Traceback" not in done.stderr

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
@@ -28,6 +27,7 @@ from springtide.model.recommender import Recommender
 from springtide.schemas import ITEMS, check_schema
 
 FORMAT = 1
+FILES = ("model.safetensors", "config.json", "items.parquet", "vectors.safetensors", "memory.safetensors", "metrics.json")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     """
     path = Path(path).absolute()
     if verify:
-        verify_manifest(path, "bundle")
+        listed = verify_manifest(path, "bundle")["files"]
+        if unlisted := [name for name in FILES if name not in listed]:
+            raise SpringtideError(f"bundle {path}: manifest.json has no checksum of {unlisted[0]}; write the bundle again")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
@@ -92,21 +94,21 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         state = load_tensors(path / "model.safetensors")
         memory = load_arrays(path / "memory.safetensors")
         vectors = load_arrays(path / "vectors.safetensors")["text"]
-    except (OSError, ValueError, KeyError, ValidationError, SafetensorError, pa.ArrowException) as error:
+        popularity = items["events"].to_numpy()
+        model = FusionModel(
+            settings.model,
+            len(config["actions"]),
+            state["item_vectors.text"],
+            state["item_vectors.known"],
+            torch.from_numpy(popularity.copy()),
+            tuple(config["rating_stats"]),
+        )
+        model.load_state_dict(state)
+        if model.memory is not None:
+            size = len(items)
+            model.memory.load_counts(sp.csr_matrix((memory["data"], memory["indices"], memory["indptr"]), shape=(size, size)))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pa.ArrowException) as error:
         raise SpringtideError(f"cannot load the bundle {path}: {' '.join(str(error).split())[:300]}; train it again") from None
-    popularity = items["events"].to_numpy()
-    model = FusionModel(
-        settings.model,
-        len(config["actions"]),
-        state["item_vectors.text"],
-        state["item_vectors.known"],
-        torch.from_numpy(popularity.copy()),
-        tuple(config["rating_stats"]),
-    )
-    model.load_state_dict(state)
-    if model.memory is not None:
-        size = len(items)
-        model.memory.load_counts(sp.csr_matrix((memory["data"], memory["indices"], memory["indptr"]), shape=(size, size)))
     recommender = Recommender(
         model,
         items["item_id"].to_pylist(),

@@ -6,6 +6,8 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,7 +18,12 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, (str, dict, int)) else value
 
 
-Strings = Annotated[list[str], BeforeValidator(_as_list)]
+def _as_strings(value: Any) -> Any:
+    values = _as_list(value)
+    return [str(v) if type(v) is int else v for v in values] if isinstance(values, list) else values
+
+
+Strings = Annotated[list[str], BeforeValidator(_as_strings)]
 Column = Union[str, int]  # a name, or the position (from 0) in a file that has no header line
 FileFormat = Literal["csv", "tsv", "jsonl", "parquet"]
 
@@ -48,6 +55,10 @@ class ColumnRule(Section):
     def _one_test(self) -> ColumnRule:
         if sum(v is not None for v in (self.matches, self.above, self.below)) != 1:
             raise ValueError("give exactly one of matches, above and below")
+        try:
+            pc.match_substring_regex(pa.array([], pa.string()), self.matches or "")
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"matches is no regular expression that RE2 knows: {_one_line(error)}") from None
         return self
 
 
@@ -83,7 +94,8 @@ class ItemSource(Section):
     # Source columns whose values are joined with ". ", or one template such as "{title} by {author}".
     # Absent: title and categories.
     text: Strings | None = None
-    category_separator: str = "|"
+    category_separator: str = Field("|", min_length=1)
+    keep: list[ColumnRule] = []  # descriptions that fail a rule are quarantined as "filtered"
 
 
 class DataConfig(Section):
@@ -288,7 +300,8 @@ def set_by_path(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _list_index(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise SpringtideError(f"{key}: {part} must be a position from 0 to {len(node) - 1} in a list")
+        end = f"from 0 to {len(node) - 1}" if node else "in it, but it is empty; give the whole list"
+        raise SpringtideError(f"{key}: a list stands before {part}, which must then be a position {end}")
     return int(part)
 
 

@@ -22,12 +22,12 @@ def publish_directory(final: Path) -> Iterator[Path]:
     A reader never sees a half-written `final`: the old one stays until the new one is whole.
     Raises SpringtideError if the disk refuses a write.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
     token = uuid.uuid4().hex[:8]
     fresh = final.parent / f".{final.name}.new-{token}"
     old = final.parent / f".{final.name}.old-{token}"
-    fresh.mkdir()
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
         yield fresh
         if final.exists():
             os.rename(final, old)
@@ -89,7 +89,9 @@ def verify_manifest(directory: Path, what: str) -> dict[str, Any]:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         files = dict(manifest["files"])
     except FileNotFoundError:
-        raise SpringtideError(f"there is no {what} at {directory} (no manifest.json); run the job that writes it") from None
+        raise SpringtideError(
+            f"there is no {what} at {directory} (no manifest.json); run the job that writes it"
+        ) from None
     except (ValueError, KeyError, TypeError):
         raise SpringtideError(f"{what} {directory}: manifest.json is damaged; write the {what} again") from None
     for name, expected in files.items():

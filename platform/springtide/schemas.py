@@ -51,9 +51,7 @@ SEQUENCES = pa.schema(
     ]
 )
 
-QUARANTINE = pa.schema(
-    [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("content", pa.string())]
-)
+QUARANTINE = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("content", pa.string())])
 
 VECTORS = pa.schema([("item_id", pa.string()), ("vector", pa.list_(pa.float32()))])
 

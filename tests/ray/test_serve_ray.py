@@ -19,12 +19,12 @@ import pytest
 from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
-from toy import ACTIONS, toy_bundle, toy_items, toy_log, toy_settings
 
 from springtide.files import write_json, write_manifest
 from springtide.schemas import SEQUENCES
 from springtide.serving.deploy import filled
 from springtide.serving.lint import load_config
+from toy import ACTIONS, toy_bundle, toy_items, toy_log, toy_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 APP = "springtide"

@@ -34,6 +34,7 @@ MAX_ID_BYTES = 512
 CONTENT_CHARACTERS = 300
 MISSING_IDS = pa.array(["", "nan", "NaN", "null", "NULL", "None"])
 NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+UNKNOWN_ACTION = "<unknown>"  # the vocabulary's name for a missing action
 ISO = r"^\d{4}-\d{2}-\d{2}([T ]\d{2}:\d{2}(:\d{2}(\.\d{1,9})?)?)?"
 EARLIEST_MS, LATEST_MS = -2_208_988_800_000, 7_258_118_400_000  # the years 1900 to 2200
 
@@ -43,12 +44,13 @@ class Rejects:
 
     def __init__(self, rows: int) -> None:
         self.reason = np.full(rows, None, dtype=object)
+        self.bad = np.zeros(rows, bool)
 
     def add(self, bad: pa.ChunkedArray | pa.Array | np.ndarray, reason: str) -> None:
         mask = np.asarray(bad.to_numpy(zero_copy_only=False) if isinstance(bad, (pa.Array, pa.ChunkedArray)) else bad)
         mask = mask.astype(bool)
-        if mask.any():
-            self.reason[mask & np.equal(self.reason, None)] = reason
+        self.reason[mask & ~self.bad] = reason
+        self.bad |= mask
 
 
 def clean_chunk(chunk: RawChunk, source: EventSource, file: int, partitions: int) -> pa.Table:
@@ -61,19 +63,27 @@ def clean_chunk(chunk: RawChunk, source: EventSource, file: int, partitions: int
     for rule in source.keep:
         rejects.add(pc.invert(test_rule(rule, text)), f"filtered: {_describe(rule)}")
     for column, ids in (("user_id", user), ("item_id", item)):
-        rejects.add(pc.fill_null(pc.is_in(ids, MISSING_IDS), True), f"no {column}")
-        rejects.add(pc.greater(pc.fill_null(pc.binary_length(ids), 0), MAX_ID_BYTES), f"{column} above {MAX_ID_BYTES} bytes")
+        rejects.add(is_missing(ids), f"no {column}")
+        rejects.add(
+            pc.greater(pc.fill_null(pc.binary_length(ids), 0), MAX_ID_BYTES), f"{column} above {MAX_ID_BYTES} bytes"
+        )
     raw_time = chunk.table[column_name(columns.timestamp)]
     timestamp = to_milliseconds(text[column_name(columns.timestamp)] if _is_text(raw_time.type) else raw_time)
-    rejects.add(pc.is_null(timestamp), "timestamp is no epoch second, epoch millisecond or ISO-8601 time from 1900 to 2199")
+    rejects.add(
+        pc.is_null(timestamp), "timestamp is no epoch second, epoch millisecond or ISO-8601 time from 1900 to 2199"
+    )
     rating = pa.nulls(rows, pa.float32())
     if columns.rating is not None:
         values = text[column_name(columns.rating)]
-        numbers = to_numbers(values)
+        rating = to_numbers(values).cast(pa.float32(), safe=False)
+        rating = pc.if_else(pc.is_finite(rating), rating, None)  # 1e300 is no float32
         absent = pc.fill_null(pc.is_in(pc.utf8_trim_whitespace(values), MISSING_IDS), True)
-        rejects.add(pc.and_(pc.is_null(numbers), pc.invert(absent)), "rating is no number")
-        rating = numbers.cast(pa.float32(), safe=False)
-    good = np.equal(rejects.reason, None)
+        rejects.add(pc.and_(pc.is_null(rating), pc.invert(absent)), "rating is no number")
+    actions = _actions(source, text, rows)
+    rejects.add(
+        pc.greater(pc.fill_null(pc.binary_length(actions), 0), MAX_ID_BYTES), f"action above {MAX_ID_BYTES} bytes"
+    )
+    good = ~rejects.bad
     content = pa.nulls(rows, pa.string())
     if not good.all():
         content = _content(text, ~good)
@@ -82,7 +92,7 @@ def clean_chunk(chunk: RawChunk, source: EventSource, file: int, partitions: int
             "user_id": _where(good, user),
             "item_id": _where(good, item),
             "timestamp": _where(good, timestamp),
-            "action": _where(good, _actions(source, text, rows)),
+            "action": _where(good, actions),
             "rating": _where(good, rating),
             "file": pa.array(np.full(rows, file, np.int32)),
             "row": chunk.rows,
@@ -110,16 +120,22 @@ def _printable(content: str) -> str:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_large_binary(kind)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
+             pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view,
+             pa.types.is_fixed_size_binary)  # fmt: skip
+    return any(test(kind) for test in tests)
 
 
 def _as_text(column: pa.ChunkedArray, rejects: Rejects, name: str) -> pa.ChunkedArray:
     """UTF-8 text of a column; values of invalid UTF-8 are rejected and become null."""
     if not _is_text(column.type):
         if pa.types.is_floating(column.type):  # 17850.0 written by a table that had missing ids means 17850
-            whole = pc.equal(pc.floor(column), column)
-            if pc.all(whole, min_count=0).as_py() and (pc.max(pc.abs(column)).as_py() or 0) < 2**53:
-                column = pc.if_else(pc.is_nan(column), None, column).cast(pa.int64())
+            column = column.cast(pa.float64())
+            column = pc.if_else(pc.is_nan(column), None, column)
+            whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
+            return pc.if_else(
+                whole, pc.if_else(whole, column, 0.0).cast(pa.int64()).cast(pa.string()), column.cast(pa.string())
+            )
         return column.cast(pa.string())
     try:
         return column.cast(pa.string())
@@ -136,6 +152,11 @@ def _as_text(column: pa.ChunkedArray, rejects: Rejects, name: str) -> pa.Chunked
         return pa.chunked_array([pa.array(values, pa.string())])
 
 
+def is_missing(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Boolean column: no id at all, white space, or the ways in which programs write a missing value."""
+    return pc.fill_null(pc.is_in(pc.utf8_trim_whitespace(ids), MISSING_IDS), True)
+
+
 def to_numbers(text: pa.ChunkedArray) -> pa.ChunkedArray:
     """float64 of decimal text; null where it is no finite number."""
     fits = pc.fill_null(pc.match_substring_regex(text, NUMBER), False)
@@ -146,17 +167,19 @@ def to_numbers(text: pa.ChunkedArray) -> pa.ChunkedArray:
 def to_milliseconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """int64 milliseconds of epoch seconds, epoch milliseconds or ISO-8601 text; null where it is none of these.
 
-    A number of magnitude 10^11 or more is milliseconds (10^11 seconds is the year 5138). ISO times without a zone are UTC.
+    A number of magnitude 10^11 or more is milliseconds (10^11 seconds is the year 5138). ISO times without a zone are
+    UTC.
     """
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
         return _in_range(column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64()))
     if _is_text(column.type):
+        column = column.cast(pa.string())
         numbers = to_numbers(column)
         times = pc.if_else(pc.is_null(numbers), column, None)
         if times.null_count < len(times):
             return _in_range(pc.coalesce(_scale(numbers), _iso_milliseconds(times)))
-    elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
-        numbers = column.cast(pa.float64())
+    elif pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_decimal(column.type):
+        numbers = column.cast(pa.float64(), safe=False)
         numbers = pc.if_else(pc.fill_null(pc.is_finite(numbers), False), numbers, None)
     else:
         return pa.chunked_array([pa.nulls(len(column), pa.int64())])
@@ -167,7 +190,7 @@ def _scale(numbers: pa.ChunkedArray) -> pa.ChunkedArray:
     is_seconds = pc.less(pc.abs(numbers), 1e11)
     milliseconds = pc.if_else(is_seconds, pc.multiply(numbers, 1000.0), numbers)
     sane = pc.if_else(pc.less(pc.abs(milliseconds), 1e15), milliseconds, None)
-    return pc.floor(sane).cast(pa.int64())
+    return pc.floor(pc.round(sane, 2)).cast(pa.int64())  # 1600000000.003 s is 1600000000002.9998 ms in floating point
 
 
 def _in_range(milliseconds: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -187,19 +210,15 @@ def _iso_milliseconds(text: pa.ChunkedArray) -> pa.ChunkedArray:
 def _cast_each(text: pa.ChunkedArray, kind: pa.TimestampType) -> pa.ChunkedArray:
     """Milliseconds of text of the right shape; null for dates that do not exist, such as February 30."""
 
-    def convert(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-        return values.cast(kind).cast(pa.timestamp("ms", kind.tz), safe=False).cast(pa.int64())
-
     try:
-        return convert(text)
+        return text.cast(kind).cast(pa.timestamp("ms", kind.tz), safe=False).cast(pa.int64())
     except pa.ArrowInvalid:
-        out: list[int | None] = []
-        for value in text.to_pylist():
-            try:
-                out.append(None if value is None else convert(pa.array([value]))[0].as_py())
-            except pa.ArrowInvalid:
-                out.append(None)
-        return pa.chunked_array([pa.array(out, pa.int64())])
+        if len(text) == 1:
+            return pa.chunked_array([pa.nulls(1, pa.int64())])
+        half = len(text) // 2  # halves until the impossible dates are alone: few of them cost little
+        return pa.chunked_array(
+            [*_cast_each(text[:half], kind).chunks, *_cast_each(text[half:], kind).chunks], pa.int64()
+        )
 
 
 def test_rule(rule: ColumnRule, text: dict[str, pa.ChunkedArray]) -> pa.ChunkedArray:
@@ -215,14 +234,18 @@ def test_rule(rule: ColumnRule, text: dict[str, pa.ChunkedArray]) -> pa.ChunkedA
 def _describe(rule: ColumnRule) -> str:
     if rule.matches is not None:
         return f"{rule.column} does not match {rule.matches}"
-    return f"{rule.column} is not above {rule.above:g}" if rule.above is not None else f"{rule.column} is not below {rule.below:g}"
+    return (
+        f"{rule.column} is not above {rule.above:g}"
+        if rule.above is not None
+        else f"{rule.column} is not below {rule.below:g}"
+    )
 
 
 def _actions(source: EventSource, text: dict[str, pa.ChunkedArray], rows: int) -> pa.ChunkedArray | pa.Array:
     """The action of each row: its column, else the first rule that fits, else the source's constant."""
     if source.columns.action is not None:
         given = text[column_name(source.columns.action)]
-        actions = pc.if_else(pc.is_in(given, MISSING_IDS), None, given)
+        actions = pc.if_else(pc.or_(is_missing(given), pc.equal(given, UNKNOWN_ACTION)), None, given)
     else:
         actions = pa.array([source.action or "interaction"] * rows, pa.string())
     for rule in reversed(source.action_rules):

@@ -11,11 +11,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from springtide.config import Column, ItemSource
-from springtide.data.clean import CONTENT_CHARACTERS, MAX_ID_BYTES, MISSING_IDS, Rejects, _as_text, _content
+from springtide.data.clean import (
+    MAX_ID_BYTES,
+    Rejects,
+    _as_text,
+    _content,
+    _describe,
+    _printable,
+    is_missing,
+    test_rule,
+)
 from springtide.data.readers import column_name, read_chunks
 from springtide.data.sources import SourceFile
 
 FIELD = re.compile(r"\{([^{}]+)\}")
+TITLE_CHARACTERS = 1_000
+TEXT_CHARACTERS = 20_000  # an encoder reads at most 512 tokens; a page of 10 MB would only hold it up
 
 
 @dataclass(frozen=True)
@@ -41,9 +52,14 @@ def read_items(source: ItemSource, files: list[SourceFile]) -> RawItems:
             frames.append(good)
             rejected.append(bad)
             for row, reason, content in chunk.bad_rows:
-                text = content[:CONTENT_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
-                rejected.append(pl.DataFrame({"file": [file.path], "row": [row], "reason": [f"malformed row: {reason}"], "content": [text]}))
-    rows = pl.concat(frames) if frames else pl.DataFrame(schema={"item_id": pl.String, "title": pl.String, "categories": pl.String, "text": pl.String, "file": pl.String})  # fmt: skip
+                malformed = {
+                    "file": [file.path],
+                    "row": [row],
+                    "reason": [f"malformed row: {reason}"],
+                    "content": [_printable(content)],
+                }
+                rejected.append(pl.DataFrame(malformed, schema=QUARANTINE_COLUMNS))
+    rows = pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(ROW_COLUMNS, pl.String))
     kept = (
         rows.with_row_index("order")
         .group_by("item_id", "title", "categories", "text", maintain_order=True)
@@ -72,29 +88,33 @@ def read_items(source: ItemSource, files: list[SourceFile]) -> RawItems:
     return RawItems(items, quarantine.to_arrow(), report)
 
 
+ROW_COLUMNS = ("item_id", "title", "categories", "text", "file")
 QUARANTINE_COLUMNS = {"file": pl.String, "row": pl.Int64, "reason": pl.String, "content": pl.String}
 
 
 def _wanted(source: ItemSource) -> list[Column]:
     """Every source column that the catalogue reads, each once."""
     named = [source.columns.item_id, source.columns.title, source.columns.categories]
-    columns = [column for column in named if column is not None]
+    columns = [column for column in named if column is not None] + [rule.column for rule in source.keep]
     if source.text and len(source.text) == 1 and FIELD.search(source.text[0]):
-        columns += [_as_column(name) for name in FIELD.findall(source.text[0])]
+        columns += [_as_column(name, source) for name in FIELD.findall(source.text[0])]
     else:
-        columns += [_as_column(name) for name in source.text or []]
+        columns += [_as_column(name, source) for name in source.text or []]
     return list(dict.fromkeys(columns))
 
 
-def _as_column(name: str) -> Column:
-    return int(name) if name.isdigit() else name
+def _as_column(name: str, source: ItemSource) -> Column:
+    """A column of `text`: a position if the other columns are given by position."""
+    return int(name) if isinstance(source.columns.item_id, int) and name.isdigit() else name
 
 
 def _clean(table: pa.Table, rows: pa.Array, source: ItemSource, path: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     rejects = Rejects(len(table))
     text = {name: _as_text(table[name], rejects, name) for name in table.column_names}
     ids = text[column_name(source.columns.item_id)]
-    rejects.add(pc.fill_null(pc.is_in(ids, MISSING_IDS), True), "no item_id")
+    for rule in source.keep:
+        rejects.add(pc.invert(test_rule(rule, text)), f"filtered: {_describe(rule)}")
+    rejects.add(is_missing(ids), "no item_id")
     rejects.add(pc.greater(pc.fill_null(pc.binary_length(ids), 0), MAX_ID_BYTES), f"item_id above {MAX_ID_BYTES} bytes")
 
     def column(of: Column | None) -> pa.ChunkedArray | pa.Array:
@@ -104,12 +124,19 @@ def _clean(table: pa.Table, rows: pa.Array, source: ItemSource, path: str) -> tu
     if source.text is None:
         joined = _join([title, pc.replace_substring(categories, source.category_separator, " ")])
     elif len(source.text) == 1 and FIELD.search(source.text[0]):
-        joined = _fill(source.text[0], text, len(table))
+        joined = _fill(source, text, len(table))
     else:
-        joined = _join([column(_as_column(name)) for name in source.text])
-    good = np.equal(rejects.reason, None)
+        joined = _join([column(_as_column(name, source)) for name in source.text])
+    title = pc.utf8_slice_codeunits(title, 0, TITLE_CHARACTERS)
+    joined = pc.utf8_slice_codeunits(joined, 0, TEXT_CHARACTERS)
+    good = ~rejects.bad
     frame = pl.DataFrame(
-        {"item_id": pl.Series(ids), "title": pl.Series(title), "categories": pl.Series(categories), "text": pl.Series(joined)}
+        {
+            "item_id": pl.Series(ids),
+            "title": pl.Series(title),
+            "categories": pl.Series(categories),
+            "text": pl.Series(joined),
+        }
     ).with_columns(file=pl.lit(path))
     bad = pl.DataFrame(
         {
@@ -135,13 +162,14 @@ def _join(columns: list[pa.ChunkedArray | pa.Array]) -> pa.ChunkedArray | pa.Arr
     return pc.binary_join_element_wise(*blanked, ". ", null_handling="skip")
 
 
-def _fill(template: str, text: dict[str, pa.ChunkedArray], rows: int) -> pa.ChunkedArray | pa.Array:
+def _fill(source: ItemSource, text: dict[str, pa.ChunkedArray], rows: int) -> pa.ChunkedArray | pa.Array:
     """A template such as "{title} by {author}"; a row in which every field is empty has no text."""
     pieces: list[pa.ChunkedArray | pa.Array] = []
     blank = pa.array(np.ones(rows, bool))
-    for position, piece in enumerate(FIELD.split(template)):
+    assert source.text is not None
+    for position, piece in enumerate(FIELD.split(source.text[0])):
         if position % 2:
-            values = _tidy(text[column_name(_as_column(piece))])
+            values = _tidy(text[column_name(_as_column(piece, source))])
             blank = pc.and_(blank, pc.equal(values, ""))
             pieces.append(values)
         else:

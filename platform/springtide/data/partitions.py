@@ -1,4 +1,4 @@
-"""What happens inside one hash partition of users: duplicates, k-core, split, sequences. Columns only, no Python per user.
+"""Inside one hash partition of users: duplicates, k-core, split, sequences. Columns only, no Python per user.
 
 All of a user's rows are in one partition, so only two things need the other partitions: how many events an item has
 (k-core) and where the time cuts lie (temporal split). The caller adds those up and hands them back.
@@ -84,7 +84,9 @@ def write_partition(
     alive = catalogue.filter(catalogue["alive"]).select(["item_id"])
     core = _core(frame.lazy().filter(KEPT), alive, config.min_user_events).select("file", "row")
     frame = frame.join(core.with_columns(core=True).collect(), on=["file", "row"], how="left", maintain_order="left")
-    too_few = f"k-core: user with fewer than {config.min_user_events} or item with fewer than {config.min_item_events} events"
+    too_few = (
+        f"k-core: user with fewer than {config.min_user_events} or item with fewer than {config.min_item_events} events"
+    )
     outside = KEPT & pl.col("core").is_null()
     content = pl.concat_str("user_id", "item_id", "timestamp", separator="\t")
     frame = frame.with_columns(
@@ -92,7 +94,11 @@ def write_partition(
         content=pl.when(outside).then(content).otherwise("content"),
     )
     events = _split(frame.filter(KEPT), config, cuts)
-    fates = frame.group_by("file", fate=pl.col("reason").fill_null("kept")).agg(rows=pl.len().cast(pl.Int64)).sort("file", "fate")
+    fates = (
+        frame.group_by("file", fate=pl.col("reason").fill_null("kept"))
+        .agg(rows=pl.len().cast(pl.Int64))
+        .sort("file", "fate")
+    )
     paths = pl.DataFrame({"file": range(len(files)), "path": files}, schema={"file": pl.Int32, "path": pl.String})
     quarantine = (
         frame.filter(~KEPT & (pl.col("reason") != DUPLICATE))
@@ -100,9 +106,13 @@ def write_partition(
         .sort("file", "row")
         .select(pl.col("path").alias("file"), "row", "reason", "content")
     )
-    numbers = pl.DataFrame({"action": actions, "number": range(len(actions))}, schema={"action": pl.String, "number": pl.Int32})
+    numbers = pl.DataFrame(
+        {"action": actions, "number": range(len(actions))}, schema={"action": pl.String, "number": pl.Int32}
+    )
     sequences = (
-        events.join(pl.DataFrame(catalogue.select(["item", "item_id"])), on="item_id", how="left", maintain_order="left")
+        events.join(
+            pl.DataFrame(catalogue.select(["item", "item_id"])), on="item_id", how="left", maintain_order="left"
+        )
         .join(numbers, on="action", how="left", maintain_order="left")
         .group_by("user_id", maintain_order=True)
         .agg(
@@ -121,10 +131,15 @@ def write_partition(
     ):
         if len(rows) or folder != "quarantine":
             pq.write_table(check_schema(_arrow(rows, schema), schema, folder), out / folder / f"{name}.parquet")
-    tied = events.select(same=(pl.col("timestamp") == pl.col("timestamp").shift(1).over("user_id")).fill_null(False), user="user_id")
+    tied = events.select(
+        same=(pl.col("timestamp") == pl.col("timestamp").shift(1).over("user_id")).fill_null(False), user="user_id"
+    )
     return Written(
         fates=fates.to_arrow(),
-        train_events=events.filter(pl.col("part") == TRAIN).group_by("item_id").agg(events=pl.len().cast(pl.Int64)).to_arrow(),
+        train_events=events.filter(pl.col("part") == TRAIN)
+        .group_by("item_id")
+        .agg(events=pl.len().cast(pl.Int64))
+        .to_arrow(),
         users=len(sequences),
         parts={part: int((events["part"] == number).sum()) for part, number in PARTS.items()},
         tied=int(tied["same"].sum()),
@@ -164,9 +179,7 @@ def _split(events: pl.DataFrame, config: DataConfig, cuts: tuple[int, int] | Non
         targets_ahead = pl.col("target").cast(pl.Int32).cum_sum(reverse=True).over("user_id")
         left = targets_ahead + (~pl.col("target")).cast(pl.Int32)
         enough = pl.col("target").sum().over("user_id") >= 3
-        part = (
-            pl.when(~enough).then(TRAIN).when(left <= 1).then(TEST).when(left == 2).then(VALID).otherwise(TRAIN)
-        )
+        part = pl.when(~enough).then(TRAIN).when(left <= 1).then(TEST).when(left == 2).then(VALID).otherwise(TRAIN)
     elif config.split == "temporal":
         assert cuts is not None
         time = pl.col("timestamp")

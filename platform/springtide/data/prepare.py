@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 
 from springtide.cluster import connect
 from springtide.config import Column, DataConfig, EventSource, Settings
-from springtide.data.clean import CLEANED, clean_chunk
+from springtide.data.clean import CLEANED, UNKNOWN_ACTION, clean_chunk
 from springtide.data.items import QUARANTINE_COLUMNS, RawItems, read_items
 from springtide.data.partitions import (
     DUPLICATE,
@@ -59,14 +59,17 @@ def run(settings: Settings) -> dict[str, Any]:
     with publish_directory(final) as out:
         for folder in ("events", "items", "sequences", "quarantine"):
             (out / folder).mkdir()
-        described = read_items(config.items, item_files) if config.items else RawItems(_no_items(), _no_quarantine(), [])
+        described = (
+            read_items(config.items, item_files) if config.items else RawItems(_no_items(), _no_quarantine(), [])
+        )
         partitions = _shuffle(files, config)
         logged, alive, rounds = _k_core(partitions, config)
         if not len(alive):
             raise SpringtideError(_nothing_left(partitions, config))
+        actions = _vocabulary(partitions)
+        _check_targets(config, actions)
         cuts = _time_cuts(partitions, alive, config) if config.split == "temporal" else None
         catalogue = _catalogue(logged, alive, described.items)
-        actions = _vocabulary(partitions)
         written = _write(partitions, out, config, files, catalogue, actions, cuts)
         report = _report(config, files, written, described, catalogue, rounds, cuts)
         if config.split != "none" and not report["split"]["test"]:
@@ -83,7 +86,11 @@ def run(settings: Settings) -> dict[str, Any]:
         "%d rows in = %d kept + %d quarantined + %d deduplicated; %d users, %d items",
         totals["rows"], totals["kept"], totals["quarantined"], totals["deduplicated"], report["users"], report["items"],
     )  # fmt: skip
-    return {"prepared": str(final), "content_hash": content, **{k: report[k] for k in ("totals", "users", "items", "split")}}
+    return {
+        "prepared": str(final),
+        "content_hash": content,
+        **{k: report[k] for k in ("totals", "users", "items", "split")},
+    }
 
 
 def _event_files(config: DataConfig) -> list[SourceFile]:
@@ -112,7 +119,9 @@ def _shuffle(files: list[SourceFile], config: DataConfig) -> list[Any]:
     buckets = ray.get([_remote(_buckets_in).remote(reference) for reference in references])
     owners = Counter(bucket for some in buckets for bucket in some)
     if any(count > 1 for count in owners.values()):
-        raise SpringtideError(f"a hash partition was too large for one block; raise data.partitions above {config.partitions}")
+        raise SpringtideError(
+            f"a hash partition was too large for one block; raise data.partitions above {config.partitions}"
+        )
     named = [(reference, min(some)) for reference, some in zip(references, buckets, strict=True) if some]
     return sorted(named, key=lambda pair: pair[1])
 
@@ -175,7 +184,9 @@ def _k_core(partitions: list[Any], config: DataConfig) -> tuple[pl.DataFrame, pl
         return logged, logged, 0
     for rounds in count_from(1):
         before = len(kept)
-        kept = total(kept.select("item_id").to_arrow(), config.min_user_events).filter(pl.col("events") >= config.min_item_events)
+        kept = total(kept.select("item_id").to_arrow(), config.min_user_events).filter(
+            pl.col("events") >= config.min_item_events
+        )
         if len(kept) == before:
             return logged, kept, rounds
     raise AssertionError("unreachable")
@@ -191,13 +202,17 @@ def _time_cuts(partitions: list[Any], alive: pl.DataFrame, config: DataConfig) -
     total = frame_of(pa.concat_tables(counts)).group_by("timestamp").agg(pl.col("events").sum()).sort("timestamp")
     upto = total["events"].cum_sum().to_numpy()
     if not len(upto):
-        raise SpringtideError("no event has one of data.target_actions, so a temporal split has nothing to test; correct them")
+        raise SpringtideError(
+            "no event has one of data.target_actions, so a temporal split has nothing to test; correct them"
+        )
     times = total["timestamp"].to_numpy()
-    valid, test = (int(times[np.searchsorted(upto, int(np.floor(share * upto[-1])), side="right")]) for share in (0.8, 0.9))
+    valid, test = (
+        int(times[np.searchsorted(upto, int(np.floor(share * upto[-1])), side="right")]) for share in (0.8, 0.9)
+    )
     if valid <= int(times[0]):
         raise SpringtideError(
-            "a temporal split needs events before and after a point in time, but at least 80 % of the log has its earliest"
-            " timestamp; use split: leave_one_out"
+            "a temporal split needs events before and after a point in time, but at least 80 % of the log has its"
+            " earliest timestamp; use split: leave_one_out"
         )
     return valid, test
 
@@ -211,14 +226,22 @@ def _catalogue(logged: pl.DataFrame, alive: pl.DataFrame, described: pl.DataFram
     joined = alive.select("item_id").join(described, on="item_id", how="left")
     silent = described.join(logged, on="item_id", how="anti").filter(pl.col("text") != "")
     both = pl.concat([joined.with_columns(alive=True), silent.select(described.columns).with_columns(alive=False)])
-    return both.sort("item_id").with_row_index("item").with_columns(
-        pl.col("item").cast(pl.Int32), pl.col("title", "text").fill_null(""), pl.col("categories").fill_null([])
+    return (
+        both.sort("item_id")
+        .with_row_index("item")
+        .with_columns(
+            pl.col("item").cast(pl.Int32), pl.col("title", "text").fill_null(""), pl.col("categories").fill_null([])
+        )
     )
 
 
 def _write_items(out: Path, catalogue: pl.DataFrame, written: list[Written]) -> None:
-    counts = frame_of(pa.concat_tables([w.train_events for w in written])).group_by("item_id").agg(pl.col("events").sum())
-    items = catalogue.join(counts, on="item_id", how="left", maintain_order="left").with_columns(pl.col("events").fill_null(0))
+    counts = (
+        frame_of(pa.concat_tables([w.train_events for w in written])).group_by("item_id").agg(pl.col("events").sum())
+    )
+    items = catalogue.join(counts, on="item_id", how="left", maintain_order="left").with_columns(
+        pl.col("events").fill_null(0)
+    )
     table = items.select(ITEMS.names).to_arrow().cast(ITEMS)
     pq.write_table(check_schema(table, ITEMS, "items"), out / "items" / "part-00000.parquet")
 
@@ -260,7 +283,16 @@ def _vocabulary(partitions: list[Any]) -> list[str]:
     import ray
 
     names = ray.get([_remote(_actions_in).remote(table) for table, _ in partitions])
-    return ["<unknown>", *sorted(set().union(*names))]
+    return [UNKNOWN_ACTION, *sorted(set().union(*names))]
+
+
+def _check_targets(config: DataConfig, actions: list[str]) -> None:
+    unknown = [action for action in config.target_actions or [] if action not in actions[1:]]
+    if unknown:
+        raise SpringtideError(
+            f"data.target_actions has {unknown[0]!r}, but the log has only"
+            f" {', '.join(actions[1:]) or 'events without action'}; correct it"
+        )
 
 
 def _actions_in(table: pa.Table) -> set[str]:
@@ -357,7 +389,9 @@ def _nothing_left(partitions: list[Any], config: DataConfig) -> str:
             f"({config.min_user_events}) or data.min_item_events ({config.min_item_events})"
         )
     reason, count = reasons.most_common(1)[0]
-    return f"no usable event among {rows} rows: {count} were rejected with \"{reason}\"; correct data.events in the settings"
+    return (
+        f'no usable event among {rows} rows: {count} were rejected with "{reason}"; correct data.events in the settings'
+    )
 
 
 def _reasons_in(table: pa.Table) -> dict[str, int]:
@@ -371,4 +405,3 @@ def _no_test(config: DataConfig, report: dict[str, Any]) -> str:
             "use split: none"
         )
     return "the temporal split leaves no test event; use split: leave_one_out or none"
-

@@ -52,7 +52,9 @@ def load_prepared(workspace: str | Path) -> Prepared:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         missing = [name for name in manifest["files"] if not (path / name).is_file()]
     except FileNotFoundError:
-        raise SpringtideError(f"there is no prepared log at {path}; run the prepare job with the same workspace first") from None
+        raise SpringtideError(
+            f"there is no prepared log at {path}; run the prepare job with the same workspace first"
+        ) from None
     except (ValueError, KeyError):
         raise SpringtideError(f"{path / 'manifest.json'} is damaged; run the prepare job again") from None
     if missing:
@@ -61,5 +63,5 @@ def load_prepared(workspace: str | Path) -> Prepared:
 
 
 def _read(folder: Path, schema: pa.Schema) -> pa.Table:
-    tables = [check_schema(pq.read_table(path), schema, str(path)) for path in sorted(folder.glob("*.parquet"))]
+    tables = [check_schema(pq.ParquetFile(path).read(), schema, str(path)) for path in sorted(folder.glob("*.parquet"))]
     return pa.concat_tables(tables) if tables else schema.empty_table()

@@ -5,15 +5,18 @@ Text formats yield binary columns, so that one invalid byte costs one row and no
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
@@ -24,6 +27,8 @@ from springtide.errors import SpringtideError
 BLOCK_BYTES = 16 << 20  # text is parsed in blocks of this size, so no line may be longer
 JSON_LINES = 50_000
 PARQUET_ROWS = 500_000
+MARK = "\U0010fffd"  # a private-use character that stands for one byte of invalid UTF-8
+END_COLUMNS = 4096  # more columns than any log has
 
 
 @dataclass(frozen=True)
@@ -43,21 +48,57 @@ def column_name(column: Column) -> str:
 def read_chunks(file: SourceFile, columns: list[Column], list_separator: str = "|") -> Iterator[RawChunk]:
     """Read the wanted columns of one file.
 
-    Raises SpringtideError for an unreadable file, a missing column (naming those there are) or a line above 16 MiB.
+    Raises SpringtideError for an unreadable file, a missing column (naming those there are), a line above 16 MiB or a
+    quote that is never closed.
     """
-    reader = {"csv": _read_delimited, "tsv": _read_delimited, "jsonl": _read_jsonl, "parquet": _read_parquet}[file.format]
+    reader = {"csv": _read_delimited, "tsv": _read_delimited, "jsonl": _read_jsonl, "parquet": _read_parquet}[
+        file.format
+    ]
     try:
         yield from reader(file, columns, list_separator)
     except (pa.ArrowException, OSError, EOFError) as error:
         message = " ".join(str(error).split())
         if "straddling" in message:
-            message = f"it has a line longer than {BLOCK_BYTES >> 20} MiB or an unclosed quote"
-        raise SpringtideError(f"cannot read {file.path} as {file.format}: {message}; repair or remove the file") from None
+            message = f"it has a line longer than {BLOCK_BYTES >> 20} MiB or a quote that is never closed"
+        raise SpringtideError(
+            f"cannot read {file.path} as {file.format}: {message}; repair or remove the file"
+        ) from None
 
 
 def _open(file: SourceFile) -> pa.NativeFile:
     filesystem, path = open_filesystem(file.uri)
     return filesystem.open_input_stream(path, compression=file.compression)
+
+
+class _Marked(io.RawIOBase):
+    """The bytes of a stream, every byte of invalid UTF-8 replaced by MARK, and a last line `end` if it has any line.
+
+    Without the mark Arrow gives up on a file at a malformed row that is no UTF-8. The last line tells whether the file
+    ends inside quotes: Arrow would take everything after an unclosed quote for one value and say nothing.
+    """
+
+    def __init__(self, stream: pa.NativeFile, end: bytes) -> None:
+        self._stream, self._end = stream, end
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
+        self._ready, self._any, self._over = b"", False, False
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        while not self._over and (size < 0 or len(self._ready) < size):
+            raw = self._stream.read(max(size, 1 << 20))
+            self._over = not raw
+            text = self._decoder.decode(raw, final=self._over)
+            try:
+                more = text.encode()
+            except UnicodeEncodeError:
+                more = re.sub("[\udc80-\udcff]", MARK, text).encode()
+            self._any = self._any or bool(more.strip())
+            self._ready += more + (self._end if self._over and self._any else b"")
+        size = len(self._ready) if size < 0 else size
+        out, self._ready = self._ready[:size], self._ready[size:]
+        return out
 
 
 def _check_columns(file: SourceFile, wanted: list[Column], present: list[str]) -> None:
@@ -73,15 +114,24 @@ def _read_delimited(file: SourceFile, columns: list[Column], _: str) -> Iterator
         raise SpringtideError(f"{file.path}: name all columns, or give all by position; not some of each")
     bad: list[tuple[int, str, str]] = []
     headerless = isinstance(columns[0], int)
-
-    def set_aside(row: pacsv.InvalidRow) -> str:
-        reason = f"{row.actual_columns} columns, not {row.expected_columns}"
-        bad.append((row.number - (0 if headerless else 1), reason, row.text))
-        return "skip"
-
     names = [column_name(c) for c in columns]
     tabbed = file.format == "tsv"
-    with _open(file) as stream:
+    end = MARK + ("\t" if tabbed else ",") * END_COLUMNS
+    ended = False
+
+    def set_aside(row: pacsv.InvalidRow) -> str:
+        nonlocal ended
+        if row.text == end:
+            ended = True
+            return "skip"
+        lines = row.text.count("\n") + 1
+        reason = f"{row.actual_columns} columns, not {row.expected_columns}" + (
+            f", over {lines} lines" if lines > 1 else ""
+        )
+        bad.append((row.number - (0 if headerless else 1), reason, row.text.replace(MARK, "\ufffd")))
+        return "skip"
+
+    with _open(file) as raw, _Marked(raw, f"\n{end}\n".encode()) as stream:
         try:
             batches = pacsv.open_csv(
                 stream,
@@ -116,17 +166,37 @@ def _read_delimited(file: SourceFile, columns: list[Column], _: str) -> Iterator
                 numbers.append(number)
                 limit += 1
             rows = np.setdiff1d(np.arange(next_row, limit), numbers, assume_unique=True)
-            table = pa.Table.from_batches([batch]).select(names)
+            table = _unmarked(pa.Table.from_batches([batch]).select(names))
             yield RawChunk(table, pa.array(rows, pa.int64()), bad[used : used + len(numbers)])
             next_row, used = limit, used + len(numbers)
         if used < len(bad):
-            yield RawChunk(pa.table({name: pa.array([], pa.binary()) for name in names}), pa.array([], pa.int64()), bad[used:])
+            next_row = bad[-1][0] + 1
+            yield RawChunk(
+                pa.table({name: pa.array([], pa.binary()) for name in names}), pa.array([], pa.int64()), bad[used:]
+            )
+        if not ended:
+            raise SpringtideError(
+                f"cannot read {file.path} as {file.format}: the quote opened in row {next_row - 1} is never closed and"
+                " swallows what follows; close it or remove that row"
+            )
+
+
+def _unmarked(table: pa.Table) -> pa.Table:
+    """MARK back to a byte that is no UTF-8, so that cleaning rejects exactly the rows that need the value."""
+    mark = MARK.encode()
+    for position, name in enumerate(table.column_names):
+        if pc.any(pc.match_substring(table[position], mark)).as_py():
+            table = table.set_column(position, name, pc.replace_substring(table[position], mark, b"\xff"))
+    return table
 
 
 def _header(file: SourceFile, headerless: bool) -> list[str]:
     """Column names of a delimited file, for the error that lists them."""
     with _open(file) as stream:
-        first = stream.read(1 << 16).splitlines()[0].decode("utf-8", "replace")
+        start = stream.read(1 << 16)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise SpringtideError(f"{file.path} is UTF-16 text; convert it to UTF-8")
+    first = next((line for line in start.decode("utf-8-sig", "replace").splitlines() if line), "")
     names = next(csv.reader([first], delimiter="\t" if file.format == "tsv" else ","))
     return [f"f{position}" for position in range(len(names))] if headerless else names
 
@@ -134,7 +204,7 @@ def _header(file: SourceFile, headerless: bool) -> list[str]:
 def _read_jsonl(file: SourceFile, columns: list[Column], list_separator: str) -> Iterator[RawChunk]:
     names = [column_name(c) for c in columns]
     present: set[str] = set()
-    with _open(file) as stream, io.BufferedReader(stream) as lines:  # type: ignore[type-var]
+    with _open(file) as stream, io.BufferedReader(stream) as lines:
         row, values, rows, bad = 0, _empty(names), [], []
         for line in lines:
             if not line.strip():
@@ -142,15 +212,16 @@ def _read_jsonl(file: SourceFile, columns: list[Column], list_separator: str) ->
             row += 1
             try:
                 record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
+                reason = "not a JSON object"
+            except (ValueError, RecursionError) as error:
+                record, reason = None, "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
             if isinstance(record, dict):
                 present.update(record)
                 rows.append(row)
                 for name in names:
                     values[name].append(_as_bytes(record.get(name), list_separator))
             else:
-                bad.append((row, "not a JSON object", line[:200].decode("utf-8", "replace")))
+                bad.append((row, reason, line[:1000].decode("utf-8", "replace")))
             if len(rows) + len(bad) >= JSON_LINES:
                 yield RawChunk(_binary_table(values), pa.array(rows, pa.int64()), bad)
                 values, rows, bad = _empty(names), [], []
@@ -172,7 +243,7 @@ def _as_bytes(value: Any, list_separator: str) -> bytes | None:
     if value is None:
         return None
     if isinstance(value, list):
-        value = list_separator.join(str(part) for part in value)
+        value = list_separator.join(str(part) for part in value if part is not None)
     elif isinstance(value, float) and value.is_integer():
         value = int(value)
     elif isinstance(value, (dict, bool)):
@@ -190,10 +261,19 @@ def _read_parquet(file: SourceFile, columns: list[Column], list_separator: str) 
         for batch in parquet.iter_batches(PARQUET_ROWS, columns=list(dict.fromkeys(names)), use_threads=False):
             table = pa.Table.from_batches([batch])
             for position, field in enumerate(table.schema):
-                if pa.types.is_list(field.type) or pa.types.is_large_list(field.type):
-                    joined = ["" if v is None else list_separator.join(map(str, v)) for v in table[position].to_pylist()]
+                if (
+                    pa.types.is_list(field.type)
+                    or pa.types.is_large_list(field.type)
+                    or pa.types.is_fixed_size_list(field.type)
+                ):
+                    joined = [None if v is None else list_separator.join(str(p) for p in v if p is not None)
+                              for v in table[position].to_pylist()]  # fmt: skip
                     table = table.set_column(position, field.name, pa.array(joined, pa.string()))
                 elif pa.types.is_dictionary(field.type):
                     table = table.set_column(position, field.name, table[position].cast(field.type.value_type))
+                elif pa.types.is_nested(field.type):
+                    raise SpringtideError(
+                        f"{file.path}: column {field.name!r} holds {field.type}; choose a column of plain values"
+                    )
             yield RawChunk(table, pa.array(np.arange(row, row + len(table)), pa.int64()), [])
             row += len(table)

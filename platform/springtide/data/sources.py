@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Literal
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 from pyarrow import fs
@@ -25,7 +26,7 @@ class SourceFile:
     index: int
     source: int  # position in data.events
     path: str  # as the filesystem knows it
-    uri: str  # what opens it again on any node: a local path or the user's URI scheme
+    uri: str  # what opens it again in any process: an absolute local path or a URI
     format: FileFormat
     compression: Literal["gzip", "zstd", "bz2"] | None
     bytes: int
@@ -42,29 +43,44 @@ def list_files(paths: list[str], format: FileFormat | None, source: int, first_i
         try:
             info = filesystem.get_file_info(inner)
         except OSError as error:
-            raise SpringtideError(f"cannot look at {path}: {error}; check the path and your access to it") from None
+            raise SpringtideError(
+                f"cannot look at {path}: {_short(error)}; check the path and your access to it"
+            ) from None
         if info.type == fs.FileType.NotFound:
             raise SpringtideError(f"there is no file or folder {path}; correct the data paths in the settings")
         is_folder = info.type == fs.FileType.Directory
         infos = filesystem.get_file_info(fs.FileSelector(inner, recursive=True)) if is_folder else [info]
-        base = path[: -len(inner)] if path.endswith(inner) else ""
+        infos = sorted((i for i in infos if i.type == fs.FileType.File), key=lambda i: i.path)
+        if is_folder:
+            infos = [i for i in infos if not _is_hidden(i.path[len(inner) :])]
+            named = [i for i in infos if guess_format(i.base_name)[0]]  # a README in a folder of logs is no log
+            infos = named if named or not format else infos  # but names like part-00000 are, if the settings say so
         before = len(found)
-        for entry in sorted((i for i in infos if i.type == fs.FileType.File), key=lambda i: i.path):
-            relative = PurePosixPath(entry.path[len(inner) :] if is_folder else entry.base_name)
-            if any(part.startswith((".", "_")) for part in relative.parts if part != "/"):
-                continue
+        for entry in infos:
             guessed, compression = guess_format(entry.base_name)
-            if is_folder and guessed is None:
-                continue  # a README in a folder of logs is no log
             chosen = format or guessed
             if chosen is None:
-                raise SpringtideError(f"cannot tell the format of {path} by its name; set format: csv, tsv, jsonl or parquet")
-            found.append(
-                SourceFile(first_index + len(found), source, entry.path, base + entry.path, chosen, compression, entry.size)
-            )
+                raise SpringtideError(
+                    f"cannot tell the format of {path} by its name; set format: csv, tsv, jsonl or parquet"
+                )
+            uri = _address(path, inner, entry.path)
+            found.append(SourceFile(first_index + len(found), source, entry.path, uri, chosen, compression, entry.size))
         if len(found) == before:
             raise SpringtideError(f"the folder {path} holds no csv, tsv, jsonl or parquet file; correct the data paths")
     return found
+
+
+def _is_hidden(inside: str) -> bool:
+    return any(part.startswith((".", "_")) for part in PurePosixPath(inside).parts)
+
+
+def _address(given: str, inner: str, path: str) -> str:
+    """What opens `path`, found below the path or URI that the user gave, whose place in its filesystem is `inner`."""
+    if "://" not in given:
+        return str(Path(path).absolute())
+    head, mark, query = given.partition("?")
+    base = unquote(head).rstrip("/").removesuffix(inner.rstrip("/"))
+    return base + quote(path) + mark + query
 
 
 def guess_format(name: str) -> tuple[FileFormat | None, Literal["gzip", "zstd", "bz2"] | None]:
@@ -84,4 +100,8 @@ def open_filesystem(path: str) -> tuple[fs.FileSystem, str]:
             return fs.FileSystem.from_uri(path)
         return fs.LocalFileSystem(), path.rstrip("/") or "/"
     except (pa.ArrowInvalid, OSError) as error:
-        raise SpringtideError(f"cannot open {path}: {error}; check the address") from None
+        raise SpringtideError(f"cannot open {path}: {_short(error)}; check the address") from None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -140,14 +140,14 @@ class FusionModel(nn.Module):
 
         def part(some: Tensor) -> Tensor:
             targets = batch.targets[some[:, 0], some[:, 1]]
-            logits = self.logits_at(batch, interest, vectors, some, leave_one_out=True).masked_fill(unseen, -1e4)
+            barred = unseen.expand(len(some), -1)
             if first is not None:
-                seen = (first[some[:, 0]] <= some[:, 1:]).scatter(1, targets[:, None], False)
-                logits = logits.masked_fill(seen, -1e4)
+                barred = barred | (first[some[:, 0]] <= some[:, 1:]).scatter(1, targets[:, None], False)
+            logits = self.logits_at(batch, interest, vectors, some, leave_one_out=True).masked_fill(barred, -1e4)
             loss = F.cross_entropy(logits, targets, reduction="sum")
-            if label_smoothing:
-                log_p = logits.log_softmax(-1).masked_fill(unseen, 0).sum() / (~unseen).sum()
-                loss = (1 - label_smoothing) * loss - label_smoothing * log_p
+            if label_smoothing:  # spread over the items that take part
+                log_p = logits.log_softmax(-1).masked_fill(barred, 0).sum(1) / (~barred).sum(1)
+                loss = (1 - label_smoothing) * loss - label_smoothing * log_p.sum()
             return loss
 
         blocks = moments.split(max(1, LOGIT_BLOCK // len(vectors)))

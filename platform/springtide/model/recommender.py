@@ -77,15 +77,14 @@ class Recommender:
 
         Events are put in time order; equal and missing timestamps keep the order given (missing: as the one before).
         """
+        times = [event.get("timestamp") for event in events]
+        last = next((t for t in times if t is not None), 0)
+        filled_in = [last := last if time is None else time for time in times]
         known = [event for event in events if event["item_id"] in self.index]
         unknown = [event["item_id"] for event in events if event["item_id"] not in self.index]
         if not known:
             return EMPTY, unknown
-        times = [event.get("timestamp") for event in known]
-        filled = np.zeros(len(known), np.int64)
-        last = next((t for t in times if t is not None), 0)
-        for position, time in enumerate(times):
-            last = filled[position] = last if time is None else time
+        filled = np.array([t for t, event in zip(filled_in, events, strict=True) if event["item_id"] in self.index], np.int64)
         order = np.argsort(filled, kind="stable")
         ratings = [np.nan if event.get("rating") is None else float(event["rating"]) for event in known]
         history = History(
@@ -143,7 +142,7 @@ class Recommender:
         for row, banned in enumerate(exclude or ()):
             scores[row, banned] = -np.inf
         k = min(k, scores.shape[1])
-        if k < scores.shape[1]:
+        if 0 < k < scores.shape[1]:
             # The k-th best score is the bar; of the items that tie at it, argsort below keeps the lowest rows.
             bar = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
             candidates = [np.flatnonzero(row >= limit) for row, limit in zip(scores, bar, strict=True)]

@@ -57,8 +57,8 @@ class TextEncoder:
             log.exception("TextEncoder keeps its old encoder, the new one failed to load")
             return
         self._encoder, self._max_tokens = encoder, options.max_tokens
-        self._batch.set_max_batch_size(options.max_batch_tokens)  # type: ignore[attr-defined]
-        self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+        self._batch.set_max_batch_size(options.max_batch_tokens)
+        self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
 
     async def encode(self, texts: list[str]) -> np.ndarray:
         """[n, D] float32."""
@@ -94,8 +94,8 @@ class Scorer:
             log.error("Scorer keeps %s, the new model was refused: %s", self._engine.label, self._refused)
             return
         self._engine, self._refused = engine, None
-        self._batch.set_max_batch_size(options.max_batch)  # type: ignore[attr-defined]
-        self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)  # type: ignore[attr-defined]
+        self._batch.set_max_batch_size(options.max_batch)
+        self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
         log.info("Scorer serves %s", engine.label)
 
     async def score(self, request: ScoreRequest) -> Json | Refusal:
@@ -129,7 +129,7 @@ class Ingress:
 
     def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
         async def encode(texts: list[str]) -> np.ndarray:
-            return await encoder.encode.remote(texts)  # type: ignore[no-any-return]
+            return await encoder.encode.remote(texts)
 
         async def call(method: str, *arguments: Any) -> Any:
             return await getattr(scorer, method).remote(*arguments)
@@ -162,7 +162,7 @@ class Ingress:
 def build(args: dict[str, Any]) -> Application:
     """The application builder that Serve configurations name in `import_path`; `args` are AppOptions."""
     options = AppOptions.model_validate(args)
-    return Ingress.bind(TextEncoder.bind(), Scorer.bind(), options)  # type: ignore[no-any-return,attr-defined]
+    return Ingress.bind(TextEncoder.bind(), Scorer.bind(), options)  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- loading, in a thread

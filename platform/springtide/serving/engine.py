@@ -119,14 +119,20 @@ class Engine:
         ]  # one call for the batch: the largest list, cut per request
         rows, values = recommender.top_k(scores.logits, min(max(wanted), len(recommender.item_ids)), exclude)
         return [
-            self._compose(request, history, unknown, rows[i, : wanted[i]], values[i, : wanted[i]], scores.gate_short[i])
-            for i, (request, (history, unknown)) in enumerate(zip(requests, pairs, strict=True))
+            self._compose(request, pairs[i], (rows[i, : wanted[i]], values[i, : wanted[i]]), scores.gate_short[i])
+            for i, request in enumerate(requests)
         ]
 
     def _compose(
-        self, request: ScoreRequest, history: History, unknown: list[str], rows: np.ndarray, values: np.ndarray,
+        self,
+        request: ScoreRequest,
+        pair: tuple[History, list[str]],
+        best: tuple[np.ndarray, np.ndarray],
         gate_short: float,
-    ) -> Json:  # fmt: skip
+    ) -> Json:
+        """The answer to one request from its known history and unknown ids, and its best rows and their scores."""
+        history, unknown = pair
+        rows, values = best
         keep = (rows >= 0) & np.isfinite(values)
         rows, values = rows[keep], values[keep]
         if request.diversity:

@@ -46,6 +46,7 @@ class Service:
         store: HistoryStore,
         encode: Encode,
         call: Call,
+        *,
         encoder_timeout_s: float = 5.0,
         scorer_timeout_s: float = 10.0,
         store_timeout_s: float = 5.0,

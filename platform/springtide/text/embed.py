@@ -44,7 +44,9 @@ def run(settings: Settings) -> dict[str, Any]:
     items = prepared.items.select(["item_id", "text"])
     described = items.filter(pa.compute.not_equal(items["text"], ""))
     if not len(described):
-        raise SpringtideError("no item has a text to encode; set data.items.text, or model.text_dim=0 and skip this job")
+        raise SpringtideError(
+            "no item has a text to encode; set data.items.text, or model.text_dim=0 and skip this job"
+        )
     Encoder(config.encoder, config.max_tokens)  # a wrong name fails here, in a sentence, and not in an actor
     connect()
     import ray
@@ -69,7 +71,9 @@ def run(settings: Settings) -> dict[str, Any]:
     final = Path(settings.workspace) / "vectors"
     with publish_directory(final) as out:
         pq.write_table(table, out / "part-00000.parquet")
-        write_manifest(out, {"prepared": prepared.content_hash, "encoder": config.encoder, "max_tokens": config.max_tokens})
+        write_manifest(
+            out, {"prepared": prepared.content_hash, "encoder": config.encoder, "max_tokens": config.max_tokens}
+        )
     width = len(table["vector"][0])
     log.info("%d of %d items have a text; vectors are %d wide", len(table), len(items), width)
     return {"vectors": str(final), "items": len(items), "encoded": len(table), "width": width}
@@ -84,11 +88,13 @@ def load_vectors(workspace: str | Path, item_ids: list[str]) -> np.ndarray | Non
     if not path.exists():
         return None
     verify_manifest(path, "text vectors")
-    table = check_schema(pq.read_table(path / "part-00000.parquet"), VECTORS, str(path))
+    table = check_schema(pq.ParquetFile(path / "part-00000.parquet").read(), VECTORS, str(path))
     rows = {item_id: row for row, item_id in enumerate(item_ids)}
     values = np.stack(table["vector"].to_numpy())
     out = np.zeros((len(item_ids), values.shape[1]), np.float32)
-    kept = [(rows[item_id], position) for position, item_id in enumerate(table["item_id"].to_pylist()) if item_id in rows]
+    kept = [
+        (rows[item_id], position) for position, item_id in enumerate(table["item_id"].to_pylist()) if item_id in rows
+    ]
     if kept:
         target, source = map(list, zip(*kept, strict=True))
         out[target] = values[source]

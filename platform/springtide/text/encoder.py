@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,8 @@ def default_model_path() -> Path:
 class Encoder:
     """A tokenizer and a BERT-family model on one device.
 
-    name: "default", a Hugging Face name or a folder. Raises SpringtideError if it cannot be loaded.
+    name: "default", a Hugging Face name or a folder. Raises SpringtideError if it cannot be loaded, or if its weights are
+    not in safetensors form: pickled ones can run code.
     """
 
     def __init__(self, name: str, max_tokens: int, device: str = "cpu") -> None:
@@ -45,7 +45,7 @@ class Encoder:
         source = str(default_model_path()) if name == DEFAULT else name
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
-            self._model: Any = AutoModel.from_pretrained(source, use_safetensors=_has_safetensors(source)).eval().to(device)
+            self._model: Any = AutoModel.from_pretrained(source, use_safetensors=True).eval().to(device)
         except (OSError, ValueError, KeyError) as error:
             message = " ".join(str(error).split())[:200]
             raise SpringtideError(
@@ -82,10 +82,3 @@ class Encoder:
             pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
             out[some] = torch.nn.functional.normalize(pooled, dim=-1).float().cpu().numpy()
         return out
-
-
-def _has_safetensors(source: str) -> bool | None:
-    """True where a local folder has them; a folder of pickled weights alone is refused by transformers itself."""
-    if not os.path.isdir(source):
-        return None
-    return any(name.endswith(".safetensors") for name in os.listdir(source)) or None

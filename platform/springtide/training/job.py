@@ -115,7 +115,8 @@ def holdout_share(settings: Settings, prepared: Prepared) -> float:
 def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path) -> Path:
     """Count the training events, a Ray task per file, and leave the result with the text vectors for the workers.
 
-    Raises SpringtideError if no user has two training events, or if text is asked for and `embed` has not run.
+    Raises SpringtideError if there is no training target with an event before it, or if text is asked for and `embed`
+    has not run.
     """
     import ray
 
@@ -125,9 +126,10 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path) -
     parts = ray.get([collect.remote(file, len(items), settings.model, share) for file in prepared.sequence_files])
     statistics = merge(parts)
     users = prepared.report["users"]
-    if int(statistics.popularity.sum()) <= users and not _can_train(prepared, share):
+    if not statistics.transitions.nnz and not _can_train(prepared, share):
         raise SpringtideError(
-            f"no user among {users} has two training events, so there is no sequence to learn from; use a longer log"
+            f"no user among {users} has an item to predict after another training event, so there is no sequence to learn "
+            "from; use a longer log, or widen data.target_actions"
         )
     run_folder.mkdir(parents=True, exist_ok=True)
     path = run_folder / "inputs.safetensors"
@@ -138,9 +140,13 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path) -
 def _can_train(prepared: Prepared, share: float) -> bool:
     import pyarrow.parquet as pq
 
-    from springtide.training.sequences import from_table, training_windows
+    from springtide.training.sequences import epoch_batches, from_table
 
-    return any(len(training_windows(from_table(pq.read_table(f), share), 2)) for f in prepared.sequence_files)
+    for file in prepared.sequence_files:
+        batches = epoch_batches(from_table(pq.read_table(file), share), 200, 256, (0,))
+        if any(bool((batch.targets >= 0).any()) for batch in batches):
+            return True
+    return False
 
 
 def text_features(settings: Settings, prepared: Prepared) -> np.ndarray:

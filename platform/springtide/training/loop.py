@@ -154,6 +154,8 @@ def validate(
     """NDCG@10 and HR@10 over the whole catalogue, of all workers' cases together."""
     model.eval()
     vectors = model.item_vectors()
+    # As in Recommender, an item that was neither trained nor described is no candidate.
+    nameless = ~(model.item_vectors.known | model.item_vectors.text.any(1)).cpu().numpy()
     sums = torch.zeros(3, dtype=torch.float64)  # NDCG, hits, cases
     for begin in range(0, len(cases), RANK_BATCH):
         some = cases[begin : begin + RANK_BATCH]
@@ -161,13 +163,14 @@ def validate(
         batch = scoring_batch(histories, model.config.long_window).to(device)
         last = torch.stack([torch.arange(len(some), device=device), batch.mask.sum(1) - 1], 1)
         logits = model.logits_at(batch, model.interest(batch, vectors), vectors, last).cpu().numpy()
+        logits[:, nameless] = -np.inf
         targets = np.array([target for _, target in some])
         if exclude_seen:
             for row, history in enumerate(histories):
                 logits[row, history.items] = -np.inf
         own = logits[np.arange(len(some)), targets][:, None]
         ahead = (logits > own).sum(1) + ((logits == own) & (np.arange(logits.shape[1]) < targets[:, None])).sum(1)
-        # A target that the history already holds was excluded above, so it cannot be hit.
+        # A target that was excluded above cannot be hit.
         hit = (ahead < 10) & np.isfinite(own[:, 0])
         sums += torch.tensor([float((hit / np.log2(ahead + 2)).sum()), float(hit.sum()), float(len(some))])
     all_sum(sums)

@@ -1,0 +1,210 @@
+"""The transition memory against loops that a reader can check, above all that no example sees its own transition."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from springtide.config import TrainConfig
+from springtide.model.fusion import FusionModel
+from springtide.model.memory import TransitionMemory, count_transitions
+from springtide.training.loop import make_optimizer
+from springtide.training.sequences import Sequences, epoch_batches
+from springtide.training.statistics import collect
+from toy import toy_settings
+
+torch.set_num_threads(1)
+ITEMS = 6
+
+Rows = list[list[tuple[int, bool]]]
+logs = st.lists(st.lists(st.tuples(st.integers(0, ITEMS - 1), st.booleans()), max_size=12), max_size=4)
+
+
+def naive_counts(rows: Rows, distances: int, decay: float, without: tuple[int, int] | None = None) -> np.ndarray:
+    """C[a, b] by the definition; `without` = (row, place): that event is nobody's successor."""
+    counts = np.zeros((ITEMS, ITEMS))
+    for number, row in enumerate(rows):
+        for place, (item, target) in enumerate(row):
+            if not target or (number, place) == without:
+                continue
+            for distance in range(1, min(distances, place) + 1):
+                counts[row[place - distance][0], item] += decay ** (distance - 1)
+    return counts
+
+
+def truncated(counts: np.ndarray, neighbours: int) -> np.ndarray:
+    """Only the `neighbours` largest of each row, ties by item."""
+    kept = np.zeros_like(counts)
+    for a, row in enumerate(counts):
+        best = sorted((b for b in range(ITEMS) if row[b] > 0), key=lambda b: (-round(row[b], 6), b))[:neighbours]
+        kept[a, best] = row[best]
+    return kept
+
+
+def naive_score(memory: TransitionMemory, counts: np.ndarray, past: list[int], item: int) -> float:
+    """past: items before the moment, oldest first."""
+    tau = math.exp(memory.log_tau.item())
+    score = 0.0
+    for j, recent in enumerate(past[::-1][: memory.recent]):
+        score += math.exp(memory.log_weight[j].item()) * math.log1p(counts[recent, item] * memory.items / tau)
+    return score
+
+
+def pairs_of(rows: Rows) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(np.array([i for i, _ in row], np.int64), np.array([t for _, t in row], bool)) for row in rows]
+
+
+def memory_of(rows: Rows, distances: int, decay: float, recent: int, neighbours: int) -> TransitionMemory:
+    memory = TransitionMemory(ITEMS, distances, decay, recent, neighbours)
+    memory.load_counts(count_transitions(pairs_of(rows), ITEMS, distances, decay))
+    return memory
+
+
+def lookback(past: list[int], depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+    newest = past[::-1][:depth]
+    recent = torch.tensor([newest + [0] * (depth - len(newest))])
+    return recent, torch.arange(depth)[None] < len(newest)
+
+
+@given(logs, st.integers(1, 14), st.sampled_from([1.0, 0.8, 0.3]))
+@settings(max_examples=60, deadline=None)
+def test_counts_equal_a_loop(rows: Rows, distances: int, decay: float) -> None:
+    counted = count_transitions(iter(pairs_of(rows)), ITEMS, distances, decay)
+    np.testing.assert_allclose(counted.toarray(), naive_counts(rows, distances, decay), rtol=1e-5)
+    assert counted.dtype == np.float32
+    assert counted.has_sorted_indices
+
+
+@given(logs, st.integers(1, 4), st.integers(1, 5), st.integers(1, ITEMS))
+@settings(max_examples=60, deadline=None)
+def test_scores_equal_the_formula(rows: Rows, distances: int, recent: int, neighbours: int) -> None:
+    memory = memory_of(rows, distances, 0.8, recent, neighbours)
+    counts = truncated(naive_counts(rows, distances, 0.8), neighbours)
+    for past in ([], [2], [0, 1, 2, 3, 4, 5, 0], [1, 1, 1]):
+        scored = memory(*lookback(past, recent))[0]
+        expected = [naive_score(memory, counts, past, item) for item in range(ITEMS)]
+        np.testing.assert_allclose(scored.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+
+
+@given(logs, st.integers(1, 4), st.integers(1, 5), st.integers(1, ITEMS), st.sampled_from([1.0, 0.8, 0.3]))
+@settings(max_examples=150, deadline=None)
+def test_leaving_one_out_equals_counting_again_without_it(
+    rows: Rows, distances: int, recent: int, neighbours: int, decay: float
+) -> None:
+    """Also where an item stands at several distances, within `recent` or beyond it, and where lists are truncated."""
+    memory = memory_of(rows, distances, decay, recent, neighbours)
+    for number, row in enumerate(rows):
+        for place in range(1, len(row)):
+            item, target = row[place]
+            if not target:
+                continue
+            past = [i for i, _ in row[:place]]
+            counts = truncated(naive_counts(rows, distances, decay, without=(number, place)), neighbours)
+            scored = memory(*lookback(past, max(recent, distances)), torch.tensor([item]))[0, item]
+            assert float(scored) == pytest.approx(naive_score(memory, counts, past, item), rel=1e-4, abs=1e-4)
+
+
+def test_repeated_items_leave_with_every_distance() -> None:
+    """In 1 1 1 2 the pair (1, 2) was counted at three distances, all of them by the one moment that asks."""
+    rows: Rows = [[(1, True), (1, True), (1, True), (2, True)]]
+    memory = memory_of(rows, distances=3, decay=0.8, recent=2, neighbours=6)
+    assert float(memory(*lookback([1, 1, 1], 3))[0, 2]) > 0.5
+    assert float(memory(*lookback([1, 1, 1], 3), torch.tensor([2]))[0, 2]) == 0
+
+
+def test_nothing_of_rounding_is_left() -> None:
+    """However large the scale, a pair that only the example itself made scores exactly zero."""
+    rows: Rows = [[(i, True) for i in (0, 1, 2, 3, 4, 0, 0, 1, 0, 5)]]
+    memory = memory_of(rows, distances=9, decay=0.7, recent=9, neighbours=6)
+    with torch.no_grad():
+        memory.log_tau.fill_(-20.0)
+    assert float(memory(*lookback([i for i, _ in rows[0][:-1]], 9), torch.tensor([5]))[0, 5].detach()) == 0
+
+
+def test_other_items_keep_their_scores() -> None:
+    rows: Rows = [[(i % ITEMS, True) for i in range(0, 40, 3)], [(i * i % ITEMS, True) for i in range(10)]]
+    memory = memory_of(rows, distances=3, decay=0.8, recent=4, neighbours=6)
+    plain = memory(*lookback([0, 1, 4], 4))[0]
+    less = memory(*lookback([0, 1, 4], 4), torch.tensor([3]))[0]
+    others = torch.arange(ITEMS) != 3
+    assert torch.equal(plain[others], less[others])
+
+
+def test_new_counts_replace_the_old_and_stay_out_of_the_state() -> None:
+    memory = memory_of([[(0, True), (1, True)]], 1, 1.0, 2, 3)
+    memory.load_counts(sp.csr_matrix((ITEMS, ITEMS), dtype=np.float32))
+    assert torch.equal(memory(*lookback([0], 2)), torch.zeros(1, ITEMS))
+    assert set(memory.state_dict()) == {"log_weight", "log_tau"}
+
+
+def test_gradients_reach_the_weights_and_tau() -> None:
+    memory = memory_of([[(0, True), (1, True), (2, True)], [(0, True), (1, True)]], 2, 0.8, 3, 6)
+    memory(*lookback([2, 0], 3), torch.tensor([1]))[0, 1].backward()
+    assert memory.log_weight.grad is not None and memory.log_weight.grad[0] > 0
+    assert memory.log_tau.grad is not None and memory.log_tau.grad < 0
+
+
+# ---------------------------------------------------------------- what a leak would do
+def random_log(items: int, users: int, length: int) -> Sequences:
+    """Nothing follows from anything: the only transitions that tell of a target are its own."""
+    rng = np.random.default_rng(5)
+    start = np.arange(users) * length
+    return Sequences(
+        items=rng.integers(0, items, users * length),
+        actions=np.ones(users * length, np.int64),
+        ratings=np.full(users * length, np.nan, np.float32),
+        timestamps=np.arange(users * length) * 1000,
+        targets=np.ones(users * length, bool),
+        start=start,
+        train_end=start + length,
+        valid_target=np.full(users, -1),
+    )
+
+
+def train_on_noise(sequences: Sequences, items: int) -> tuple[float, float]:
+    """Train what weighs the memory and popularity alone. Returns the last epoch's loss and the mean trust."""
+    config = toy_settings(Path("none"), model__dropout=0.0, model__text_dim=0, model__dim=8).model
+    statistics = collect(sequences, items, config)
+    torch.manual_seed(0)
+    popularity = torch.from_numpy(statistics.popularity)
+    model = FusionModel(config, 3, torch.zeros(items, 0), popularity > 0, popularity)
+    assert model.memory is not None
+    model.memory.load_counts(statistics.transitions)
+    for parameter in model.item_vectors.parameters():
+        torch.nn.init.zeros_(parameter)  # no item vectors: nothing can be learned by heart
+    optimizer = make_optimizer(model, TrainConfig(memory_learning_rate=0.1))
+    loss_sum = positions = 0.0
+    for epoch in range(12):
+        loss_sum = positions = 0.0
+        for batch in epoch_batches(sequences, 20, 32, (0, epoch)):
+            loss, count = model(batch, exclude_seen=False)
+            optimizer.zero_grad()
+            (loss / count).backward()
+            for parameter in model.item_vectors.parameters():
+                parameter.grad = None
+            optimizer.step()
+            loss_sum, positions = loss_sum + loss.item(), positions + count
+    batch = next(epoch_batches(sequences, 20, 32, (0, 0)))
+    trust = model.interest(batch, model.item_vectors()).trust.detach().mean()
+    return loss_sum / positions, float(trust)
+
+
+def test_on_noise_the_memory_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = 150
+    sequences = random_log(items, users=64, length=20)
+    untrained = float(F.softplus(torch.tensor(0.0)))
+    loss, trust = train_on_noise(sequences, items)
+    assert loss > math.log(items) - 0.06  # popularity may be learned by heart, a little
+    assert trust < untrained / 2
+    monkeypatch.setattr(TransitionMemory, "_own_share", lambda self, recent, *_: torch.zeros(len(recent)))
+    leaked_loss, leaked_trust = train_on_noise(sequences, items)
+    assert leaked_loss < loss - 1  # the leak wins in training: it knows the answers
+    assert leaked_trust > untrained

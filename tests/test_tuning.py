@@ -1,0 +1,66 @@
+"""The search space, and how many trials a cluster can hold without a deadlock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from toy import toy_settings
+
+from springtide.config import Settings, with_values
+from springtide.errors import SpringtideError
+from springtide.tuning.space import check_space, concurrent_trials, param_space
+
+
+def settings(tmp_path: Path, **space: object) -> Settings:
+    return with_values(toy_settings(tmp_path), {"tune.space": {key.replace("__", "."): v for key, v in space.items()}})
+
+
+def test_the_default_space_is_valid(tmp_path: Path) -> None:
+    check_space(toy_settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "domain", "said"),
+    [
+        ("model__gat", ["channel"], "did you mean model.gate?"),
+        ("model__gate", ["chanel"], "model.gate"),
+        ("model__dim", [], "give a list of choices"),
+        ("train__learning_rate", {"min": 0, "max": 1, "log": True}, "log needs min above 0"),
+        ("train__learning_rate", {"min": 2, "max": 1}, "min below max"),
+        ("train__learning_rate", {"min": 0.1, "max": 1, "lgo": True}, "give a list"),
+        ("data__min_user_events", [1, 2], "only settings of model and train"),
+    ],
+)
+def test_a_wrong_space_is_refused_with_its_name(tmp_path: Path, key: str, domain: object, said: str) -> None:
+    with pytest.raises(SpringtideError, match=said.replace("?", r"\?")):
+        check_space(settings(tmp_path, **{key: domain}))
+
+
+def test_ranges_become_samplers_within_their_ends() -> None:
+    space = param_space({"model.dim": {"min": 8, "max": 9, "integer": True}, "train.learning_rate": {"min": 1e-3, "max": 1e-2, "log": True}})
+    assert {space["model.dim"].sample() for _ in range(50)} == {8, 9}
+    assert all(1e-3 <= space["train.learning_rate"].sample() <= 1e-2 for _ in range(50))
+
+
+@given(cpus=st.floats(1, 256), workers=st.integers(1, 8), each=st.floats(0.1, 4), trials=st.integers(1, 50))
+def test_the_trials_that_run_at_once_leave_a_cpu_for_reading(cpus: float, workers: int, each: float, trials: int) -> None:
+    chosen = with_values(
+        toy_settings(Path("/nowhere")),
+        {"tune.workers_per_trial": workers, "train.cpus_per_worker": each, "tune.trials": trials},
+    )
+    per_trial = 0.1 + workers * each
+    try:
+        running = concurrent_trials(cpus, 0, chosen, 0.1)
+    except SpringtideError:
+        assert cpus - 1 < per_trial
+        return
+    assert 1 <= running <= trials
+    assert running * per_trial <= cpus - 1 + 1e-6
+    assert running == trials or (running + 1) * per_trial > cpus - 1 - 1e-6
+
+
+def test_two_cores_run_one_trial_at_a_time(tmp_path: Path) -> None:
+    assert concurrent_trials(2, 0, toy_settings(tmp_path), 0.1) == 1
