@@ -99,7 +99,7 @@ def test_every_parameter_gets_a_gradient(variant: str, empty: bool) -> None:
     assert count == (0 if empty else LENGTH - 1 + 4)
     if empty:
         assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
-        assert float(loss) == 0
+            assert loss.item() == 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

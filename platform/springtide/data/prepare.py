@@ -247,7 +247,9 @@ def _write_items(out: Path, catalogue: pl.DataFrame, written: list[Written]) -> 
 
 
 def _no_items() -> pl.DataFrame:
-    columns = {"item_id": pl.String, "title": pl.String, "categories": pl.List(pl.String), "text": pl.String}
+    columns: dict[str, Any] = {
+        "item_id": pl.String, "title": pl.String, "categories": pl.List(pl.String), "text": pl.String
+    }  # fmt: skip
     return pl.DataFrame(schema=columns)
 
 
@@ -340,20 +342,24 @@ def _report(
         actions.update(some.actions)
     tied, users = sum(w.tied for w in written), sum(w.users for w in written)
     text = catalogue.filter(pl.col("text") != "")
+    dropped = described.items.join(catalogue, on="item_id", how="anti")
+    sizes = {part: parts[part] for part in ("train", "valid", "test")}
+    tied_last = sum(w.tied_last for w in written)
+    core = {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events, "rounds": rounds}
     return {
         "totals": {name: totals[name] for name in ("rows", "kept", "quarantined", "deduplicated")},
         "reasons": totals["reasons"],
         "users": users,
         "items": len(catalogue),
         "actions": dict(sorted(actions.items())),
-        "split": {"kind": config.split, **{part: parts[part] for part in ("train", "valid", "test")}, "cuts_ms": list(cuts or [])},
-        "ties": {"events": tied, "share": tied / max(1, totals["kept"]), "users_whose_last_two_tie": sum(w.tied_last for w in written)},
-        "k_core": {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events, "rounds": rounds},
+        "split": {"kind": config.split, **sizes, "cuts_ms": list(cuts or [])},
+        "ties": {"events": tied, "share": tied / max(1, totals["kept"]), "users_whose_last_two_tie": tied_last},
+        "k_core": core,
         "catalogue": {
             "with_text": len(text),
             "without_text": len(catalogue) - len(text),
             "without_events": int((~catalogue["alive"]).sum()),
-            "described_but_dropped": len(described.items) - int(catalogue["item_id"].is_in(described.items["item_id"].to_list()).sum()),
+            "described_but_dropped": len(dropped),
         },
         "files": per_file,
         "item_files": described.files,

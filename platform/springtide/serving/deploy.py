@@ -27,7 +27,7 @@ STORE_FILE = "history.sqlite3"  # in the workspace
 
 def run(settings: Settings) -> Json:
     """The deploy job: serve the experiment's bundle by `serve.config` on the cluster that the environment names."""
-    return deploy(settings, port=settings.serve.port)
+    return deploy(settings, port=settings.serve.port, allow_public=settings.serve.allow_public)
 
 
 def deploy(

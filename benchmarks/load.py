@@ -1,0 +1,102 @@
+"""Closed-loop HTTP load from a process of its own: N connections, each sending its next request when answered.
+
+    python benchmarks/load.py URL BODIES.jsonl CONNECTIONS SECONDS [--tool wrk|aiohttp]
+
+POSTs the lines of BODIES in turn and prints one JSON line: requests, seconds, errors, p50_ms, p99_ms, max_ms. wrk costs
+little of the machine it shares with the server; aiohttp is the fallback where it is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+WRK_SCRIPT = """
+local bodies = {}
+local last = 0
+function init(args)
+  for line in io.lines(args[1]) do bodies[#bodies + 1] = line end
+end
+function request()
+  last = last % #bodies + 1
+  return wrk.format("POST", nil, {["Content-Type"] = "application/json"}, bodies[last])
+end
+function done(summary, latency, requests)
+  local e = summary.errors
+  io.write(string.format(
+    '\\nRESULT {"requests": %d, "seconds": %.6f, "errors": %d, "p50_ms": %.3f, "p99_ms": %.3f, "max_ms": %.3f}\\n',
+    summary.requests, summary.duration / 1e6, e.connect + e.read + e.write + e.status + e.timeout,
+    latency:percentile(50) / 1e3, latency:percentile(99) / 1e3, latency.max / 1e3))
+end
+"""
+
+
+def wrk(url: str, bodies: Path, connections: int, seconds: float) -> dict[str, Any]:
+    """Load by wrk with one thread. Durations are whole seconds."""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write(WRK_SCRIPT)
+        script.flush()
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "20s", "-s", script.name,
+                   url, "--", str(bodies)]  # fmt: skip
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds + 120)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if done.returncode or line is None:
+        raise SystemExit(f"wrk failed: {done.stderr or done.stdout}")
+    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return result
+
+
+async def by_aiohttp(url: str, bodies: list[bytes], connections: int, seconds: float) -> dict[str, Any]:
+    """Load by one asyncio loop; its own cost is a third of a millisecond a request."""
+    import aiohttp
+
+    latencies: list[float] = []
+    errors = sent = 0
+    begin = time.perf_counter()
+    headers = {"Content-Type": "application/json"}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=connections), headers=headers) as session:
+
+        async def client() -> None:
+            nonlocal errors, sent
+            while time.perf_counter() - begin < seconds:
+                body, sent, started = bodies[sent % len(bodies)], sent + 1, time.perf_counter()
+                try:
+                    async with session.post(url, data=body, timeout=aiohttp.ClientTimeout(20)) as answer:
+                        await answer.read()
+                        errors += answer.status >= 400
+                except (aiohttp.ClientError, TimeoutError):
+                    errors += 1
+                latencies.append((time.perf_counter() - started) * 1e3)
+
+        await asyncio.gather(*(client() for _ in range(connections)))
+    took = time.perf_counter() - begin
+    latencies.sort()
+    return {"requests": len(latencies), "seconds": took, "errors": errors, "p50_ms": latencies[len(latencies) // 2],
+            "p99_ms": latencies[int(len(latencies) * 0.99)], "max_ms": latencies[-1]}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("url")
+    parser.add_argument("bodies", type=Path)
+    parser.add_argument("connections", type=int)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("--tool", choices=["wrk", "aiohttp"], default="wrk" if shutil.which("wrk") else "aiohttp")
+    args = parser.parse_args()
+    if args.tool == "wrk":
+        result = wrk(args.url, args.bodies, args.connections, args.seconds)
+    else:
+        lines = args.bodies.read_bytes().splitlines()
+        result = asyncio.run(by_aiohttp(args.url, lines, args.connections, args.seconds))
+    print(json.dumps({**result, "tool": args.tool}))
+
+
+if __name__ == "__main__":
+    main()
