@@ -33,6 +33,7 @@ class Measured:
     seconds: float  # wall
     max_rss: int  # bytes; the largest process among it and those it waited for
     peak_pss: int  # bytes; the whole tree at its largest, 0 if not sampled
+    cpu_seconds: float  # of the whole tree if sampled (to a few tenths), else of those that were waited for
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -46,7 +47,7 @@ def run_measured(command: Sequence[str | Path], log: Path, sample: bool = False,
                  ) -> Measured:  # fmt: skip
     """Run a command from the repository's root, its output in `log`, and wait for it.
 
-    `sample` watches the memory of the process tree, which costs some time: do not use the seconds of such a run.
+    `sample` watches the process tree, which costs some time: do not use the seconds of such a run.
     Raises SystemExit with the end of the log if the command fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -54,51 +55,55 @@ def run_measured(command: Sequence[str | Path], log: Path, sample: bool = False,
         begin = time.perf_counter()
         process = subprocess.Popen([str(part) for part in command], cwd=REPO, env=dict(env or environment()),
                                    stdout=output, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-        watcher = PeakMemory(process.pid) if sample else None
+        watcher = TreeWatcher(process.pid) if sample else None
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
             kill_group(process.pid)
             raise
         seconds = time.perf_counter() - begin
-        peak = watcher.stop() if watcher else 0
+        peak, cpu = watcher.stop() if watcher else (0, 0.0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed ({process.returncode}):\n{tail(log)}")
-    return Measured(seconds, usage.ru_maxrss * 1024, peak)
+    return Measured(seconds, usage.ru_maxrss * 1024, peak, max(cpu, usage.ru_utime + usage.ru_stime))
 
 
-class PeakMemory(threading.Thread):
-    """Samples the proportional set size (shared pages counted once) of a process and all below it."""
+class TreeWatcher(threading.Thread):
+    """Samples the proportional set size (shared pages counted once) and the CPU time of a process and all below it."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.root, self.peak, self.ended = psutil.Process(pid), 0, threading.Event()
+        self.root, self.ended = psutil.Process(pid), threading.Event()
+        self.peak = 0
+        self.cpu: dict[psutil.Process, float] = {}  # as last seen, also of those that have ended
         self.start()
 
     def run(self) -> None:
         while not self.ended.wait(SAMPLE_SECONDS):
-            self.peak = max(self.peak, tree_pss(self.root))
+            self.peak = max(self.peak, self.sample())
 
-    def stop(self) -> int:
+    def sample(self) -> int:
+        """Bytes of the tree now, 0 once it is gone."""
+        total = 0
+        try:
+            processes = [self.root, *self.root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return 0
+        for process in processes:
+            try:
+                times = process.cpu_times()
+                self.cpu[process] = times.user + times.system
+                total += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+                continue
+        return total
+
+    def stop(self) -> tuple[int, float]:
+        """Peak bytes and CPU seconds."""
         self.ended.set()
         self.join()
-        return self.peak
-
-
-def tree_pss(root: psutil.Process) -> int:
-    """Bytes of proportional set size of a process and its descendants, 0 once it is gone."""
-    total = 0
-    try:
-        processes = [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0
-    for process in processes:
-        try:
-            total += process.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
-            continue
-    return total
+        return self.peak, sum(self.cpu.values())
 
 
 def kill_group(pid: int) -> None:

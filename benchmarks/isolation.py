@@ -45,8 +45,10 @@ class Place:
         """Start a server, its output in `log`."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            return subprocess.Popen([*self.prefix, *map(str, command)], cwd=REPO, env=dict(env), stdout=output,
-                                    stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+            return subprocess.Popen(
+                [*self.prefix, *map(str, command)], cwd=REPO, env=dict(env), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
 
     def run(self, command: Sequence[str | Path], log: Path, env: Mapping[str, str], timeout: float = 300) -> None:
         """Run a command to its end. Raises SystemExit with the end of the log if it fails."""

@@ -43,8 +43,8 @@ def wrk(url: str, bodies: Path, connections: int, seconds: float) -> dict[str, A
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(WRK_SCRIPT)
         script.flush()
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "20s", "-s", script.name,
-                   url, "--", str(bodies)]  # fmt: skip
+        options = ["-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "20s", "-s", script.name]
+        command = ["wrk", *options, url, "--", str(bodies)]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds + 120)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if done.returncode or line is None:

@@ -79,7 +79,8 @@ def bare(place: Place, root: Path, workspace: Path) -> Iterator[str]:
     """The bare model; yields its address."""
     (port,) = free_ports(1)
     log = root / "logs" / "bare.log"
-    place.start([sys.executable, "benchmarks/serve_bare.py", workspace / "bundle", str(port)], log, place.environment({}))
+    command = [sys.executable, "benchmarks/serve_bare.py", workspace / "bundle", str(port)]
+    place.start(command, log, place.environment({}))
     url = f"http://127.0.0.1:{port}"
     wait_until_answered(place, f"{url}/readyz", 60, log)
     try:
@@ -101,9 +102,10 @@ def springtide(place: Place, root: Path, workspace: Path, modes: dict[str, str],
     session = tempfile.mkdtemp(prefix="stb", dir="/tmp")  # sockets lie in it, and their names have a length limit
     ray = Path(sys.executable).parent / "ray"
     try:
-        place.run([ray, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--dashboard-host=127.0.0.1",
-                   f"--dashboard-port={dashboard}", f"--num-cpus={max(2, os.cpu_count() or 2)}",
-                   f"--object-store-memory={200 << 20}", "--disable-usage-stats", f"--temp-dir={session}"], log, env)  # fmt: skip
+        options = [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+                   f"--num-cpus={max(2, os.cpu_count() or 2)}", f"--object-store-memory={200 << 20}",
+                   f"--temp-dir={session}", "--disable-usage-stats"]  # fmt: skip
+        place.run([ray, "start", "--head", "--node-ip-address=127.0.0.1", *options], log, env)
         place.run(job("deploy", root / "experiment.yaml", f"serve.config={config}"), log, env)
         yield f"http://127.0.0.1:{http}"
     finally:
@@ -178,7 +180,7 @@ def main() -> None:
         workspace = make_bundle(root, args.items)
         with isolated_place() as place:
             if not place.isolated:
-                print("note: not root, so no network namespace: Ray's ports are open on every interface while this runs")
+                print("note: no network namespace (not root): Ray's ports are open on every interface while this runs")
             runs = run_rounds(place, root, workspace, args)
             isolated = place.isolated
     results: dict[str, Any] = {"machine": facts, "isolated": isolated, "items": args.items, "systems": {}}
@@ -189,9 +191,9 @@ def main() -> None:
             figures = summarise(own, count)
             ratio = figures["requests_per_second"] / base["requests_per_second"] if base else float("nan")
             results["systems"].setdefault(name, {})[count] = {**figures, "ratio": round(ratio, 3)}
-            rows.append([f"{count} connections, {name}", f"{figures['requests_per_second']:,.0f}", f"{figures['p50_ms']:.1f}",
-                         f"{figures['p99_ms']:.1f}", f"{figures['cpu_ms_per_request']:.1f}", f"{figures['errors']:.0f}",
-                         f"{ratio:.2f}"])  # fmt: skip
+            times = [f"{figures[key]:.1f}" for key in ("p50_ms", "p99_ms", "cpu_ms_per_request")]
+            rows.append([f"{count} connections, {name}", f"{figures['requests_per_second']:,.0f}", *times,
+                         f"{figures['errors']:.0f}", f"{ratio:.2f}"])  # fmt: skip
     results["rounds"] = runs
     print(f"\n{describe(facts)}; {'network namespace' if isolated else 'loopback'}; {args.items:,} items")
     print(table(["POST /v1/recommend", "requests/s", "p50 ms", "p99 ms", "CPU ms/request", "errors", "ratio"], rows))

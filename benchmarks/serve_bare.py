@@ -2,7 +2,7 @@
 
     python benchmarks/serve_bare.py BUNDLE PORT
 
-Answers POST /v1/recommend by history only: no users, no event log, no queries, no filters, no batching, no swap of models.
+Answers POST /v1/recommend by history only: no users, no event log, no queries, no filters, no batching, no model swap.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def create(bundle_path: str) -> FastAPI:
             for row, value in zip(rows[0].tolist(), values[0].tolist(), strict=True)
             if row >= 0
         ]
-        gate = float(scores.gate_short[0])
-        return JSONResponse({"items": items, "model": label, "source": "history", "gate": {"long": 1 - gate, "short": gate}})
+        short = float(scores.gate_short[0])
+        gate = {"long": 1 - short, "short": short}
+        return JSONResponse({"items": items, "model": label, "source": "history", "gate": gate})
 
     @app.get("/readyz")
     def ready() -> dict[str, bool]:

@@ -32,7 +32,10 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    config = BertConfig(len(words), 16, 2, 2, 32, max_position_embeddings=12, initializer_range=0.5)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=12, initializer_range=0.5,
+    )  # fmt: skip
     BertModel(config).save_pretrained(folder, safe_serialization=True)
     assert (folder / "model.safetensors").is_file()
     return folder
@@ -120,7 +123,7 @@ def test_pickled_weights_are_not_loaded(tiny_folder: Path, tmp_path: Path) -> No
         Encoder(str(folder), 8)
 
 
-@pytest.mark.parametrize("case", ["absent", "empty folder", "no weights", "broken weights", "cut weights", "broken config"])
+@pytest.mark.parametrize("case", ["absent", "empty folder", "no weights", "broken weights", "cut weights", "broken config", "other sizes", "no words"])
 def test_what_cannot_be_loaded_is_told_in_a_sentence(case: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "encoder"
@@ -134,5 +137,12 @@ def test_what_cannot_be_loaded_is_told_in_a_sentence(case: str, tiny_folder: Pat
         (folder / "model.safetensors").write_bytes((tiny_folder / "model.safetensors").read_bytes()[:-100])
     if case == "broken config":
         (folder / "config.json").write_text("{")
+    if case == "other sizes":
+        config = (tiny_folder / "config.json").read_text()
+        (folder / "config.json").write_text(config.replace('"intermediate_size": 32', '"intermediate_size": 64'))
+    if case == "no words":
+        for file in folder.glob("*oken*"):
+            file.unlink()
+        (folder / "vocab.txt").unlink()
     with pytest.raises(SpringtideError, match="cannot load the text encoder"):
         Encoder(str(folder), 8)

@@ -166,7 +166,7 @@ def test_validation_asks_for_the_first_target_after_training() -> None:
 
 def test_a_share_of_the_users_is_held_out_by_their_id() -> None:
     rows = [
-        {"user_id": f"u{n}", "items": [0, 1, 2, 3], "actions": [1] * 4, "ratings": [1.0] * 4, "timestamps": [1, 2, 3, 4],
+        {"user_id": f"u{n:03d}", "items": [0, 1, 2, 3], "actions": [1] * 4, "ratings": [1.0] * 4, "timestamps": [1, 2, 3, 4],
          "parts": [TRAIN] * 4, "targets": [True] * 3 + [n % 2 == 0]} for n in range(400)
     ]  # fmt: skip
     sequences = from_table(table_of(rows), 0.25)

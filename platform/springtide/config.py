@@ -56,7 +56,7 @@ class ColumnRule(Section):
         if sum(v is not None for v in (self.matches, self.above, self.below)) != 1:
             raise ValueError("give exactly one of matches, above and below")
         try:
-            pc.match_substring_regex(pa.array([], pa.string()), self.matches or "")
+            pc.match_substring_regex(pa.array([""]), self.matches or "")
         except pa.ArrowInvalid as error:
             raise ValueError(f"matches is no regular expression that RE2 knows: {_one_line(error)}") from None
         return self

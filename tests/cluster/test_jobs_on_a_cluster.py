@@ -117,7 +117,7 @@ def test_code_travels_with_the_job(cluster: LocalCluster, tmp_path: Path) -> Non
         "    import springtide; return springtide.__file__\n"
         "print('FOUND', ray.get(where.remote()))\n"
     )
-    done = submit(cluster, "python", "-c", f"'{program.replace(chr(39), chr(34))}'")
+    done = submit(cluster, "python", "-c", program)
     assert done.returncode == 0, done.stdout + done.stderr
     found = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
     assert "runtime_resources" in found and str(ROOT) not in found

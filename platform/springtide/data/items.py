@@ -159,7 +159,9 @@ def _tidy(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _join(columns: list[pa.ChunkedArray | pa.Array]) -> pa.ChunkedArray | pa.Array:
     """Columns joined by ". ", empty ones left out."""
     blanked = [pc.if_else(pc.equal(column, ""), None, column) for column in columns]
-    return pc.binary_join_element_wise(*blanked, ". ", null_handling="skip")
+    # The closing "" is there because Arrow drops a row in which every column is null.
+    closed = pc.binary_join_element_wise(*blanked, "", ". ", null_handling="skip")
+    return pc.utf8_slice_codeunits(closed, 0, -2)
 
 
 def _fill(source: ItemSource, text: dict[str, pa.ChunkedArray], rows: int) -> pa.ChunkedArray | pa.Array:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from springtide.errors import SpringtideError
 from springtide.files import sha256_of
@@ -45,8 +46,10 @@ class Encoder:
         source = str(default_model_path()) if name == DEFAULT else name
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            if len(self._tokenizer) <= len(self._tokenizer.all_special_tokens):  # transformers makes up an empty one
+                raise ValueError("its tokenizer has no vocabulary")
             self._model: Any = AutoModel.from_pretrained(source, use_safetensors=True).eval().to(device)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             message = " ".join(str(error).split())[:200]
             raise SpringtideError(
                 f"cannot load the text encoder {name!r}: {message}; give a Hugging Face name or a folder that holds one"

@@ -119,10 +119,13 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path) -
     has not run.
     """
     import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     items = prepared.items
     share = holdout_share(settings, prepared)
-    collect = ray.remote(num_cpus=0.5)(collect_file)
+    # Outside any placement group: a Tune trial's own holds its driver and nothing else.
+    anywhere = PlacementGroupSchedulingStrategy(placement_group=None)
+    collect = ray.remote(num_cpus=0.5, scheduling_strategy=anywhere)(collect_file)
     parts = ray.get([collect.remote(file, len(items), settings.model, share) for file in prepared.sequence_files])
     statistics = merge(parts)
     users = prepared.report["users"]

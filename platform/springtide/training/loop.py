@@ -172,7 +172,8 @@ def validate(
         ahead = (logits > own).sum(1) + ((logits == own) & (np.arange(logits.shape[1]) < targets[:, None])).sum(1)
         # A target that was excluded above cannot be hit.
         hit = (ahead < 10) & np.isfinite(own[:, 0])
-        sums += torch.tensor([float((hit / np.log2(ahead + 2)).sum()), float(hit.sum()), float(len(some))])
+        gain = (hit / np.log2(ahead + 2)).sum()
+        sums += torch.tensor([gain, hit.sum(), len(some)], dtype=torch.float64)
     all_sum(sums)
     count = max(1.0, float(sums[2]))
     return {"ndcg@10": float(sums[0]) / count, "hr@10": float(sums[1]) / count, "users": float(sums[2])}

@@ -43,7 +43,7 @@ class Sequences:
 def from_table(table: pa.Table, holdout_share: float) -> Sequences:
     """Flatten a SEQUENCES table, users in user_id order so that the order of arrival does not matter.
 
-    holdout_share: in a log without a validation part, this share of the users with 3 events or more (chosen by a hash
+    holdout_share: in a log without a validation part, this share of the users with 3 targets or more (chosen by a hash
     of the id) has its last target held out. 0 = none.
     """
     table = table.combine_chunks().sort_by("user_id")

@@ -82,8 +82,8 @@ def run(settings: Settings) -> dict[str, Any]:
     rows = [_row(result, settings) for result in results]
     done = [(row, result) for row, result in zip(rows, results, strict=True) if row[METRIC] is not None]
     if not done:
-        first = next((" ".join(str(result.error).split()) for result in results if result.error), "no trial reported")
-        raise SpringtideError(f"every trial failed, the first with: {first[:300]}")
+        first = next((row["error"] for row in rows if row["error"]), "no trial reported anything")
+        raise SpringtideError(f"every trial failed, the first with: {first}")
     rows.sort(key=lambda row: (row[METRIC] is None, -(row[METRIC] or 0)))
     write_json(folder / "trials.json", rows)
     write_text(folder / "trials.csv", _csv(rows))
@@ -128,8 +128,14 @@ def _row(result: Any, settings: Settings) -> dict[str, Any]:
         METRIC: max(history) if history and "checkpoint_path" in metrics else None,
         "epochs": len(history),
         "seconds": metrics.get("time_total_s"),
-        "error": None if result.error is None else " ".join(str(result.error).split())[:200],
+        "error": None if result.error is None else _last_line(result.error),
     }
+
+
+def _last_line(error: Exception) -> str:
+    """The end of a remote traceback, which is where the reason stands."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:

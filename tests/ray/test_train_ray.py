@@ -1,0 +1,191 @@
+"""The train job on a real cluster: a bundle at the end, also after kill -9 of a worker and after a run that broke off."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from springtide.bundle import load_bundle
+from springtide.config import Settings
+from springtide.errors import SpringtideError
+from springtide.files import write_json, write_manifest
+from springtide.jobs import explain
+from springtide.model.batch import History
+from springtide.schemas import SEQUENCES, TEST, TRAIN, VALID, VECTORS
+from springtide.training.job import run
+from toy import ACTIONS, ITEMS_IN_TOY, toy_items, toy_log, toy_settings
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+FILES, USERS, EPOCHS = 4, 40, 10
+
+
+def write_workspace(folder: Path) -> Path:
+    """What `prepare` and `embed` would have left: four files of users, the last two events of each held back."""
+    rows: dict[str, dict[str, Any]] = {}
+    for event in toy_log(USERS):
+        row = rows.setdefault(event["user_id"], {name: [] for name in SEQUENCES.names} | {"user_id": event["user_id"]})
+        row["items"].append(int(event["item_id"][1:]))
+        row["actions"].append(ACTIONS.index(event["action"]))
+        row["ratings"].append(event["rating"])
+        row["timestamps"].append(event["timestamp"])
+        row["targets"].append(True)
+    for row in rows.values():
+        row["parts"] = [TRAIN] * (len(row["items"]) - 2) + [VALID, TEST]
+    table = pa.Table.from_pylist(list(rows.values()), SEQUENCES)
+    prepared = folder / "prepared"
+    (prepared / "sequences").mkdir(parents=True)
+    (prepared / "items").mkdir()
+    for number in range(FILES):
+        pq.write_table(table.take(list(range(number, USERS, FILES))), prepared / "sequences" / f"part-{number:05}.parquet")
+    pq.write_table(toy_items(), prepared / "items" / "part-0.parquet")
+    write_json(prepared / "vocabulary.json", {"actions": ACTIONS})
+    write_json(prepared / "report.json", {"users": USERS, "split": {"valid": USERS}, "catalogue": {"with_text": ITEMS_IN_TOY}})
+    write_manifest(prepared, {"content_hash": "toy"})
+    vectors = np.random.default_rng(0).normal(size=(ITEMS_IN_TOY, 32)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    (folder / "vectors").mkdir()
+    said = pa.table({"item_id": toy_items()["item_id"], "vector": pa.array(list(vectors), VECTORS.field("vector").type)})
+    pq.write_table(said.cast(VECTORS), folder / "vectors" / "part-00000.parquet")
+    write_manifest(folder / "vectors")
+    return folder
+
+
+def settings_of(workspace: Path, **values: Any) -> Settings:
+    given = {"train__epochs": EPOCHS, "train__patience": EPOCHS, "train__workers": 2, "train__learning_rate": 3e-3} | values
+    return toy_settings(workspace, **given)
+
+
+def accuracy(result: dict[str, Any]) -> list[tuple[float, float, float]]:
+    return [(e["loss"], e["ndcg@10"], e["positions"]) for e in result["epochs"]]
+
+
+def starts(result: dict[str, Any]) -> list[int]:
+    """The epochs in which a group of workers took its first step: every group measures its own start-up once."""
+    times = [e["first_step_seconds"] for e in result["epochs"]]
+    return [n for n, seconds in enumerate(times) if n == 0 or seconds != times[n - 1]]
+
+
+def kill_a_worker(workspace: Path) -> tuple[threading.Thread, Callable[[], int]]:
+    """kill -9 one training worker of this test's own cluster as soon as a checkpoint is committed."""
+    killed: list[int] = []
+
+    def watch() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for snapshot in workspace.glob("runs/train-*/checkpoint_manager_snapshot.json"):
+                if "checkpoint_dir_name" not in snapshot.read_text():
+                    continue
+                for process in psutil.Process().children(recursive=True):
+                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+                        return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread, lambda: len(killed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    workspace = write_workspace(tmp_path_factory.mktemp("undisturbed"))
+    return workspace, run(settings_of(workspace))
+
+
+def weights(workspace: Path) -> bytes:
+    return (workspace / "bundle" / "model.safetensors").read_bytes()
+
+
+def test_two_workers_train_a_bundle(undisturbed: tuple[Path, dict[str, Any]]) -> None:
+    workspace, result = undisturbed
+    assert starts(result) == [0] and len(result["epochs"]) == EPOCHS
+    trained = sum(len(items) - 3 for items in _histories(workspace))
+    assert {e["positions"] for e in result["epochs"]} == {trained}
+    assert {e["users"] for e in result["epochs"]} == {USERS}
+    assert result["epochs"][-1]["loss"] < result["epochs"][0]["loss"]
+    assert result["validation"]["ndcg@10"] == max(e["ndcg@10"] for e in result["epochs"]) > 0.2
+    bundle = load_bundle(result["bundle"])
+    assert bundle.metrics["validation"] == result["validation"]
+    past = History(np.array([3, 4, 5]), np.ones(3, np.int64), np.full(3, np.nan, np.float32), np.arange(3) * 10**6)
+    best = bundle.recommender.top_k(bundle.recommender.score([past]).logits, 3)[0][0]
+    assert 6 in best  # item i is usually followed by i + 1
+    (folder,) = (workspace / "runs").iterdir()
+    assert str(folder) == result["run"] and (folder / "finished").exists()
+    assert len(list(folder.glob("checkpoint_*/progress.json"))) == 2  # train.keep_checkpoints
+    assert not [f.name for f in folder.rglob("*") if f.suffix in (".pt", ".bin", ".ckpt")]
+
+
+def _histories(workspace: Path) -> list[list[int]]:
+    files = (workspace / "prepared" / "sequences").iterdir()
+    return [items for file in files for items in pq.read_table(file)["items"].to_pylist()]
+
+
+def test_a_killed_worker_changes_nothing_in_the_result(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    workspace = write_workspace(tmp_path / "killed")
+    thread, killed = kill_a_worker(workspace)
+    result = run(settings_of(workspace))
+    thread.join()
+    assert killed() == 1
+    assert len(starts(result)) == 2 and starts(result)[1] >= 1  # went on from a checkpoint, not from the beginning
+    assert accuracy(result) == accuracy(undisturbed[1])
+    assert weights(workspace) == weights(undisturbed[0])
+
+
+def test_a_rerun_goes_on_where_a_broken_run_stopped(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    workspace = write_workspace(tmp_path / "broken")
+    settings = settings_of(workspace, train__max_failures=0)
+    thread, killed = kill_a_worker(workspace)
+    with pytest.raises(TrainingFailedError):
+        run(settings)
+    thread.join()
+    assert killed() == 1 and not (workspace / "bundle").exists()
+    result = run(settings)
+    assert len(starts(result)) == 2 and starts(result)[1] >= 1
+    assert accuracy(result) == accuracy(undisturbed[1])
+    assert weights(workspace) == weights(undisturbed[0])
+
+    # Trained to the end, but the driver died before it wrote the bundle: nothing is trained again.
+    Path(result["run"], "finished").unlink()
+    again = run(settings)
+    assert again["epochs"] == result["epochs"]
+
+
+def test_extreme_ratings_end_in_a_sentence(ray_session: Any, tmp_path: Path) -> None:
+    workspace = write_workspace(tmp_path / "extreme")
+    file = workspace / "prepared" / "sequences" / "part-00001.parquet"
+    table = pq.read_table(file)
+    ratings = [[3e38] * len(row) for row in table["ratings"].to_pylist()]
+    pq.write_table(table.set_column(3, "ratings", pa.array(ratings, SEQUENCES.field("ratings").type)), file)
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - Ray wraps it
+        run(settings_of(workspace, train__max_failures=0))
+    assert "the loss is not finite in epoch 1, step 1" in str(explain(caught.value, workspace))
+    assert not (workspace / "bundle").exists()
+
+
+def test_what_can_never_run_is_refused_at_once(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    workspace = undisturbed[0]
+    with pytest.raises(SpringtideError, match="the log has 4 partitions"):
+        run(settings_of(workspace, train__workers=5))
+    with pytest.raises(SpringtideError, match="leave nothing of the cluster's 4 CPUs"):
+        run(settings_of(workspace, train__cpus_per_worker=2))
+    with pytest.raises(SpringtideError, match="no prepared log"):
+        run(settings_of(tmp_path))
+    short = write_workspace(tmp_path / "short")
+    for file in (short / "prepared" / "sequences").iterdir():
+        rows = pq.read_table(file).to_pylist()
+        pq.write_table(pa.Table.from_pylist([row | {"targets": [False] * len(row["items"])} for row in rows], SEQUENCES), file)
+    with pytest.raises(SpringtideError, match="no sequence to learn from"):
+        run(settings_of(short))
+    assert json.loads((workspace / "bundle" / "config.json").read_text())["format"] == 1

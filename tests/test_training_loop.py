@@ -1,0 +1,329 @@
+"""The training loop: many processes equal one, a resumed run equals one that never stopped, and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from springtide.config import TrainConfig
+from springtide.errors import SpringtideError
+from springtide.model.batch import Batch, History
+from springtide.model.fusion import FusionModel
+from springtide.model.recommender import Recommender
+from springtide.schemas import SEQUENCES, TRAIN, VALID
+from springtide.training import loop
+from springtide.training.loop import Progress, fit, make_optimizer, seed_of, validate
+from springtide.training.sequences import Sequences, epoch_batches, from_table, training_batch, training_windows, validation_cases
+from springtide.training.statistics import collect
+from springtide.training.worker import ShardFeed, load_checkpoint, save_checkpoint
+from toy import ITEMS_IN_TOY, toy_log, toy_settings
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+USERS = 24
+
+
+def table(users: int = USERS) -> pa.Table:
+    """The toy log's users; the last event of each is for validation."""
+    rows: dict[str, dict[str, Any]] = {}
+    for event in toy_log(users):
+        row = rows.setdefault(event["user_id"], {"user_id": event["user_id"], "items": [], "ratings": [], "timestamps": []})
+        row["items"].append(int(event["item_id"][1:]))
+        row["ratings"].append(event["rating"])
+        row["timestamps"].append(event["timestamp"])
+    for row in rows.values():
+        count = len(row["items"])
+        row |= {"actions": [1] * count, "targets": [True] * count, "parts": [TRAIN] * (count - 1) + [VALID]}
+    return pa.Table.from_pylist(list(rows.values()), SEQUENCES)
+
+
+def build(sequences: Sequences, **values: Any) -> FusionModel:
+    config = toy_settings(Path("none"), **{f"model__{name}": value for name, value in values.items()}).model
+    statistics = collect(sequences, ITEMS_IN_TOY, config)
+    torch.manual_seed(11)
+    popularity = torch.from_numpy(statistics.popularity)
+    model = FusionModel(config, 3, torch.randn(ITEMS_IN_TOY, config.text_dim), popularity > 0, popularity, statistics.rating_stats)
+    if model.memory is not None:
+        model.memory.load_counts(statistics.transitions)
+    return model
+
+
+@dataclass
+class Script:
+    """A feed whose every step is written down: the rows of `windows` of each step."""
+
+    sequences: Sequences
+    steps: list[list[int]]
+    users: list[int]
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        windows = training_windows(self.sequences, 20)
+        for rows in self.steps:
+            yield training_batch(self.sequences, windows[rows])
+
+    def cases(self) -> list[tuple[History, int]]:
+        cases = validation_cases(self.sequences, 1000)
+        return [cases[user] for user in self.users]
+
+
+@dataclass
+class Shuffled:
+    """A feed like the workers' own: another order every epoch."""
+
+    sequences: Sequences
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        yield from epoch_batches(self.sequences, 20, 8, (1, epoch))
+
+    def cases(self) -> list[tuple[History, int]]:
+        return validation_cases(self.sequences, 1000)
+
+
+def no_report(progress: Progress) -> None:
+    pass
+
+
+# ---------------------------------------------------------------- two processes and one
+ALL = list(range(USERS))
+SPLITS: dict[str, list[list[list[int]]]] = {  # per rank, per step: rows
+    "even": [[ALL[::2]], [ALL[1::2]]],
+    "uneven": [[ALL[:3], ALL[3:9], ALL[9:20]], [ALL[20:]]],
+    "one has nothing": [[ALL], []],
+}
+VARIANTS: dict[str, dict[str, Any]] = {"default": {}, "bare": {"memory": False, "popularity": False, "text_dim": 0, "gate": "mean"}}
+EXACT = {"dropout": 0.0, "id_dropout": 0.0}
+TWO_EPOCHS = TrainConfig(epochs=2, patience=5, learning_rate=1e-3)
+
+
+def run_split(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sequences: Sequences, steps: list[list[int]], users: list[int]) -> Progress:
+    return fit(model, optimizer, Script(sequences, steps, users), TWO_EPOCHS, True, Progress(), no_report)
+
+
+def one_of_two(number: int, folder: str) -> None:
+    """What each of the two processes does, for every case in turn."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    sequences = from_table(table(), 0)
+    for variant, values in VARIANTS.items():
+        for split, shares in SPLITS.items():
+            model = build(sequences, **EXACT, **values)
+            optimizer = make_optimizer(model, TWO_EPOCHS)
+            wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            users = sorted(user for step in shares[number] for user in step)
+            progress = run_split(wrapped, optimizer, sequences, shares[number], users)
+            torch.save({"state": model.state_dict(), "epochs": progress.epochs}, f"{folder}/{variant}-{split}-{number}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Also where one has little data or none: gradients are those of the mean over all positions."""
+    mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    sequences = from_table(table(), 0)
+    for variant, values in VARIANTS.items():
+        for split, shares in SPLITS.items():
+            model = build(sequences, **EXACT, **values)
+            steps = [sum((share[n] for share in shares if n < len(share)), []) for n in range(max(map(len, shares)))]
+            alone = run_split(model, make_optimizer(model, TWO_EPOCHS), sequences, steps, ALL)
+            for number in range(2):
+                other = torch.load(tmp_path / f"{variant}-{split}-{number}", weights_only=True)
+                for name, value in model.state_dict().items():
+                    torch.testing.assert_close(other["state"][name], value, rtol=1e-5, atol=1e-5, msg=f"{variant}, {split}: {name}")
+                for one, two in zip(alone.epochs, other["epochs"], strict=True):
+                    assert two["positions"] == one["positions"] and two["steps"] == one["steps"] == len(steps)
+                    assert two["users"] == one["users"] == USERS
+                    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+                    assert two["ndcg@10"] == pytest.approx(one["ndcg@10"], abs=1e-6)
+
+
+# ---------------------------------------------------------------- resume
+def same_tensors(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("values", [{}, {"memory": False}], ids=str)
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, values: dict[str, Any]) -> None:
+    sequences = from_table(table(), 0)
+    config = TrainConfig(epochs=4, patience=4, learning_rate=5e-3)
+    model = build(sequences, **values)
+    optimizer = make_optimizer(model, config)
+    whole = fit(model, optimizer, Shuffled(sequences), config, True, Progress(), no_report)
+    losses = [record["loss"] for record in whole.epochs]
+    assert losses == sorted(losses, reverse=True)
+
+    class Stop(Exception):
+        pass
+
+    first = build(sequences, **values)
+    stopped = make_optimizer(first, config)
+
+    def after(progress: Progress) -> None:
+        if progress.epoch == 2:
+            save_checkpoint(tmp_path, first, stopped, progress)
+            raise Stop
+
+    with pytest.raises(Stop):
+        fit(first, stopped, Shuffled(sequences), config, True, Progress(), after)
+    second = build(sequences, **values)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter += 1  # whatever was there before is replaced
+    torch.rand(17)  # the random state of a new process is another one
+    resumed = make_optimizer(second, config)
+    progress = load_checkpoint(tmp_path, second, resumed)
+    assert progress.epoch == 2 and len(progress.epochs) == 2
+    done = fit(second, resumed, Shuffled(sequences), config, True, progress, no_report)
+
+    assert same_tensors(model.state_dict(), second.state_dict())
+    assert same_tensors(whole.best_state, done.best_state)
+    for index, state in optimizer.state_dict()["state"].items():
+        assert same_tensors(state, resumed.state_dict()["state"][index])
+    assert (done.best, done.best_epoch, done.epoch) == (whole.best, whole.best_epoch, whole.epoch)
+    for one, other in zip(whole.epochs, done.epochs, strict=True):
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {k: v for k, v in other.items() if "seconds" not in k}
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json"}
+
+
+# ---------------------------------------------------------------- when it ends
+def test_it_stops_when_validation_no_longer_improves() -> None:
+    sequences = from_table(table(), 0)
+    model = build(sequences, **EXACT)
+    config = TrainConfig(epochs=50, patience=3, learning_rate=1e-30, memory_learning_rate=1e-30)
+    seen: list[int] = []
+    progress = fit(model, make_optimizer(model, config), Shuffled(sequences), config, True, Progress(), lambda p: seen.append(p.epoch))
+    assert progress.epoch == 4 and progress.best_epoch == 0 and seen == [1, 2, 3, 4]
+    assert progress.finished(config) and not progress.finished(config.model_copy(update={"patience": 4}))
+
+
+def test_the_best_epoch_is_kept_not_the_last() -> None:
+    sequences = from_table(table(), 0)
+    model = build(sequences)
+    config = TrainConfig(epochs=12, patience=2, learning_rate=0.05)
+    states: list[dict[str, torch.Tensor]] = []
+
+    def after(progress: Progress) -> None:
+        states.append({name: value.clone() for name, value in model.state_dict().items()})
+
+    progress = fit(model, make_optimizer(model, config), Shuffled(sequences), config, True, Progress(), after)
+    figures = [record["ndcg@10"] for record in progress.epochs]
+    assert progress.best == max(figures) and progress.best_epoch == figures.index(max(figures))
+    assert same_tensors(progress.best_state, states[progress.best_epoch])
+
+
+def test_without_validation_users_the_last_epoch_stands() -> None:
+    sequences = from_table(table(6), 0)
+    feed = Script(sequences, [[0, 1], [2]], [])
+    model = build(sequences)
+    config = TrainConfig(epochs=4, patience=1)
+    progress = fit(model, make_optimizer(model, config), feed, config, True, Progress(), no_report)
+    assert progress.epoch == 4 and progress.best_epoch == 3
+    assert same_tensors(progress.best_state, model.state_dict())
+
+
+def test_batches_without_targets_are_no_steps() -> None:
+    sequences = from_table(table(6), 0)
+    model = build(sequences)
+
+    def batches() -> Iterator[Batch]:
+        for batch in Script(sequences, [[0, 1], [2]], []).epoch(0):
+            yield replace(batch, targets=torch.full_like(batch.targets, -1))
+            yield batch
+
+    record = loop.train_epoch(model, make_optimizer(model, TWO_EPOCHS), batches(), TWO_EPOCHS, True, 0, CPU)
+    assert record["steps"] == 2 and record["positions"] == int((sequences.train_end - sequences.start - 1)[:3].sum())
+
+
+def test_a_loss_that_is_not_finite_is_told_in_a_sentence() -> None:
+    sequences = from_table(table(4), 0)
+    sequences.ratings[3] = np.inf
+    model = build(sequences)
+    with pytest.raises(SpringtideError, match="loss is not finite in epoch 1, step 1; lower train.learning_rate"):
+        fit(model, make_optimizer(model, TWO_EPOCHS), Shuffled(sequences), TWO_EPOCHS, True, Progress(), no_report)
+
+
+# ---------------------------------------------------------------- validation
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_validation_ranks_like_the_recommender(exclude_seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "RANK_BATCH", 5)
+    sequences = from_table(table(), 0)
+    model = build(sequences, text_dim=0)
+    known = model.item_vectors.known
+    known[:3] = False  # neither trained nor described: never recommended
+    popularity = model.log_popularity.numpy() - float(model.log_popularity.min())
+    popularity[:3] = 0
+    cases = validation_cases(sequences, 1000)
+    cases.append((cases[0][0], int(cases[0][0].items[0])))  # a target that was seen before
+    names = [""] * ITEMS_IN_TOY
+    recommender = Recommender(model, names, names, [], [], popularity + np.where(known.numpy(), 1, 0), None)
+    logits = recommender.score([history for history, _ in cases]).logits
+    exclude = [history.items for history, _ in cases] if exclude_seen else None
+    best, _ = recommender.top_k(logits, 10, exclude)
+    gains = [1 / np.log2(list(row).index(target) + 2) if target in row else 0.0 for row, (_, target) in zip(best, cases, strict=True)]
+    measured = validate(model, cases, exclude_seen, CPU)
+    assert measured["users"] == len(cases) == USERS + 1
+    assert measured["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-9)
+    assert measured["hr@10"] == pytest.approx(np.mean([gain > 0 for gain in gains]), abs=1e-9)
+    assert 0 < measured["hr@10"] < 1
+
+
+def test_ties_are_broken_by_catalogue_row() -> None:
+    sequences = from_table(table(), 0)
+    model = build(sequences, text_dim=0, memory=False, popularity=False)
+    model.item_vectors.known[:] = True
+    for parameter in model.item_vectors.parameters():
+        torch.nn.init.zeros_(parameter)  # every item has the same score
+    history = validation_cases(sequences, 1)[0][0]
+    cases = [(history, target) for target in (0, 9, 10)]
+    measured = validate(model, cases, False, CPU)
+    assert measured["hr@10"] == pytest.approx(2 / 3)
+    assert measured["ndcg@10"] == pytest.approx((1 + 1 / np.log2(11)) / 3)
+
+
+# ---------------------------------------------------------------- a worker's feed
+class Shard:
+    """Stands for Ray Data's: blocks of the table, counting how often it is read."""
+
+    def __init__(self, blocks: list[pa.Table]) -> None:
+        self.blocks, self.passes = blocks, 0
+
+    def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
+        self.passes += 1
+        yield from self.blocks
+
+
+def windows_of(batches: Iterator[Batch]) -> list[tuple[int, ...]]:
+    """Every row of every batch as plain numbers, sorted."""
+    return sorted(tuple(t[m].tolist()) for batch in batches for t, m in zip(batch.timestamps, batch.mask, strict=True))
+
+
+@pytest.mark.parametrize(("cache_mb", "passes"), [(64, 1), (0, 3)])
+def test_a_feed_gives_every_window_in_every_epoch(cache_mb: int, passes: int) -> None:
+    whole = table()
+    shard = Shard([whole.slice(0, 10), whole.slice(10, 0), whole.slice(10)])
+    config = TrainConfig(batch_size=5, cache_mb=cache_mb, validation_users=13)
+    feed = ShardFeed(shard, 20, config, 0.0)
+    expected = windows_of(epoch_batches(from_table(whole, 0), 20, 5, (0,)))
+    for epoch in range(3):
+        assert windows_of(feed.epoch(epoch)) == expected
+    first, again, other = ([b.items.tolist() for b in feed.epoch(e)] for e in (0, 0, 1))
+    assert first == again != other
+    assert len(feed.cases()) == 13
+    assert shard.passes == (passes if cache_mb else passes + 3)
+
+
+def test_a_feed_without_data() -> None:
+    feed = ShardFeed(Shard([]), 20, TrainConfig(), 0.0)
+    assert list(feed.epoch(0)) == [] and feed.cases() == []
+
+
+def test_seeds_are_positive_and_differ() -> None:
+    seeds = {seed_of(seed, epoch, rank) for seed in range(4) for epoch in range(4) for rank in range(4)}
+    assert len(seeds) == 64 and all(0 <= seed < 2**63 for seed in seeds)
