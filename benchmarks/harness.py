@@ -123,7 +123,7 @@ def tail(log: Path, lines: int = 15) -> str:
 def write_experiment(path: Path, workspace: Path, log: Path, format: str, **sections: Any) -> Path:
     """A settings file for a log of benchmarks/synthetic.py, with 5-core and leave_one_out."""
     columns = {name: name for name in ("user_id", "item_id", "timestamp", "action", "rating")}
-    experiment = {
+    experiment: dict[str, Any] = {
         "name": "benchmark",
         "workspace": str(workspace),
         "data": {

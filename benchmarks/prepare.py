@@ -92,8 +92,8 @@ def summarise(sizes: list[int], measured: list[dict[str, Any]]) -> dict[str, Any
             "peak_bytes": [m["peak_bytes"][name] for m in measured],
         }
     ours, theirs = (summary[name] for name in SYSTEMS)
-    for ratio, rate in (("ratio", "marginal_events_per_second"), ("cpu_ratio", "marginal_events_per_cpu_second")):
-        summary[ratio] = round(ours[rate] / theirs[rate], 3)
+    for ratio, key in (("ratio", "marginal_events_per_second"), ("cpu_ratio", "marginal_events_per_cpu_second")):
+        summary[ratio] = round(ours[key] / theirs[key], 3)
     return summary
 
 

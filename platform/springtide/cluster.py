@@ -86,6 +86,9 @@ def _runtime_env() -> dict[str, Any]:
     given = job_config.get("runtime_env") or {}
     given_variables = given.get("env_vars") or {}
     ours = {name: os.environ[name] for name in SMALL_MACHINE if name not in given_variables}
+    if "RAY_ADDRESS" in os.environ and "RAY_ADDRESS" not in given_variables:
+        # Ray Train's clean-up looks the cluster up again, and finds several where a machine runs more than one.
+        ours["RAY_ADDRESS"] = os.environ["RAY_ADDRESS"]
     environment: dict[str, Any] = {"env_vars": ours}
     if "py_modules" not in given:
         environment["py_modules"] = [str(PACKAGE)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
@@ -26,6 +27,7 @@ STAGES = {
     "recommend": "springtide.evaluation.recommend",
     "deploy": "springtide.serving.deploy",
 }
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
 def main(stage: str, arguments: Sequence[str] | None = None) -> None:
@@ -74,7 +76,7 @@ def explain(error: BaseException, workspace: Path) -> str | None:
         seen.add(id(current))
         if type(current) is SpringtideError:
             return str(current)
-        if type(current) in (OSError, PermissionError) and current.errno is not None:
+        if isinstance(current, OSError) and current.errno in DISK_FAULTS:
             return str(disk_error(current, Path(current.filename or workspace)))
         failures = getattr(current, "worker_failures", None) or {}
         queue += [getattr(current, "cause", None), current.__cause__, current.__context__, *failures.values()]

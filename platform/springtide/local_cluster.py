@@ -40,11 +40,6 @@ class LocalCluster:
         """The command line of Ray's own CLI in this cluster's Python."""
         return [self.python, "-m", "ray.scripts.scripts", *arguments]
 
-    def submit(self, working_dir: Path, *entrypoint: str) -> subprocess.CompletedProcess[str]:
-        """`ray job submit` and wait, its output passed through. Raises nothing; look at the return code."""
-        command = self.ray("job", "submit", "--address", self.dashboard, "--working-dir", str(working_dir), "--", *entrypoint)
-        return subprocess.run(command, env=self.environment, text=True, check=False)
-
 
 @contextmanager
 def local_cluster(

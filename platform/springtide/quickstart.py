@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,8 @@ FILES = {
     "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
 }
 SHOWN = 5
+# What our own jobs say, out of everything that Ray says around it.
+OURS = re.compile(r"^\d\d:\d\d:\d\d (.*)$|(epoch \d+/\d+ .*|resumed after .*)$")
 
 
 def main() -> None:
@@ -96,10 +99,23 @@ def overrides(workspace: Path, data: Path) -> list[str]:
 def submit(cluster: LocalCluster, stage: str, workspace: Path, data: Path) -> None:
     """One stage as a Ray job. Raises SpringtideError if it fails."""
     began = time.monotonic()
-    done = cluster.submit(ROOT, "python", f"jobs/{stage}.py", "--config", CONFIG, *overrides(workspace, data))
-    if done.returncode:
-        raise SpringtideError(f"the job {stage} failed; its last lines are above")
-    say(f"{stage} took {time.monotonic() - began:.0f} s")
+    entrypoint = ["python", f"jobs/{stage}.py", "--config", CONFIG, *overrides(workspace, data)]
+    command = cluster.ray("job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *entrypoint)
+    log = workspace / "logs" / f"{stage}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as file:
+        job = subprocess.Popen(
+            command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        )
+        assert job.stdout is not None
+        for line in job.stdout:
+            file.write(line)
+            said = OURS.search(line)
+            if said:
+                print(f"  {said.group(1) or said.group(2)}", flush=True)
+    if job.wait():
+        raise SpringtideError(f"the job {stage} failed; all that it said is in {log}")
+    print(f"  ({time.monotonic() - began:.0f} s with Ray's start and stop of the job; everything it said: {log})")
 
 
 def deploy(cluster: LocalCluster, workspace: Path, data: Path, port: int) -> str:

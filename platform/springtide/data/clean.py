@@ -77,8 +77,7 @@ def clean_chunk(chunk: RawChunk, source: EventSource, file: int, partitions: int
         values = text[column_name(columns.rating)]
         rating = to_numbers(values).cast(pa.float32(), safe=False)
         rating = pc.if_else(pc.is_finite(rating), rating, None)  # 1e300 is no float32
-        absent = pc.fill_null(pc.is_in(pc.utf8_trim_whitespace(values), MISSING_IDS), True)
-        rejects.add(pc.and_(pc.is_null(rating), pc.invert(absent)), "rating is no number")
+        rejects.add(pc.and_(pc.is_null(rating), pc.invert(is_missing(values))), "rating is no number")
     actions = _actions(source, text, rows)
     rejects.add(
         pc.greater(pc.fill_null(pc.binary_length(actions), 0), MAX_ID_BYTES), f"action above {MAX_ID_BYTES} bytes"
@@ -154,7 +153,7 @@ def _as_text(column: pa.ChunkedArray, rejects: Rejects, name: str) -> pa.Chunked
 
 def is_missing(ids: pa.ChunkedArray) -> pa.ChunkedArray:
     """Boolean column: no id at all, white space, or the ways in which programs write a missing value."""
-    return pc.fill_null(pc.is_in(pc.utf8_trim_whitespace(ids), MISSING_IDS), True)
+    return pc.or_(pc.is_null(ids), pc.is_in(pc.utf8_trim_whitespace(ids), MISSING_IDS))  # is_in says no to a null
 
 
 def to_numbers(text: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -107,8 +107,8 @@ class Recommender:
         gate = np.full(len(histories), np.nan, np.float32)
         asked = np.zeros(len(histories), bool) if queries is None else ~np.isnan(queries).any(1)
         logits[asked] = 0
-        rows = np.flatnonzero([len(history) > 0 for history in histories])
-        if len(rows):
+        rows = [row for row, history in enumerate(histories) if len(history)]
+        if rows:
             logits[rows], gate[rows] = self._score_histories([histories[r] for r in rows], None if now is None else now[rows])
         if asked.any() and queries is not None:
             if self.text_vectors is None:

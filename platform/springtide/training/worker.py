@@ -6,6 +6,7 @@ import json
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,8 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is not in every torch we support
     settings = Settings.model_validate(job["settings"])
     config = settings.train
     torch.set_num_threads(config.threads_per_worker)
