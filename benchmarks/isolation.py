@@ -25,6 +25,7 @@ import psutil
 from harness import REPO, environment, tail
 
 TAG = "SPRINGTIDE_BENCHMARK"
+Command = Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Place:
     def environment(self, extra: Mapping[str, str]) -> dict[str, str]:
         return environment(**{TAG: self.tag}, **extra)
 
-    def start(self, command: Sequence[str | Path], log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    def start(self, command: Command, log: Path, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
         """Start a server, its output in `log`."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
@@ -50,7 +51,7 @@ class Place:
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
-    def run(self, command: Sequence[str | Path], log: Path, env: Mapping[str, str], timeout: float = 300) -> None:
+    def run(self, command: Command, log: Path, env: Mapping[str, str], timeout: float = 300) -> None:
         """Run a command to its end. Raises SystemExit with the end of the log if it fails."""
         process = self.start(command, log, env)
         try:
@@ -60,7 +61,7 @@ class Place:
         if status:
             raise SystemExit(f"{' '.join(map(str, command))} failed ({status}):\n{tail(log)}")
 
-    def ask(self, command: Sequence[str | Path], env: Mapping[str, str], timeout: float = 300) -> str:
+    def ask(self, command: Command, env: Mapping[str, str], timeout: float = 300) -> str:
         """Standard output of a command. Raises SystemExit if it fails."""
         done = subprocess.run([*self.prefix, *map(str, command)], cwd=REPO, env=dict(env), check=False, text=True,
                               capture_output=True, timeout=timeout)  # fmt: skip

@@ -29,7 +29,7 @@ import polars as pl
 import yaml
 
 from harness import REPO, describe, job, machine, run_measured, scratch, table, write_experiment, write_result
-from isolation import Place, free_ports, isolated_place, wait_until_answered
+from isolation import Command, Place, free_ports, isolated_place, wait_until_answered
 from synthetic import write_log
 
 TUNED = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
@@ -79,7 +79,7 @@ def bare(place: Place, root: Path, workspace: Path) -> Iterator[str]:
     """The bare model; yields its address."""
     (port,) = free_ports(1)
     log = root / "logs" / "bare.log"
-    command = [sys.executable, "benchmarks/serve_bare.py", workspace / "bundle", str(port)]
+    command: Command = [sys.executable, "benchmarks/serve_bare.py", workspace / "bundle", str(port)]
     place.start(command, log, place.environment({}))
     url = f"http://127.0.0.1:{port}"
     wait_until_answered(place, f"{url}/readyz", 60, log)
@@ -118,7 +118,7 @@ def measure(place: Place, url: str, bodies: Path, connections: list[int], second
     env = {**os.environ}  # without the tag: its CPU time is not the system's
     found = {}
     for count in connections:
-        command = [sys.executable, "benchmarks/load.py", f"{url}/v1/recommend", bodies, str(count)]
+        command: Command = [sys.executable, "benchmarks/load.py", f"{url}/v1/recommend", bodies, str(count)]
         place.ask([*command, "1"], env)
         cpu = place.cpu_seconds()
         result = json.loads(place.ask([*command, str(seconds)], env).splitlines()[-1])
@@ -148,7 +148,7 @@ def run_rounds(place: Place, root: Path, workspace: Path, args: argparse.Namespa
             server = bare(place, root, workspace) if modes is None else springtide(place, root, workspace, modes, name)
             with server as url:
                 started = time.perf_counter() - begin
-                command = [sys.executable, "-c", ASK, f"{url}/v1/recommend", bodies.with_suffix(".check")]
+                command: Command = [sys.executable, "-c", ASK, f"{url}/v1/recommend", bodies.with_suffix(".check")]
                 answers[name] = place.ask(command, {**os.environ})
                 runs[name].append(measure(place, url, bodies, args.connections, args.seconds))
             rates = ", ".join(f"{c}: {r['requests_per_second']:.0f}/s" for c, r in runs[name][-1].items())

@@ -35,10 +35,18 @@ def rewrite_json(file: Path, **values: Any) -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{}, {"model__memory": False}, {"model__text_dim": 0}, {"model__id_embeddings": False}, {"model__popularity": False}],
+    [
+        {},
+        {"model__memory": False},
+        {"model__text_dim": 0},
+        {"model__id_embeddings": False},
+        {"model__popularity": False},
+    ],
     ids=str,
 )
-def test_a_bundle_scores_like_the_model_that_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]) -> None:
+def test_a_bundle_scores_like_the_model_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]
+) -> None:
     written: list[FusionModel] = []
     original = FusionModel.__init__
 
@@ -152,5 +160,9 @@ def test_nothing_is_ever_unpickled(path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(place, refuse)
     load_bundle(path)
     sources = Path(springtide.__file__).parent.rglob("*.py")
-    used = [s.name for s in sources if any(word in s.read_text("utf-8") for word in ("import pickle", "torch.load(", "torch.save("))]
+    used = [
+        s.name
+        for s in sources
+        if any(word in s.read_text("utf-8") for word in ("import pickle", "torch.load(", "torch.save("))
+    ]
     assert used == []

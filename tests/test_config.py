@@ -194,7 +194,9 @@ def test_settings_survive_a_round_trip_and_change_only_where_told(minimal: Path)
 
 
 def test_positions_may_stand_for_names_in_a_text(minimal: Path) -> None:
-    items = load_settings(minimal, ["data.items={paths: i.tsv, columns: {item_id: 0, title: 1}, text: [1, 2]}"]).data.items
+    items = load_settings(
+        minimal, ["data.items={paths: i.tsv, columns: {item_id: 0, title: 1}, text: [1, 2]}"]
+    ).data.items
     assert items is not None
     assert items.text == ["1", "2"]
 

@@ -14,7 +14,14 @@ from springtide.text import encoder as module
 from springtide.text.encoder import Encoder
 
 torch.set_num_threads(1)
-TEXTS = ["Toy Story (1995)", "", "a much longer text about a heat wave in the city that never ends", "   ", "春潮 rising", "heat"]
+TEXTS = [
+    "Toy Story (1995)",
+    "",
+    "a much longer text about a heat wave in the city that never ends",
+    "   ",
+    "春潮 rising",
+    "heat",
+]
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +130,22 @@ def test_pickled_weights_are_not_loaded(tiny_folder: Path, tmp_path: Path) -> No
         Encoder(str(folder), 8)
 
 
-@pytest.mark.parametrize("case", ["absent", "empty folder", "no weights", "broken weights", "cut weights", "broken config", "other sizes", "no words"])
-def test_what_cannot_be_loaded_is_told_in_a_sentence(case: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        "absent",
+        "empty folder",
+        "no weights",
+        "broken weights",
+        "cut weights",
+        "broken config",
+        "other sizes",
+        "no words",
+    ],
+)
+def test_what_cannot_be_loaded_is_told_in_a_sentence(
+    case: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "encoder"
     if case == "empty folder":

@@ -22,10 +22,10 @@ TOP_LEVEL = {
 LAYERS = {
     "errors": 0, "schemas": 0, "files": 0, "config": 0,
     "data": 1, "text": 1, "cluster": 1,
-    "model": 2, "bundle": 2,
+    "model": 2, "bundle": 2, "local_cluster": 2,
     "training": 3, "tuning": 3, "evaluation": 3,
     "serving": 4,
-    "jobs": 5,
+    "jobs": 5, "quickstart": 5,
 }  # fmt: skip
 PEERS = {("data", "cluster"), ("text", "cluster"), ("text", "data"), ("bundle", "model"), ("tuning", "training"),
          ("training", "evaluation"), ("tuning", "evaluation"), ("evaluation", "training")}  # fmt: skip

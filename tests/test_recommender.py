@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,12 @@ def recommender(tmp_path_factory: pytest.TempPathFactory) -> Recommender:
 def history(length: int, seed: int = 0) -> History:
     rng = np.random.default_rng(seed)
     times = 10**12 + np.cumsum(rng.integers(0, 10**7, length))
-    return History(rng.integers(0, ITEMS_IN_TOY, length), rng.integers(0, 3, length), rng.integers(1, 6, length).astype(np.float32), times)
+    return History(
+        rng.integers(0, ITEMS_IN_TOY, length),
+        rng.integers(0, 3, length),
+        rng.integers(1, 6, length).astype(np.float32),
+        times,
+    )
 
 
 def queries(recommender: Recommender, *items: int | None) -> np.ndarray:
@@ -56,12 +60,18 @@ def test_events_are_put_in_time_order_and_unknown_items_told(recommender: Recomm
 
 
 def test_an_event_without_time_follows_the_one_before_it(recommender: Recommender) -> None:
-    events = [{"item_id": "i05"}, {"item_id": "i01", "timestamp": 7}, {"item_id": "i02"}, {"item_id": "i03", "timestamp": 3}]
+    events: list[dict[str, Any]] = [
+        {"item_id": "i05"},
+        {"item_id": "i01", "timestamp": 7},
+        {"item_id": "i02"},
+        {"item_id": "i03", "timestamp": 3},
+    ]
     known, _ = recommender.history(events)
     assert known.items.tolist() == [3, 5, 1, 2]
     assert known.timestamps.tolist() == [3, 7, 7, 7]
     # ... even if that one is of an unknown item
-    known, _ = recommender.history([{"item_id": "gone", "timestamp": 9}, {"item_id": "i01"}, {"item_id": "i02", "timestamp": 4}])
+    events = [{"item_id": "gone", "timestamp": 9}, {"item_id": "i01"}, {"item_id": "i02", "timestamp": 4}]
+    known, _ = recommender.history(events)
     assert known.items.tolist() == [2, 1]
 
 
@@ -127,19 +137,21 @@ def test_items_neither_trained_nor_described_are_never_recommended(recommender: 
     same = recommender
     odd = Recommender(same.model, same.item_ids, same.titles, same.categories, same.actions, popularity, text)
     logits = odd.score([history(5), EMPTY, EMPTY], queries(recommender, None, None, 4)).logits
-    assert np.isneginf(logits).any(0).nonzero()[0].tolist() == [4]
+    assert np.flatnonzero(np.isneginf(logits).any(0)).tolist() == [4]
     assert np.isneginf(logits[:, 4]).all()
     assert 4 not in odd.top_k(logits, ITEMS_IN_TOY)[0]
     assert 4 not in odd.similar(3, ITEMS_IN_TOY)[0]
     textless = Recommender(same.model, same.item_ids, same.titles, same.categories, same.actions, popularity, None)
-    assert np.isneginf(textless.score([history(5)]).logits[0]).nonzero()[0].tolist() == [3, 4]
+    assert np.flatnonzero(np.isneginf(textless.score([history(5)]).logits[0])).tolist() == [3, 4]
     with pytest.raises(ValueError, match="no item texts"):
         textless.score([EMPTY], queries(recommender, 1))
 
 
 # ---------------------------------------------------------------- top K
 logit_tables = arrays(
-    np.float32, st.tuples(st.integers(1, 4), st.integers(1, 9)), elements=st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 2.0])
+    np.float32,
+    st.tuples(st.integers(1, 4), st.integers(1, 9)),
+    elements=st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 2.0]),
 )
 
 

@@ -54,7 +54,10 @@ def table_of(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def equal(one: Sequences, other: Sequences) -> bool:
-    return all(np.array_equal(a, b, equal_nan=a.dtype.kind == "f") for a, b in zip(vars(one).values(), vars(other).values(), strict=True))
+    return all(
+        np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+        for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+    )
 
 
 @given(users(), st.permutations(range(5)), st.sampled_from([0.0, 0.5]))
@@ -155,7 +158,13 @@ def test_validation_asks_for_the_first_target_after_training() -> None:
     rows = [
         {**base, "user_id": "a", "items": [0, 1, 2, 3, 4, 5], "parts": [0, 0, 0, 1, 1, 2], "targets": [True] * 6},
         # The first validation event is context only; like evaluation, validation does not show it.
-        {**base, "user_id": "b", "items": [5, 4, 3, 2, 1, 0], "parts": [0, 0, 1, 1, 1, 2], "targets": [True, True, False, True, True, True]},
+        {
+            **base,
+            "user_id": "b",
+            "items": [5, 4, 3, 2, 1, 0],
+            "parts": [0, 0, 1, 1, 1, 2],
+            "targets": [True, True, False, True, True, True],
+        },
         {**base, "user_id": "c", "items": [0, 1, 2, 3, 4, 5], "parts": [1, 1, 1, 1, 1, 1], "targets": [True] * 6},
         {**base, "user_id": "d", "items": [0, 1, 2, 3, 4, 5], "parts": [0, 0, 0, 0, 0, 2], "targets": [True] * 6},
     ]
@@ -164,11 +173,22 @@ def test_validation_asks_for_the_first_target_after_training() -> None:
     assert len(validation_cases(from_table(table_of(rows), 0), 1)) == 1
 
 
+def plain_row(user_id: str, items: list[int]) -> dict[str, Any]:
+    """A user whose events are all for training."""
+    count = len(items)
+    return {
+        "user_id": user_id,
+        "items": items,
+        "actions": [1] * count,
+        "ratings": [1.0] * count,
+        "timestamps": list(range(count)),
+        "parts": [TRAIN] * count,
+        "targets": [True] * count,
+    }
+
+
 def test_a_share_of_the_users_is_held_out_by_their_id() -> None:
-    rows = [
-        {"user_id": f"u{n:03d}", "items": [0, 1, 2, 3], "actions": [1] * 4, "ratings": [1.0] * 4, "timestamps": [1, 2, 3, 4],
-         "parts": [TRAIN] * 4, "targets": [True] * 3 + [n % 2 == 0]} for n in range(400)
-    ]  # fmt: skip
+    rows = [plain_row(f"u{n:03d}", [0, 1, 2, 3]) | {"targets": [True] * 3 + [n % 2 == 0]} for n in range(400)]
     sequences = from_table(table_of(rows), 0.25)
     held = sequences.valid_target >= 0
     assert 60 < held.sum() < 140
@@ -182,10 +202,7 @@ def test_a_share_of_the_users_is_held_out_by_their_id() -> None:
 
 
 def test_epochs_differ_and_seeds_repeat() -> None:
-    rows = [
-        {"user_id": f"u{n}", "items": [n % ITEMS] * 3, "actions": [n] * 3, "ratings": [1.0] * 3, "timestamps": [1, 2, 3],
-         "parts": [TRAIN] * 3, "targets": [True] * 3} for n in range(20)
-    ]  # fmt: skip
+    rows = [plain_row(f"u{n}", [n % ITEMS] * 3) | {"actions": [n] * 3} for n in range(20)]
     sequences = from_table(table_of(rows), 0)
 
     def order(seed: tuple[int, ...]) -> list[int]:

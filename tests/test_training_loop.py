@@ -22,7 +22,14 @@ from springtide.model.recommender import Recommender
 from springtide.schemas import SEQUENCES, TRAIN, VALID
 from springtide.training import loop
 from springtide.training.loop import Progress, fit, make_optimizer, seed_of, validate
-from springtide.training.sequences import Sequences, epoch_batches, from_table, training_batch, training_windows, validation_cases
+from springtide.training.sequences import (
+    Sequences,
+    epoch_batches,
+    from_table,
+    training_batch,
+    training_windows,
+    validation_cases,
+)
 from springtide.training.statistics import collect
 from springtide.training.worker import ShardFeed, load_checkpoint, save_checkpoint
 from toy import ITEMS_IN_TOY, toy_log, toy_settings
@@ -36,7 +43,9 @@ def table(users: int = USERS) -> pa.Table:
     """The toy log's users; the last event of each is for validation."""
     rows: dict[str, dict[str, Any]] = {}
     for event in toy_log(users):
-        row = rows.setdefault(event["user_id"], {"user_id": event["user_id"], "items": [], "ratings": [], "timestamps": []})
+        row = rows.setdefault(
+            event["user_id"], {"user_id": event["user_id"], "items": [], "ratings": [], "timestamps": []}
+        )
         row["items"].append(int(event["item_id"][1:]))
         row["ratings"].append(event["rating"])
         row["timestamps"].append(event["timestamp"])
@@ -51,7 +60,9 @@ def build(sequences: Sequences, **values: Any) -> FusionModel:
     statistics = collect(sequences, ITEMS_IN_TOY, config)
     torch.manual_seed(11)
     popularity = torch.from_numpy(statistics.popularity)
-    model = FusionModel(config, 3, torch.randn(ITEMS_IN_TOY, config.text_dim), popularity > 0, popularity, statistics.rating_stats)
+    model = FusionModel(
+        config, 3, torch.randn(ITEMS_IN_TOY, config.text_dim), popularity > 0, popularity, statistics.rating_stats
+    )
     if model.memory is not None:
         model.memory.load_counts(statistics.transitions)
     return model
@@ -99,12 +110,21 @@ SPLITS: dict[str, list[list[list[int]]]] = {  # per rank, per step: rows
     "uneven": [[ALL[:3], ALL[3:9], ALL[9:20]], [ALL[20:]]],
     "one has nothing": [[ALL], []],
 }
-VARIANTS: dict[str, dict[str, Any]] = {"default": {}, "bare": {"memory": False, "popularity": False, "text_dim": 0, "gate": "mean"}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "bare": {"memory": False, "popularity": False, "text_dim": 0, "gate": "mean"},
+}
 EXACT = {"dropout": 0.0, "id_dropout": 0.0}
 TWO_EPOCHS = TrainConfig(epochs=2, patience=5, learning_rate=1e-3)
 
 
-def run_split(model: torch.nn.Module, optimizer: torch.optim.Optimizer, sequences: Sequences, steps: list[list[int]], users: list[int]) -> Progress:
+def run_split(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequences,
+    steps: list[list[int]],
+    users: list[int],
+) -> Progress:
     return fit(model, optimizer, Script(sequences, steps, users), TWO_EPOCHS, True, Progress(), no_report)
 
 
@@ -136,7 +156,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             for number in range(2):
                 other = torch.load(tmp_path / f"{variant}-{split}-{number}", weights_only=True)
                 for name, value in model.state_dict().items():
-                    torch.testing.assert_close(other["state"][name], value, rtol=1e-5, atol=1e-5, msg=f"{variant}, {split}: {name}")
+                    torch.testing.assert_close(
+                        other["state"][name], value, rtol=1e-5, atol=1e-5, msg=f"{variant}, {split}: {name}"
+                    )
                 for one, two in zip(alone.epochs, other["epochs"], strict=True):
                     assert two["positions"] == one["positions"] and two["steps"] == one["steps"] == len(steps)
                     assert two["users"] == one["users"] == USERS
@@ -175,7 +197,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, values: dic
     second = build(sequences, **values)
     with torch.no_grad():
         for parameter in second.parameters():
-            parameter += 1  # whatever was there before is replaced
+            parameter.add_(1)  # whatever was there before is replaced
     torch.rand(17)  # the random state of a new process is another one
     resumed = make_optimizer(second, config)
     progress = load_checkpoint(tmp_path, second, resumed)
@@ -188,7 +210,9 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, values: dic
         assert same_tensors(state, resumed.state_dict()["state"][index])
     assert (done.best, done.best_epoch, done.epoch) == (whole.best, whole.best_epoch, whole.epoch)
     for one, other in zip(whole.epochs, done.epochs, strict=True):
-        assert {k: v for k, v in one.items() if "seconds" not in k} == {k: v for k, v in other.items() if "seconds" not in k}
+        assert {k: v for k, v in one.items() if "seconds" not in k} == {
+            k: v for k, v in other.items() if "seconds" not in k
+        }
     assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
@@ -198,7 +222,15 @@ def test_it_stops_when_validation_no_longer_improves() -> None:
     model = build(sequences, **EXACT)
     config = TrainConfig(epochs=50, patience=3, learning_rate=1e-30, memory_learning_rate=1e-30)
     seen: list[int] = []
-    progress = fit(model, make_optimizer(model, config), Shuffled(sequences), config, True, Progress(), lambda p: seen.append(p.epoch))
+    progress = fit(
+        model,
+        make_optimizer(model, config),
+        Shuffled(sequences),
+        config,
+        True,
+        Progress(),
+        lambda p: seen.append(p.epoch),
+    )
     assert progress.epoch == 4 and progress.best_epoch == 0 and seen == [1, 2, 3, 4]
     assert progress.finished(config) and not progress.finished(config.model_copy(update={"patience": 4}))
 
@@ -266,7 +298,10 @@ def test_validation_ranks_like_the_recommender(exclude_seen: bool, monkeypatch: 
     logits = recommender.score([history for history, _ in cases]).logits
     exclude = [history.items for history, _ in cases] if exclude_seen else None
     best, _ = recommender.top_k(logits, 10, exclude)
-    gains = [1 / np.log2(list(row).index(target) + 2) if target in row else 0.0 for row, (_, target) in zip(best, cases, strict=True)]
+    gains = [
+        1 / np.log2(list(row).index(target) + 2) if target in row else 0.0
+        for row, (_, target) in zip(best, cases, strict=True)
+    ]
     measured = validate(model, cases, exclude_seen, CPU)
     assert measured["users"] == len(cases) == USERS + 1
     assert measured["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-9)

@@ -13,22 +13,17 @@ import pyarrow as pa
 
 from springtide.config import DataConfig, Settings, parse_settings
 from springtide.data import prepare
-from springtide.data.clean import clean_chunk
 from springtide.data.partitions import order_and_deduplicate
-from springtide.data.readers import read_chunks
 from springtide.data.sources import SourceFile
 
 TABLES = ("events", "items", "sequences", "quarantine")
 
 
 def _shuffle(files: list[SourceFile], config: DataConfig) -> list[tuple[pa.Table, int]]:
+    groups = [pa.table({"group": [group]}) for group in prepare._group(files)]
     chunks = [
-        clean_chunk(chunk, config.events[file.source], file.index, config.partitions)
-        for file in files
-        for chunk in read_chunks(file, prepare.event_columns(config.events[file.source]))
+        chunk for group in groups for chunk in prepare._read_group(group, files, config.events, config.partitions)
     ]
-    if not chunks:
-        return []
     table = pa.concat_tables(reversed(chunks))  # the order of arrival must not matter
     buckets = sorted(table["bucket"].unique().to_pylist())
     parts = [table.filter(pa.compute.equal(table["bucket"], bucket)) for bucket in buckets]

@@ -27,7 +27,14 @@ from springtide.model.recommender import Recommender
 from springtide.schemas import ITEMS, check_schema
 
 FORMAT = 1
-FILES = ("model.safetensors", "config.json", "items.parquet", "vectors.safetensors", "memory.safetensors", "metrics.json")
+FILES = (
+    "model.safetensors",
+    "config.json",
+    "items.parquet",
+    "vectors.safetensors",
+    "memory.safetensors",
+    "metrics.json",
+)
 
 
 @dataclass(frozen=True)
@@ -53,23 +60,32 @@ def write_bundle(
 ) -> None:
     """Write a bundle beside `path` and rename it into place.
 
-    items: schemas.ITEMS; counts: [I, I] transition counts; text_vectors: [I, D] float32 normalised, a zero row = no text.
+    items: schemas.ITEMS; counts: [I, I] transition counts; text_vectors: [I, D] float32 normalised, zero row = no text.
     Raises SpringtideError if the disk refuses.
     """
     with publish_directory(path) as out:
         save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors")
         counts = counts.tocsr()
         save_arrays(
-            {"data": counts.data.astype(np.float32), "indices": counts.indices.astype(np.int64), "indptr": counts.indptr.astype(np.int64)},
+            {
+                "data": counts.data.astype(np.float32),
+                "indices": counts.indices.astype(np.int64),
+                "indptr": counts.indptr.astype(np.int64),
+            },
             out / "memory.safetensors",
-        )  # fmt: skip
+        )
         vectors = np.zeros((len(items), 0), np.float32) if text_vectors is None else text_vectors.astype(np.float32)
         save_arrays({"text": vectors}, out / "vectors.safetensors")
         pq.write_table(check_schema(items, ITEMS, "items"), out / "items.parquet")
         write_json(
             out / "config.json",
-            {"format": FORMAT, "actions": actions, "rating_stats": model.rating_stats.tolist(), "settings": settings.model_dump(mode="json")},
-        )  # fmt: skip
+            {
+                "format": FORMAT,
+                "actions": actions,
+                "rating_stats": model.rating_stats.tolist(),
+                "settings": settings.model_dump(mode="json"),
+            },
+        )
         write_json(out / "metrics.json", metrics)
         write_manifest(out)
 
@@ -83,12 +99,16 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     if verify:
         listed = verify_manifest(path, "bundle")["files"]
         if unlisted := [name for name in FILES if name not in listed]:
-            raise SpringtideError(f"bundle {path}: manifest.json has no checksum of {unlisted[0]}; write the bundle again")
+            raise SpringtideError(
+                f"bundle {path}: manifest.json has no checksum of {unlisted[0]}; write the bundle again"
+            )
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
         if config["format"] != FORMAT:
-            raise SpringtideError(f"bundle {path} has format {config['format']}, this version reads {FORMAT}; train it again")
+            raise SpringtideError(
+                f"bundle {path} has format {config['format']}, this version reads {FORMAT}; train it again"
+            )
         settings = Settings.model_validate(config["settings"])
         items = check_schema(pq.read_table(path / "items.parquet"), ITEMS, str(path / "items.parquet"))
         state = load_tensors(path / "model.safetensors")
@@ -106,9 +126,13 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         model.load_state_dict(state)
         if model.memory is not None:
             size = len(items)
-            model.memory.load_counts(sp.csr_matrix((memory["data"], memory["indices"], memory["indptr"]), shape=(size, size)))
+            model.memory.load_counts(
+                sp.csr_matrix((memory["data"], memory["indices"], memory["indptr"]), shape=(size, size))
+            )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pa.ArrowException) as error:
-        raise SpringtideError(f"cannot load the bundle {path}: {' '.join(str(error).split())[:300]}; train it again") from None
+        raise SpringtideError(
+            f"cannot load the bundle {path}: {' '.join(str(error).split())[:300]}; train it again"
+        ) from None
     recommender = Recommender(
         model,
         items["item_id"].to_pylist(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +24,7 @@ def _as_strings(value: Any) -> Any:
 
 
 Strings = Annotated[list[str], BeforeValidator(_as_strings)]
-Column = Union[str, int]  # a name, or the position (from 0) in a file that has no header line
+Column = str | int  # a name, or the position (from 0) in a file that has no header line
 FileFormat = Literal["csv", "tsv", "jsonl", "parquet"]
 
 

@@ -122,7 +122,7 @@ def _clean(table: pa.Table, rows: pa.Array, source: ItemSource, path: str) -> tu
 
     title, categories = column(source.columns.title), column(source.columns.categories)
     if source.text is None:
-        joined = _join([title, pc.replace_substring(categories, source.category_separator, " ")])
+        joined = _join([title, _tidy(pc.replace_substring(categories, source.category_separator, " "))])
     elif len(source.text) == 1 and FIELD.search(source.text[0]):
         joined = _fill(source, text, len(table))
     else:

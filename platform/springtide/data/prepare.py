@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from springtide.cluster import connect
@@ -43,6 +44,7 @@ from springtide.schemas import ITEMS, QUARANTINE, check_schema
 
 log = logging.getLogger(__name__)
 GROUP_BYTES = 32 << 20  # small files share a task up to this much
+REFUSED = "refused"  # the reason of a row that carries the sentence about a file that cannot be read
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def run(settings: Settings) -> dict[str, Any]:
     files = _event_files(config)
     item_files = list_files(config.items.paths, config.items.format, -1, 0) if config.items else []
     log.info("%d event files, %d item files", len(files), len(item_files))
+    _look_into(files, config)
     connect()
     final = Path(settings.workspace) / "prepared"
     with publish_directory(final) as out:
@@ -63,7 +66,7 @@ def run(settings: Settings) -> dict[str, Any]:
             read_items(config.items, item_files) if config.items else RawItems(_no_items(), _no_quarantine(), [])
         )
         partitions = _shuffle(files, config)
-        logged, alive, rounds = _k_core(partitions, config)
+        logged, alive, rounds = _k_core(partitions, config) if partitions else (pl.DataFrame(), pl.DataFrame(), 0)
         if not len(alive):
             raise SpringtideError(_nothing_left(partitions, config))
         actions = _vocabulary(partitions)
@@ -100,6 +103,13 @@ def _event_files(config: DataConfig) -> list[SourceFile]:
     return files
 
 
+def _look_into(files: list[SourceFile], config: DataConfig) -> None:
+    """Read the start of each source's first file, so that a wrong column is told at once, before Ray has started."""
+    for position, source in enumerate(config.events):
+        first = next(file for file in files if file.source == position)
+        next(read_chunks(first, event_columns(source)), None)
+
+
 # ---------------------------------------------------------------- read, clean, shuffle
 def _shuffle(files: list[SourceFile], config: DataConfig) -> list[Any]:
     """References to the ordered and deduplicated partitions, each an Arrow table (CLEANED) with whole users."""
@@ -116,7 +126,11 @@ def _shuffle(files: list[SourceFile], config: DataConfig) -> list[Any]:
         .materialize()
     )
     references = dataset.to_arrow_refs()
-    buckets = ray.get([_remote(_buckets_in).remote(reference) for reference in references])
+    found = ray.get([_remote(_look_through).remote(reference) for reference in references])
+    refusals = [refusal for _, some in found for refusal in some]
+    if refusals:
+        raise SpringtideError(min(refusals)[1])
+    buckets = [some for some, _ in found]
     owners = Counter(bucket for some in buckets for bucket in some)
     if any(count > 1 for count in owners.values()):
         raise SpringtideError(
@@ -132,15 +146,18 @@ def _remote(function: Any) -> Any:
     return ray.remote(num_cpus=0.5)(function)
 
 
-def _buckets_in(table: pa.Table) -> list[int]:
-    return sorted(table["bucket"].unique().to_pylist())
+def _look_through(table: pa.Table) -> tuple[list[int], list[tuple[int, str]]]:
+    """The hash buckets in a partition, and (file, sentence) of files that could not be read."""
+    refused = table.filter(pc.equal(table["reason"], REFUSED))
+    refusals = list(zip(refused["file"].to_pylist(), refused["content"].to_pylist(), strict=True))
+    return sorted(table["bucket"].unique().to_pylist()), refusals
 
 
 def _group(files: list[SourceFile]) -> list[list[int]]:
     groups: list[list[int]] = []
-    size = GROUP_BYTES
+    size = 0
     for file in files:
-        if size + file.bytes > GROUP_BYTES:
+        if not groups or size + file.bytes > GROUP_BYTES:
             groups.append([])
             size = 0
         groups[-1].append(file.index)
@@ -155,8 +172,18 @@ def _read_group(
     for index in batch["group"].to_pylist()[0]:
         file = files[index]
         source = sources[file.source]
-        for chunk in read_chunks(file, event_columns(source)):
-            yield clean_chunk(chunk, source, file.index, partitions)
+        try:
+            for chunk in read_chunks(file, event_columns(source)):
+                yield clean_chunk(chunk, source, file.index, partitions)
+        except SpringtideError as error:  # as a row, because Ray wraps an exception in pages of its own
+            row = {
+                "file": file.index,
+                "row": 0,
+                "bucket": file.index % partitions,
+                "reason": REFUSED,
+                "content": str(error),
+            }
+            yield pa.Table.from_pylist([row], schema=CLEANED)
 
 
 def event_columns(source: EventSource) -> list[Column]:

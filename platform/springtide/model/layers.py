@@ -106,14 +106,18 @@ class ShortBranch(nn.Module):
         self.window, self.heads, self.dropout = config.short_window, config.short_heads, config.dropout
         self.query = nn.Linear(config.dim, config.dim, bias=False)
         self.key_value = nn.Linear(config.dim, 2 * config.dim, bias=False)
-        self.order_bias = nn.Parameter(-0.2 * torch.arange(config.short_window - 1, -1, -1.0).repeat(config.short_heads, 1))
+        self.order_bias = nn.Parameter(
+            -0.2 * torch.arange(config.short_window - 1, -1, -1.0).repeat(config.short_heads, 1)
+        )
         self.gap_bias = nn.Embedding(TIME_BUCKETS, config.short_heads)
         nn.init.zeros_(self.gap_bias.weight)
-        self.mix = nn.Sequential(nn.Linear(config.dim, 2 * config.dim), nn.GELU(), nn.Linear(2 * config.dim, config.dim))
+        self.mix = nn.Sequential(
+            nn.Linear(config.dim, 2 * config.dim), nn.GELU(), nn.Linear(2 * config.dim, config.dim)
+        )
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, events: Tensor, timestamps: Tensor) -> tuple[Tensor, Tensor]:
-        """events [B, L, dim], timestamps [B, L] ms -> (interest [B, L, dim], attention [B, L, window], oldest first)."""
+        """events [B, L, dim], timestamps [B, L] ms -> (interest [B, L, dim], attention [B, L, window] oldest first)."""
         batch, length, dim = events.shape
         window, heads = self.window, self.heads
         query = self.query(events).view(batch, length, heads, dim // heads)
@@ -125,7 +129,9 @@ class ShortBranch(nn.Module):
         score = torch.einsum("blhd,blhdw->blhw", query, keys) / (dim // heads) ** 0.5 + self.order_bias
         score = score + self.gap_bias(time_bucket(timestamps[..., None] - then)).transpose(2, 3)
         place = torch.arange(length, device=events.device)[:, None] + torch.arange(window, device=events.device)
-        attention = score.masked_fill((place < window - 1)[None, :, None], -torch.inf).softmax(-1)  # [B, L, heads, window]
+        attention = score.masked_fill((place < window - 1)[None, :, None], -torch.inf).softmax(
+            -1
+        )  # [B, L, heads, window]
         pooled = torch.einsum("blhw,blhdw->blhd", attention, values).reshape(batch, length, dim)
         hidden = events + F.dropout(pooled, self.dropout, self.training)
         return self.norm(hidden + F.dropout(self.mix(hidden), self.dropout, self.training)), attention.mean(2)
@@ -140,7 +146,9 @@ class Gate(nn.Module):
         super().__init__()
         width = 2 * config.dim + self.CONTEXT
         out = {"channel": config.dim, "scalar": 1, "mean": 0}[config.gate]
-        self.hidden = nn.Sequential(nn.Linear(width, config.gate_hidden), nn.GELU()) if config.gate_hidden and out else None
+        self.hidden = (
+            nn.Sequential(nn.Linear(width, config.gate_hidden), nn.GELU()) if config.gate_hidden and out else None
+        )
         self.out = nn.Linear(config.gate_hidden or width, out) if out else None
         self.request_time = config.request_time
 

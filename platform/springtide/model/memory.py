@@ -25,7 +25,7 @@ def count_transitions(
 ) -> sp.csr_matrix:
     """Count successors at distances 1..`distances`.
 
-    sequences: pairs (items [n] int, is_target [n] bool) in time order; an event that is no target is nobody's successor.
+    sequences: pairs (items [n] int, is_target [n] bool) in time order; what is no target is nobody's successor.
     Returns [items, items] float32 CSR, C[a, b].
     """
     total = sp.csr_matrix((items, items), dtype=np.float32)
@@ -89,8 +89,8 @@ class TransitionMemory(nn.Module):
     def forward(self, recent: Tensor, valid: Tensor, targets: Tensor | None = None) -> Tensor:
         """Score all items.
 
-        recent: [P, J] int64, the last J items before each of P moments, newest first; valid: [P, J] bool. Only the first
-        `recent` of them are asked about; the own transitions are looked for in the first `distances`.
+        recent: [P, J] int64, the last J items before each of P moments, newest first; valid: [P, J] bool. The first
+        `recent` of them are asked about; own transitions are looked for in the first `distances`.
         targets: [P] int64, the item that really came next, whose own transitions are then taken out of the counts.
         Returns [P, I] float32, zero where no recent event was ever followed by the item.
         """

@@ -1,4 +1,4 @@
-"""One trained model and its catalogue as an object that answers: the same in a notebook, in a batch job and behind HTTP.
+"""One trained model and its catalogue as an object that answers: in a notebook, in a batch job and behind HTTP alike.
 
 Item ids outside, catalogue rows inside. Arrays in, arrays out; no files, no Ray, no HTTP.
 """
@@ -84,7 +84,9 @@ class Recommender:
         unknown = [event["item_id"] for event in events if event["item_id"] not in self.index]
         if not known:
             return EMPTY, unknown
-        filled = np.array([t for t, event in zip(filled_in, events, strict=True) if event["item_id"] in self.index], np.int64)
+        filled = np.array(
+            [t for t, event in zip(filled_in, events, strict=True) if event["item_id"] in self.index], np.int64
+        )
         order = np.argsort(filled, kind="stable")
         ratings = [np.nan if event.get("rating") is None else float(event["rating"]) for event in known]
         history = History(
@@ -100,7 +102,7 @@ class Recommender:
     ) -> Scores:
         """Logits of the whole catalogue for each request.
 
-        queries: [B, D] float32 normalised encoder vectors, a NaN row = no query; now: [B] int64 ms, time of the request.
+        queries: [B, D] float32 normalised encoder vectors, NaN row = no query; now: [B] int64 ms, time of the request.
         A request with neither history nor query gets log popularity.
         """
         logits = np.tile(np.log1p(self.popularity).astype(np.float32), (len(histories), 1))
@@ -109,7 +111,9 @@ class Recommender:
         logits[asked] = 0
         rows = [row for row, history in enumerate(histories) if len(history)]
         if rows:
-            logits[rows], gate[rows] = self._score_histories([histories[r] for r in rows], None if now is None else now[rows])
+            logits[rows], gate[rows] = self._score_histories(
+                [histories[r] for r in rows], None if now is None else now[rows]
+            )
         if asked.any() and queries is not None:
             if self.text_vectors is None:
                 raise ValueError("this model has no item texts, so it cannot answer a query")

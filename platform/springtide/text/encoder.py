@@ -36,8 +36,8 @@ def default_model_path() -> Path:
 class Encoder:
     """A tokenizer and a BERT-family model on one device.
 
-    name: "default", a Hugging Face name or a folder. Raises SpringtideError if it cannot be loaded, or if its weights are
-    not in safetensors form: pickled ones can run code.
+    name: "default", a Hugging Face name or a folder. Raises SpringtideError if it cannot be loaded, or if its weights
+    are not in safetensors form: pickled ones can run code.
     """
 
     def __init__(self, name: str, max_tokens: int, device: str = "cpu") -> None:
@@ -60,13 +60,17 @@ class Encoder:
         self.dim = int(self._model.config.hidden_size)
 
     def _tokenize(self, texts: Sequence[str]) -> Any:
-        return self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt")
+        return self._tokenizer(
+            list(texts), truncation=True, max_length=self.max_tokens, padding=True, return_tensors="pt"
+        )
 
     def token_lengths(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text after truncation, special tokens included."""
         if not texts:
             return []
-        return [len(ids) for ids in self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]]
+        return [
+            len(ids) for ids in self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
+        ]
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:

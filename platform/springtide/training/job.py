@@ -65,7 +65,8 @@ def train(
     files = prepared.sequence_files
     if config.workers > len(files):
         raise SpringtideError(
-            f"train.workers is {config.workers}, but the log has {len(files)} partitions; lower it or raise data.partitions"
+            f"train.workers is {config.workers}, but the log has {len(files)} partitions; lower it or raise "
+            "data.partitions"
         )
     _check_resources(settings)
     inputs = write_statistics(settings, prepared, run_folder)
@@ -131,8 +132,8 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path) -
     users = prepared.report["users"]
     if not statistics.transitions.nnz and not _can_train(prepared, share):
         raise SpringtideError(
-            f"no user among {users} has an item to predict after another training event, so there is no sequence to learn "
-            "from; use a longer log, or widen data.target_actions"
+            f"no user among {users} has an item to predict after another training event, so there is no sequence to "
+            "learn from; use a longer log, or widen data.target_actions"
         )
     run_folder.mkdir(parents=True, exist_ok=True)
     path = run_folder / "inputs.safetensors"
@@ -159,11 +160,15 @@ def text_features(settings: Settings, prepared: Prepared) -> np.ndarray:
     """
     if not settings.model.text_dim or not prepared.report["catalogue"]["with_text"]:
         if not settings.model.id_embeddings:
-            raise SpringtideError("model.id_embeddings is off and no item has a text, so items have no vector; turn it on")
+            raise SpringtideError(
+                "model.id_embeddings is off and no item has a text, so items have no vector; turn it on"
+            )
         return np.zeros((len(prepared.items), 0), np.float32)
     vectors = load_vectors(settings.workspace, prepared.items["item_id"].to_pylist())
     if vectors is None:
-        raise SpringtideError("the items have texts but no vectors yet; run the embed job first, or set model.text_dim=0")
+        raise SpringtideError(
+            "the items have texts but no vectors yet; run the embed job first, or set model.text_dim=0"
+        )
     return whiten(vectors, settings.model.text_dim)
 
 
@@ -188,7 +193,8 @@ def summarise(progress: Progress, parameters: int) -> dict[str, Any]:
         "validation": {"ndcg@10": progress.best, "epoch": progress.best_epoch},
         "epochs": progress.epochs,
         "parameters": parameters,
-        "positions_per_cpu_second": sum(e["positions"] for e in running) / max(1e-9, sum(e["cpu_seconds"] for e in running)),
+        "positions_per_cpu_second": sum(e["positions"] for e in running)
+        / max(1e-9, sum(e["cpu_seconds"] for e in running)),
         "seconds_to_first_step": progress.epochs[0]["first_step_seconds"],
         "epoch_seconds": loop / len(running),
         "ray_share": around / max(1e-9, loop),
@@ -209,5 +215,3 @@ def _check_resources(settings: Settings) -> None:
         )
     if config.use_gpu and config.workers > total.get("GPU", 0):
         log.warning("waiting for %d GPUs; the cluster has %g now", config.workers, total.get("GPU", 0))
-
-

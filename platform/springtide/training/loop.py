@@ -50,7 +50,11 @@ class Progress:
 
 def make_optimizer(model: FusionModel, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; the few numbers that weigh memory and popularity move faster and are not decayed."""
-    fast = [p for n, p in model.named_parameters() if n.startswith(("memory", "trust", "popularity_weight", "log_temperature"))]
+    fast = [
+        p
+        for n, p in model.named_parameters()
+        if n.startswith(("memory", "trust", "popularity_weight", "log_temperature"))
+    ]
     fast_ids = {id(p) for p in fast}
     slow = [p for p in model.parameters() if id(p) not in fast_ids]
     return torch.optim.AdamW(
@@ -128,8 +132,8 @@ def train_epoch(
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         if not torch.isfinite(norm):
             raise SpringtideError(
-                f"the loss is not finite in epoch {epoch + 1}, step {steps + 1}; lower train.learning_rate or look for extreme "
-                "ratings in the log (the last checkpoint is kept)"
+                f"the loss is not finite in epoch {epoch + 1}, step {steps + 1}; lower train.learning_rate or look "
+                "for extreme ratings in the log (the last checkpoint is kept)"
             )
         optimizer.step()
         loss_sum += loss.item()
@@ -143,7 +147,9 @@ def _nothing_to_learn(last: Batch | None) -> Batch:
     """A batch without targets, for a worker whose share has run out while others still train."""
     if last is None:  # it never had any
         one = torch.zeros(1, 1, dtype=torch.int64)
-        return Batch(one, one, torch.full((1, 1), torch.nan), one, one == 0, torch.zeros(1, dtype=torch.int64), one, one - 1)
+        return Batch(
+            one, one, torch.full((1, 1), torch.nan), one, one == 0, torch.zeros(1, dtype=torch.int64), one, one - 1
+        )
     return replace(last, targets=torch.full_like(last.targets, -1))
 
 

@@ -130,6 +130,9 @@ def epoch_batches(sequences: Sequences, length: int, batch_size: int, seed: tupl
 
 
 def validation_cases(sequences: Sequences, limit: int) -> list[tuple[History, int]]:
-    """(training events, first item to predict after them) of at most `limit` users; the cases of evaluation's `valid`."""
+    """(training events, first item to predict after them) of at most `limit` users, as evaluation's part `valid`."""
     users = np.flatnonzero((sequences.valid_target >= 0) & (sequences.train_end > sequences.start))[:limit]
-    return [(sequences.history(u, int(sequences.train_end[u])), int(sequences.items[sequences.valid_target[u]])) for u in users]
+    return [
+        (sequences.history(u, int(sequences.train_end[u])), int(sequences.items[sequences.valid_target[u]]))
+        for u in users
+    ]

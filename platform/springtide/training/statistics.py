@@ -43,7 +43,9 @@ def collect(sequences: Sequences, items: int, config: ModelConfig) -> Statistics
     if config.memory:
         transitions = count_transitions(pairs, items, config.memory_distances, config.memory_decay)
     return Statistics(
-        np.bincount(trained, minlength=items), transitions, (len(ratings), float(ratings.sum()), float((ratings**2).sum()))
+        np.bincount(trained, minlength=items),
+        transitions,
+        (len(ratings), float(ratings.sum()), float((ratings**2).sum())),
     )
 
 
@@ -56,6 +58,10 @@ def merge(parts: list[Statistics]) -> Statistics:
     """Add up statistics of disjoint users. Summed in the order given, so that a rerun gives equal bits."""
     popularity, transitions, ratings = parts[0].popularity, parts[0].transitions, np.array(parts[0].ratings)
     for part in parts[1:]:
-        popularity, transitions, ratings = popularity + part.popularity, transitions + part.transitions, ratings + part.ratings
+        popularity, transitions, ratings = (
+            popularity + part.popularity,
+            transitions + part.transitions,
+            ratings + part.ratings,
+        )
     transitions.sort_indices()
     return Statistics(popularity, transitions, (float(ratings[0]), float(ratings[1]), float(ratings[2])))

@@ -229,8 +229,12 @@ def train_worker(job: dict[str, Any]) -> None:
 
 def _line(progress: Progress, config: TrainConfig) -> str:
     record = progress.epochs[-1]
-    better = " *" if progress.best_epoch == progress.epoch - 1 else f" (best {progress.best:.4f} in epoch {progress.best_epoch + 1})"
+    better = (
+        " *"
+        if progress.best_epoch == progress.epoch - 1
+        else f" (best {progress.best:.4f} in epoch {progress.best_epoch + 1})"
+    )
     return (
-        f"epoch {progress.epoch}/{config.epochs}  loss {record['loss']:.4f}  validation NDCG@10 {record['ndcg@10']:.4f}{better}"
-        f"  {record['seconds']:.1f} s"
+        f"epoch {progress.epoch}/{config.epochs}  loss {record['loss']:.4f}  "
+        f"validation NDCG@10 {record['ndcg@10']:.4f}{better}  {record['seconds']:.1f} s"
     )
