@@ -2,6 +2,7 @@
 
 import _path  # noqa: F401  makes the package of this checkout importable
 
+# isort: split
 from springtide.jobs import main
 
 if __name__ == "__main__":

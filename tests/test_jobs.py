@@ -25,7 +25,9 @@ def result(tmp_path: Path, stage: str) -> dict[str, Any]:
     return dict(json.loads((tmp_path / "workspace" / "results" / f"{stage}.json").read_text()))
 
 
-def test_a_missing_log_is_one_sentence_and_exit_1(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_log_is_one_sentence_and_exit_1(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         jobs.main("prepare", ["--config", config])
     assert stopped.value.code == 1

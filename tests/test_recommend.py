@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pytest
-from toy import toy_bundle, toy_log
 
 from springtide.bundle import load_bundle
 from springtide.config import RecommendConfig
 from springtide.evaluation.recommend import RecommendBatch
 from springtide.schemas import RECOMMENDATIONS, SEQUENCES
 from springtide.serving.engine import Engine, ScoreRequest
+from toy import toy_bundle, toy_log
 
 
 def sequences(users: int = 12) -> pa.Table:
@@ -46,11 +44,11 @@ def test_the_table_is_the_contract(bundle: str) -> None:
     seen = {str(e["user_id"]): set[str]() for e in toy_log(12)}
     for event in toy_log(12):
         seen[str(event["user_id"])].add(str(event["item_id"]))
-    for user in seen:
+    for user, items in seen.items():
         own = table.filter(pa.compute.equal(table["user_id"], user))
         assert own["rank"].to_pylist() == list(range(1, 8))
         assert own["score"].to_pylist() == sorted(own["score"].to_pylist(), reverse=True)
-        assert not seen[user] & set(own["item_id"].to_pylist())
+        assert not items & set(own["item_id"].to_pylist())
 
 
 def test_a_user_who_has_seen_almost_all_gets_the_rest(bundle: str) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy import toy_settings
 
 from springtide.config import Settings, with_values
 from springtide.errors import SpringtideError
 from springtide.tuning.space import check_space, concurrent_trials, param_space
+from toy import toy_settings
 
 
 def settings(tmp_path: Path, **space: object) -> Settings:
@@ -40,13 +40,20 @@ def test_a_wrong_space_is_refused_with_its_name(tmp_path: Path, key: str, domain
 
 
 def test_ranges_become_samplers_within_their_ends() -> None:
-    space = param_space({"model.dim": {"min": 8, "max": 9, "integer": True}, "train.learning_rate": {"min": 1e-3, "max": 1e-2, "log": True}})
+    space = param_space(
+        {
+            "model.dim": {"min": 8, "max": 9, "integer": True},
+            "train.learning_rate": {"min": 1e-3, "max": 1e-2, "log": True},
+        }
+    )
     assert {space["model.dim"].sample() for _ in range(50)} == {8, 9}
     assert all(1e-3 <= space["train.learning_rate"].sample() <= 1e-2 for _ in range(50))
 
 
 @given(cpus=st.floats(1, 256), workers=st.integers(1, 8), each=st.floats(0.1, 4), trials=st.integers(1, 50))
-def test_the_trials_that_run_at_once_leave_a_cpu_for_reading(cpus: float, workers: int, each: float, trials: int) -> None:
+def test_the_trials_that_run_at_once_leave_a_cpu_for_reading(
+    cpus: float, workers: int, each: float, trials: int
+) -> None:
     chosen = with_values(
         toy_settings(Path("/nowhere")),
         {"tune.workers_per_trial": workers, "train.cpus_per_worker": each, "tune.trials": trials},

@@ -46,7 +46,9 @@ def toy_settings(workspace: Path, **values: Any) -> Settings:
     tree: dict[str, Any] = {
         "name": "toy",
         "workspace": str(workspace),
-        "data": {"events": {"paths": str(workspace / "events.csv"), "columns": {"action": "action", "rating": "rating"}}},
+        "data": {
+            "events": {"paths": str(workspace / "events.csv"), "columns": {"action": "action", "rating": "rating"}}
+        },
         "model": {"dim": 16, "text_dim": 8, "short_window": 4, "long_window": 20, "memory_recent": 4},
         "train": {"epochs": 2, "workers": 1, "batch_size": 8},
     }

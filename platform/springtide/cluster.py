@@ -67,7 +67,9 @@ def connect() -> None:
         except (ConnectionError, RuntimeError, ValueError) as error:
             message = " ".join(str(error).split())
             where = os.environ.get("RAY_ADDRESS", "a local cluster")
-            raise SpringtideError(f"cannot join Ray at {where}: {message:.300}; check RAY_ADDRESS and RAY_AUTH_MODE") from None
+            raise SpringtideError(
+                f"cannot join Ray at {where}: {message:.300}; check RAY_ADDRESS and RAY_AUTH_MODE"
+            ) from None
     context = DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)

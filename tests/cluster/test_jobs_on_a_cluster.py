@@ -1,4 +1,4 @@
-"""The jobs as their users run them: `ray job submit` on a real cluster with token authentication, then Serve over HTTP.
+"""The jobs as users run them: `ray job submit` on a real cluster with token authentication, then Serve over HTTP.
 
 The cluster's Python sees every dependency but not an installed springtide, so the code must travel with the job. The log
 is a TSV with column names of its own and Chinese titles: only the YAML knows about it.
@@ -44,7 +44,9 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     inside = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
     (inside / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     python = str(folder / "bin" / "python")
-    probe = subprocess.run([python, "-c", "import ray, torch, springtide"], capture_output=True, text=True, cwd=folder, check=False)
+    probe = subprocess.run(
+        [python, "-c", "import ray, torch, springtide"], capture_output=True, text=True, cwd=folder, check=False
+    )
     assert "No module named 'springtide'" in probe.stderr, f"springtide is importable by accident: {probe.stderr}"
     return python
 
@@ -69,7 +71,10 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             rows.append(f"M{member}\t{goods[item]}\t{when}\t{'购买' if rng.random() < 0.3 else '浏览'}")
             item, when = (item + 1) % len(goods) if rng.random() < 0.8 else int(rng.integers(len(goods))), when + 500
     (folder / "log.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    titles = ["编号\t名称\t类别"] + [f"{sku}\t{KINDS[i // len(NOUNS)]}{NOUNS[i % len(NOUNS)]}\t{NOUNS[i % len(NOUNS)]}" for i, sku in enumerate(goods)]
+    titles = ["编号\t名称\t类别"] + [
+        f"{sku}\t{KINDS[i // len(NOUNS)]}{NOUNS[i % len(NOUNS)]}\t{NOUNS[i % len(NOUNS)]}"
+        for i, sku in enumerate(goods)
+    ]
     (folder / "goods.tsv").write_text("\n".join(titles) + "\n", encoding="utf-8")
     settings = {
         "name": "tea",
@@ -79,7 +84,10 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
                 "paths": str(folder / "log.tsv"),
                 "columns": {"user_id": "会员", "item_id": "商品", "timestamp": "时间", "action": "行为"},
             },
-            "items": {"paths": str(folder / "goods.tsv"), "columns": {"item_id": "编号", "title": "名称", "categories": "类别"}},
+            "items": {
+                "paths": str(folder / "goods.tsv"),
+                "columns": {"item_id": "编号", "title": "名称", "categories": "类别"},
+            },
             "exclude_seen": False,
             "partitions": 4,
         },
@@ -96,7 +104,9 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def submit(cluster: LocalCluster, *entrypoint: str) -> subprocess.CompletedProcess[str]:
     """Submit from a small copy of the project, as a user's checkout would be."""
-    command = cluster.ray("job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *entrypoint)
+    command = cluster.ray(
+        "job", "submit", "--address", cluster.dashboard, "--working-dir", str(ROOT), "--", *entrypoint
+    )
     return subprocess.run(command, env=cluster.environment, capture_output=True, text=True, check=False)
 
 
@@ -150,13 +160,26 @@ def test_every_job_runs_and_the_log_is_served(cluster: LocalCluster, experiment:
     assert killed, "no Serve process was found to kill"
     after = retry(lambda: call(f"{url}/v1/recommend", {"user_id": "newcomer", "k": 3}), seconds=120)
     assert after["source"] == "history"
-    assert call(f"{url}/v1/events", {"user_id": "newcomer", "item_id": sku, "event_id": "e-1"}, status=202)["duplicates"] == 1
+    assert (
+        call(f"{url}/v1/events", {"user_id": "newcomer", "item_id": sku, "event_id": "e-1"}, status=202)["duplicates"]
+        == 1
+    )
     expected = experiment["goods"][8]
-    assert after["items"][0]["item_id"] == expected or expected in [i["item_id"] for i in call(f"{url}/v1/recommend", {"user_id": "newcomer", "k": 10})["items"]]
+    assert after["items"][0]["item_id"] == expected or expected in [
+        i["item_id"] for i in call(f"{url}/v1/recommend", {"user_id": "newcomer", "k": 10})["items"]
+    ]
 
 
 def test_a_failing_job_exits_non_zero_with_one_sentence(cluster: LocalCluster, experiment: dict[str, Any]) -> None:
-    done = submit(cluster, "python", "jobs/prepare.py", "--config", experiment["config"], "--set", "data.events.paths=/nowhere.tsv")
+    done = submit(
+        cluster,
+        "python",
+        "jobs/prepare.py",
+        "--config",
+        experiment["config"],
+        "--set",
+        "data.events.paths=/nowhere.tsv",
+    )
     assert done.returncode != 0
     assert "prepare: there is no file or folder /nowhere.tsv" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout
@@ -169,7 +192,13 @@ def test_a_relative_workspace_is_refused_in_a_job(cluster: LocalCluster, experim
 
 
 def deploy(cluster: LocalCluster, experiment: dict[str, Any]) -> str:
-    command = [sys.executable, "jobs/deploy.py", "--config", experiment["config"], f"--set=serve.port={free_ports(1)[0]}"]
+    command = [
+        sys.executable,
+        "jobs/deploy.py",
+        "--config",
+        experiment["config"],
+        f"--set=serve.port={free_ports(1)[0]}",
+    ]
     environment = {**cluster.environment, "RAY_API_SERVER_ADDRESS": cluster.dashboard}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

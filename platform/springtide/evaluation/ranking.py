@@ -205,9 +205,7 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     return chosen
 
 
-def _scored(
-    cases: Cases, score: Score, exclude_seen: bool, batch_size: int
-) -> Iterator[tuple[int, np.ndarray]]:
+def _scored(cases: Cases, score: Score, exclude_seen: bool, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first case, scores [B, I] float32 with seen items at -inf) batch by batch."""
     step = max(1, min(batch_size, _CELLS // max(cases.events.catalogue, 1)))
     for start in range(0, len(cases), step):

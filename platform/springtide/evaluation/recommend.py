@@ -41,7 +41,9 @@ class RecommendBatch:
         ids = np.array(self.recommender.item_ids, dtype=object)
         return pa.table(
             {
-                "user_id": pa.array(np.repeat(batch["user_id"].to_numpy(zero_copy_only=False), found.sum(1)), pa.string()),
+                "user_id": pa.array(
+                    np.repeat(batch["user_id"].to_numpy(zero_copy_only=False), found.sum(1)), pa.string()
+                ),
                 "item_id": pa.array(ids[rows[found]], pa.string()),
                 "rank": pa.array((np.cumsum(found, 1)[found]).astype(np.int32)),
                 "score": pa.array(values[found].astype(np.float32)),
@@ -55,7 +57,10 @@ def histories_of(table: pa.Table) -> list[History]:
     columns = {name: table[name].to_pylist() for name in ("items", "actions", "ratings", "timestamps")}
     return [
         History(
-            np.array(items, np.int64), np.array(actions, np.int64), np.array(ratings, np.float32), np.array(times, np.int64)
+            np.array(items, np.int64),
+            np.array(actions, np.int64),
+            np.array(ratings, np.float32),
+            np.array(times, np.int64),
         )
         for items, actions, ratings, times in zip(*columns.values(), strict=True)
     ]
@@ -71,7 +76,9 @@ def run(settings: Settings) -> dict[str, Any]:
     path = Path(settings.workspace) / "bundle"
     bundle = load_bundle(path)
     if bundle.recommender.item_ids != prepared.items["item_id"].to_pylist():
-        raise SpringtideError(f"the bundle {path} was trained on another catalogue than {prepared.path}; run the train job again")
+        raise SpringtideError(
+            f"the bundle {path} was trained on another catalogue than {prepared.path}; run the train job again"
+        )
     connect()
     import ray
 
@@ -91,9 +98,9 @@ def run(settings: Settings) -> dict[str, Any]:
     final = Path(settings.workspace) / "recommendations"
     users = rows = 0
     with publish_directory(final) as out:
-        for number, table in enumerate(produced):
-            if len(table):
-                table = check_schema(table.cast(RECOMMENDATIONS), RECOMMENDATIONS, "recommendations")
+        for number, block in enumerate(produced):
+            if len(block):
+                table = check_schema(block.cast(RECOMMENDATIONS), RECOMMENDATIONS, "recommendations")
                 pq.write_table(table, out / f"part-{number:05d}.parquet")
                 users, rows = users + len(table["user_id"].unique()), rows + len(table)
     log.info("%d users, %d recommendations", users, rows)

@@ -53,7 +53,7 @@ def create_app(backend: Backend) -> FastAPI:
         title="Springtide",
         version="1",
         description="Recommendations that fuse long-term and short-term interest. "
-        "Errors are `{\"error\": {\"code\", \"message\"}}`.",
+        'Errors are `{"error": {"code", "message"}}`.',
         responses=_ERRORS,
     )
     app.add_middleware(_Limits)

@@ -173,9 +173,7 @@ class Engine:
         short = interests.gate_short if np.isfinite(interests.gate_short) else 0.5
         weights = short * interests.attention_short + (1 - short) * interests.attention_long
         heaviest = np.argsort(-weights, kind="stable")[:EXPLAINED_EVENTS]
-        recent = [
-            {**self._event(history, int(i)), "weight": _rounded(weights[i])} for i in heaviest if weights[i] > 0
-        ]
+        recent = [{**self._event(history, int(i)), "weight": _rounded(weights[i])} for i in heaviest if weights[i] > 0]
         return {"gate": _gate(interests.gate_short), "recent": recent}
 
     # ---------------------------------------------------------------- interests and similar items

@@ -89,7 +89,9 @@ def run(settings: Settings) -> dict[str, Any]:
     write_text(folder / "trials.csv", _csv(rows))
     best, result = max(done, key=lambda pair: pair[0][METRIC])
     chosen = with_values(settings, best["settings"])
-    write_text(folder / "best.yaml", yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    write_text(
+        folder / "best.yaml", yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    )
     run_folder = Path(result.metrics["checkpoint_path"]).parent
     progress = read_progress(Path(result.metrics["checkpoint_path"]))
     metrics = write_trained(chosen, prepared, run_folder, progress, folder / "bundle")

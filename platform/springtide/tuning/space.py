@@ -21,7 +21,9 @@ def check_space(settings: Settings) -> None:
             except SpringtideError as error:
                 raise SpringtideError(f"tune.space {key}: {error}") from None
         if key.split(".")[0] not in ("model", "train"):
-            raise SpringtideError(f"tune.space {key}: only settings of model and train can vary within one prepared log")
+            raise SpringtideError(
+                f"tune.space {key}: only settings of model and train can vary within one prepared log"
+            )
 
 
 def _examples(key: str, domain: Any) -> list[Any]:
@@ -33,7 +35,8 @@ def _examples(key: str, domain: Any) -> list[Any]:
         if numeric and math.isfinite(low) and low < high and (low > 0 or not domain.get("log")):
             return [int(low), int(high)] if domain.get("integer") else [float(low), float(high)]
     raise SpringtideError(
-        f"tune.space {key}: give a list of choices, or min below max with optional log and integer (log needs min above 0)"
+        f"tune.space {key}: give a list of choices, or min below max with optional log and integer "
+        "(log needs min above 0)"
     )
 
 
@@ -66,7 +69,7 @@ def concurrent_trials(cpus: float, gpus: float, settings: Settings, driver_cpus:
         fit = min(fit, int(gpus // settings.tune.workers_per_trial))
     if fit < 1:
         raise SpringtideError(
-            f"a trial needs {per_trial:g} CPUs beside 1 for reading data, and the cluster has {cpus:g} (GPUs: {gpus:g}); "
-            "lower tune.workers_per_trial or train.cpus_per_worker"
+            f"a trial needs {per_trial:g} CPUs beside 1 for reading data, and the cluster has {cpus:g} (GPUs: {gpus:g}); lower "
+            " tune.workers_per_trial or train.cpus_per_worker"
         )
     return min(fit, settings.tune.trials)
