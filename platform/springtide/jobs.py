@@ -40,9 +40,7 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting")
     parser.add_argument("--debug", action="store_true", help="show where an error arose")
     options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for noisy in ("ray", "httpx", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     settings: Settings | None = None

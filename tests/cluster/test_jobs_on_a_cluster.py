@@ -1,7 +1,7 @@
 """The jobs as users run them: `ray job submit` on a real cluster with token authentication, then Serve over HTTP.
 
-The cluster's Python sees every dependency but not an installed springtide, so the code must travel with the job. The log
-is a TSV with column names of its own and Chinese titles: only the YAML knows about it.
+The cluster's Python sees every dependency but not an installed springtide, so the code must travel with the job. The
+log is a TSV with column names of its own and Chinese titles: only the YAML knows about it.
 """
 
 from __future__ import annotations
