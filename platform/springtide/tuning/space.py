@@ -69,7 +69,7 @@ def concurrent_trials(cpus: float, gpus: float, settings: Settings, driver_cpus:
         fit = min(fit, int(gpus // settings.tune.workers_per_trial))
     if fit < 1:
         raise SpringtideError(
-            f"a trial needs {per_trial:g} CPUs beside 1 for reading data, and the cluster has {cpus:g} CPUs and {gpus:g} "
-            "GPUs; lower tune.workers_per_trial or train.cpus_per_worker"
+            f"a trial needs {per_trial:g} CPUs beside 1 for reading data, and the cluster has {cpus:g} CPUs "
+            f"and {gpus:g} GPUs; lower tune.workers_per_trial or train.cpus_per_worker"
         )
     return min(fit, settings.tune.trials)
