@@ -167,8 +167,10 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def describe(facts: Mapping[str, Any]) -> str:
-    """`machine()` in a line."""
-    return (f"{facts['cpus']} x {facts['cpu']}, {facts['memory_gib']} GiB, load {facts['load_before'][0]}; "
+    """`machine()` in a line, with a warning if others were using it."""
+    load = facts["load_before"][0]
+    busy = " (BUSY: rates and seconds are distorted, CPU figures less so)" if load > 0.5 * facts["cpus"] else ""
+    return (f"{facts['cpus']} x {facts['cpu']}, {facts['memory_gib']} GiB, load {load:g}{busy}; "
             f"ray {facts['ray']}, torch {facts['torch']}, polars {facts['polars']}")  # fmt: skip
 
 

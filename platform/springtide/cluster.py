@@ -73,6 +73,7 @@ def connect() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # says on every run that bars are off
     context.execution_options.preserve_order = True  # the same input gives the same blocks
 
 

@@ -178,7 +178,7 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(ray_session: Any, tmp_path: Path, full_disk: Path) -> None:
     text = LOG + "".join(f"u{n % 97},i{n * 7919 % 1009},{n}\n" for n in range(5000))
     (tmp_path / "a.csv").write_text(text)
-    data = {"events": {"paths": str(tmp_path / "a.csv")}, "partitions": 2}
+    data = {"events": {"paths": str(tmp_path / "a.csv")}, "partitions": 8}
     message = sentence(settings_of(full_disk, data))
     assert "No space left on device" in message
     assert "run again" in message

@@ -28,7 +28,6 @@ from springtide.config import Column, DataConfig, EventSource, Settings
 from springtide.data.clean import CLEANED, UNKNOWN_ACTION, clean_chunk
 from springtide.data.items import QUARANTINE_COLUMNS, RawItems, read_items
 from springtide.data.partitions import (
-    DUPLICATE,
     Written,
     count_items,
     count_times,
@@ -37,6 +36,7 @@ from springtide.data.partitions import (
     write_partition,
 )
 from springtide.data.readers import read_chunks
+from springtide.data.report import build_report
 from springtide.data.sources import SourceFile, list_files
 from springtide.errors import SpringtideError
 from springtide.files import disk_error, publish_directory, sha256_of, write_json, write_manifest
@@ -74,7 +74,7 @@ def run(settings: Settings) -> dict[str, Any]:
         cuts = _time_cuts(partitions, alive, config) if config.split == "temporal" else None
         catalogue = _catalogue(logged, alive, described.items)
         written = _write(partitions, out, config, files, catalogue, actions, cuts)
-        report = _report(config, files, written, described, catalogue, rounds, cuts)
+        report = build_report(config, files, written, described, catalogue, rounds, cuts)
         if config.split != "none" and not report["split"]["test"]:
             raise SpringtideError(_no_test(config, report))
         _write_items(out, catalogue, written)
@@ -299,12 +299,16 @@ def _write(
     shared = ray.put(catalogue.select("item", "item_id", "alive").to_arrow())
     paths = ray.put([file.path for file in files])
     write = _remote(_write_one)
-    return ray.get(
+    written: list[Written | str] = ray.get(
         [
             write.remote(table, f"part-{bucket:05d}", out, config, paths, shared, actions, cuts)
             for table, bucket in partitions
         ]
     )
+    refused = [sentence for sentence in written if isinstance(sentence, str)]
+    if refused:
+        raise SpringtideError(refused[0])
+    return [some for some in written if not isinstance(some, str)]
 
 
 def _vocabulary(partitions: list[Any]) -> list[str]:
@@ -328,11 +332,12 @@ def _actions_in(table: pa.Table) -> set[str]:
     return {action for action in table["action"].unique().to_pylist() if action is not None}
 
 
-def _write_one(table: pa.Table, name: str, out: Path, *rest: Any) -> Written:
+def _write_one(table: pa.Table, name: str, out: Path, *rest: Any) -> Written | str:
+    """What was written, or the sentence why not: an exception would remove `out` while other partitions write to it."""
     try:
         return write_partition(table, name, out, *rest)
     except OSError as error:
-        raise disk_error(error, out / name) from error
+        return str(disk_error(error, out.parent))
 
 
 def _content_hash(out: Path) -> str:
@@ -345,67 +350,7 @@ def _content_hash(out: Path) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------- report
-def _report(
-    config: DataConfig,
-    files: list[SourceFile],
-    written: list[Written],
-    described: RawItems,
-    catalogue: pl.DataFrame,
-    rounds: int,
-    cuts: tuple[int, int] | None,
-) -> dict[str, Any]:
-    by_file: list[Counter[str]] = [Counter() for _ in files]
-    for some in written:
-        for file, fate, rows in zip(*(some.fates[name].to_pylist() for name in ("file", "fate", "rows")), strict=True):
-            by_file[file][fate] += rows
-    per_file = [_fates(counter, {"path": file.path}) for file, counter in zip(files, by_file, strict=True)]
-    totals = _fates(sum(by_file, Counter()), {})
-    parts = Counter[str]()
-    for some in written:
-        parts.update(some.parts)
-    actions = Counter[str]()
-    for some in written:
-        actions.update(some.actions)
-    tied, users = sum(w.tied for w in written), sum(w.users for w in written)
-    text = catalogue.filter(pl.col("text") != "")
-    dropped = described.items.join(catalogue, on="item_id", how="anti")
-    sizes = {part: parts[part] for part in ("train", "valid", "test")}
-    tied_last = sum(w.tied_last for w in written)
-    core = {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events, "rounds": rounds}
-    return {
-        "totals": {name: totals[name] for name in ("rows", "kept", "quarantined", "deduplicated")},
-        "reasons": totals["reasons"],
-        "users": users,
-        "items": len(catalogue),
-        "actions": dict(sorted(actions.items())),
-        "split": {"kind": config.split, **sizes, "cuts_ms": list(cuts or [])},
-        "ties": {"events": tied, "share": tied / max(1, totals["kept"]), "users_whose_last_two_tie": tied_last},
-        "k_core": core,
-        "catalogue": {
-            "with_text": len(text),
-            "without_text": len(catalogue) - len(text),
-            "without_events": int((~catalogue["alive"]).sum()),
-            "described_but_dropped": len(dropped),
-        },
-        "files": per_file,
-        "item_files": described.files,
-        "settings": config.model_dump(mode="json"),
-    }  # fmt: skip
-
-
-def _fates(counter: Counter[str], head: dict[str, Any]) -> dict[str, Any]:
-    reasons = {fate: rows for fate, rows in sorted(counter.items()) if fate not in ("kept", DUPLICATE)}
-    return {
-        **head,
-        "rows": counter.total(),
-        "kept": counter["kept"],
-        "quarantined": sum(reasons.values()),
-        "deduplicated": counter[DUPLICATE],
-        "reasons": reasons,
-    }
-
-
+# ---------------------------------------------------------------- logs that cannot be used
 def _nothing_left(partitions: list[Any], config: DataConfig) -> str:
     import ray
 

@@ -89,16 +89,19 @@ class _Marked(io.RawIOBase):
         while not self._over and (size < 0 or len(self._ready) < size):
             raw = self._stream.read(max(size, 1 << 20))
             self._over = not raw
-            text = self._decoder.decode(raw, final=self._over)
-            try:
-                more = text.encode()
-            except UnicodeEncodeError:
-                more = re.sub("[\udc80-\udcff]", MARK, text).encode()
+            more = raw if raw.isascii() and not self._decoder.getstate()[0] else self._mark(raw)
             self._any = self._any or bool(more.strip())
             self._ready += more + (self._end if self._over and self._any else b"")
         size = len(self._ready) if size < 0 else size
         out, self._ready = self._ready[:size], self._ready[size:]
         return out
+
+    def _mark(self, raw: bytes) -> bytes:
+        text = self._decoder.decode(raw, final=self._over)
+        try:
+            return text.encode()
+        except UnicodeEncodeError:
+            return re.sub("[\udc80-\udcff]", MARK, text).encode()
 
 
 def _check_columns(file: SourceFile, wanted: list[Column], present: list[str]) -> None:
