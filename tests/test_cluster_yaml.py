@@ -67,7 +67,7 @@ def test_nodes_are_set_up_like_a_laptop(prepared: dict[str, Any]) -> None:
     for role in ("head", "worker"):
         commands = prepared[f"{role}_setup_commands"]
         assert any("python3.11 -m venv" in command for command in commands)
-        assert any("pip install -c constraints.txt '.[" in command for command in commands)
+        assert any("pip install -c constraints.txt ." in command for command in commands)
     local = [source for source in prepared["file_mounts"].values() if not source.startswith("~")]
     assert {"platform", "pyproject.toml", "constraints.txt"} <= set(local)
     if (REPO / "pyproject.toml").exists():

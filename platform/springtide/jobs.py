@@ -63,8 +63,8 @@ def main(stage: str, arguments: Sequence[str] | None = None) -> None:
                 _finish(
                     settings, stage, {"status": "failed", "seconds": round(time.time() - started, 3), "error": sentence}
                 )
-            except SpringtideError as second:
-                print(f"{stage}: {second}", file=sys.stderr)
+            except SpringtideError as second:  # nowhere to write it: the sentence below says why
+                logging.getLogger(__name__).debug("no result file: %s", second)
         print(f"{stage}: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1)
 
