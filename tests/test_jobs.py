@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from springtide import jobs
+from springtide.config import Settings
 from springtide.errors import SpringtideError
 
 
@@ -87,3 +88,27 @@ def test_a_relative_workspace_is_refused_inside_a_submitted_job(
         jobs.main("prepare", ["--config", config, "--set", "workspace=here"])
     assert "give an absolute path" in capsys.readouterr().err
     assert not (tmp_path / "here").exists()
+
+
+def test_paths_become_absolute(config: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found: list[Settings] = []
+
+    def keep(settings: Settings) -> dict[str, Any]:
+        found.append(settings)
+        return {}
+
+    monkeypatch.setattr("springtide.data.prepare.run", keep)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "default").mkdir()
+    jobs.main("prepare", ["--config", config, "--set", "workspace=~/mine", "--set", "text.encoder=bert"])
+    jobs.main("prepare", ["--config", config, "--set", "workspace=here"])
+    jobs.main("prepare", ["--config", config, "--set", "text.encoder=some/model"])
+    assert [s.workspace for s in found] == [str(tmp_path / name) for name in ("mine", "here", "workspace")]
+    assert [s.text.encoder for s in found] == [str(tmp_path / "bert"), "default", "some/model"]
+    assert (tmp_path / "mine" / "results" / "prepare.json").exists()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(SystemExit):
+        jobs.main("prepare", ["--config", config, "--set", "text.encoder=bert"])
+    assert len(found) == 3

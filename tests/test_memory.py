@@ -138,6 +138,19 @@ def test_other_items_keep_their_scores() -> None:
     assert torch.equal(plain[others], less[others])
 
 
+def test_many_moments_score_like_each_alone() -> None:
+    """A batch goes over all items once, a single request over its own few: the two ways must agree."""
+    rows: Rows = [[(i % ITEMS, True) for i in range(0, 40, 3)], [(i * i % ITEMS, True) for i in range(10)]]
+    memory = memory_of(rows, distances=3, decay=0.8, recent=4, neighbours=3)
+    recent = torch.randint(0, ITEMS, (9, 4), generator=torch.Generator().manual_seed(0))
+    valid = torch.arange(4) < torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 4])[:, None]
+    assert recent.numel() > memory.items >= recent[:1].numel()
+    together = memory(recent, valid)
+    alone = torch.cat([memory(recent[n : n + 1], valid[n : n + 1]) for n in range(9)])
+    torch.testing.assert_close(together, alone)
+    assert together[4].any() and not together[0].any()
+
+
 def test_new_counts_replace_the_old_and_stay_out_of_the_state() -> None:
     memory = memory_of([[(0, True), (1, True)]], 1, 1.0, 2, 3)
     memory.load_counts(sp.csr_matrix((ITEMS, ITEMS), dtype=np.float32))

@@ -8,6 +8,7 @@ import pytest
 
 from springtide.bundle import load_bundle
 from springtide.config import RecommendConfig
+from springtide.evaluation import recommend
 from springtide.evaluation.recommend import RecommendBatch
 from springtide.schemas import RECOMMENDATIONS, SEQUENCES
 from springtide.serving.engine import Engine, ScoreRequest
@@ -49,6 +50,15 @@ def test_the_table_is_the_contract(bundle: str) -> None:
         assert own["rank"].to_pylist() == list(range(1, 8))
         assert own["score"].to_pylist() == sorted(own["score"].to_pylist(), reverse=True)
         assert not items & set(own["item_id"].to_pylist())
+
+
+def test_a_large_catalogue_is_ranked_in_smaller_steps(bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = RecommendBatch(bundle, RecommendConfig(k=7), exclude_seen=True)(sequences())
+    monkeypatch.setattr(recommend, "CELLS", 5 * 40)  # five users at a time
+    steps = RecommendBatch(bundle, RecommendConfig(k=7), exclude_seen=True)(sequences())
+    assert steps.drop(["score"]).equals(whole.drop(["score"]))
+    np.testing.assert_allclose(steps["score"].to_numpy(), whole["score"].to_numpy(), rtol=1e-5)
+    assert len(RecommendBatch(bundle, RecommendConfig(), exclude_seen=True)(sequences().slice(0, 0))) == 0
 
 
 def test_a_user_who_has_seen_almost_all_gets_the_rest(bundle: str) -> None:

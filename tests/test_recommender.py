@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,21 @@ def test_items_neither_trained_nor_described_are_never_recommended(recommender: 
     assert np.flatnonzero(np.isneginf(textless.score([history(5)]).logits[0])).tolist() == [3, 4]
     with pytest.raises(ValueError, match="no item texts"):
         textless.score([EMPTY], queries(recommender, 1))
+
+
+def test_a_model_that_reads_no_text_recommends_unseen_items_to_queries_only(tmp_path: Path) -> None:
+    same = load_bundle(toy_bundle(tmp_path, model__text_dim=0)).recommender
+    same.model.item_vectors.known[3] = False
+    popularity = same.popularity.copy()
+    popularity[3] = 0
+    blind = Recommender(
+        same.model, same.item_ids, same.titles, same.categories, same.actions, popularity, same.text_vectors
+    )
+    asked = queries(blind, None, None, 3, 3)
+    logits = blind.score([history(5), EMPTY, EMPTY, history(5)], asked).logits
+    assert np.isneginf(logits[:, 3]).tolist() == [True, True, False, True]
+    assert logits[2].argmax() == 3
+    assert np.isfinite(np.delete(logits, 3, axis=1)).all()
 
 
 # ---------------------------------------------------------------- top K

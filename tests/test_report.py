@@ -79,10 +79,12 @@ class RingRecommender:
         return SimpleNamespace(logits=logits, gate_short=np.linspace(0.2, 0.9, len(histories)))
 
 
-def with_bundle(monkeypatch: pytest.MonkeyPatch, recommender: RingRecommender, settings: Settings) -> None:
+def with_bundle(
+    monkeypatch: pytest.MonkeyPatch, recommender: RingRecommender, settings: Settings, log: str = "abc"
+) -> None:
     epochs = [{"epoch": e, "loss": 3 / e, "ndcg@10": 0.1 * e} for e in (1, 2, 3)]
     bundle = SimpleNamespace(
-        recommender=recommender, settings=settings, version="0123456789ab", metrics={"epochs": epochs}
+        recommender=recommender, settings=settings, version="0123456789ab", metrics={"epochs": epochs}, log=log
     )
     monkeypatch.setattr(job, "load_bundle", lambda path: bundle)
 
@@ -189,6 +191,9 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         job.run(settings)
     with_bundle(monkeypatch, RingRecommender(), settings_for(tmp_path, split="none"))
     with pytest.raises(SpringtideError, match="may have seen the test events"):
+        job.run(settings)
+    with_bundle(monkeypatch, RingRecommender(), settings, log="another")
+    with pytest.raises(SpringtideError, match="another prepared log"):
         job.run(settings)
     assert not (tmp_path / "metrics.json").exists() and not (tmp_path / "report.html").exists()
 

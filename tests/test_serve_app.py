@@ -351,6 +351,7 @@ def test_documentation_needs_no_other_host(client: TestClient) -> None:
         (b'{"user_id": "u", "\\ud800": 1}', 422, "invalid_request"),
         (b'{"history": [{"item_id": "a", "rating": Infinity}]}', 422, "invalid_request"),
         (b'{"k": 5}', 422, "invalid_request"),
+        (b'{"query": " \\n "}', 422, "invalid_request"),
     ],
 )
 def test_bad_bodies(client: TestClient, body: bytes, status: int, code: str) -> None:

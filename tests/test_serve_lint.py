@@ -12,7 +12,7 @@ import yaml
 
 from springtide.config import parse_settings
 from springtide.errors import SpringtideError
-from springtide.files import write_manifest
+from springtide.files import write_json, write_manifest
 from springtide.serving.deploy import filled
 from springtide.serving.lint import lint, load_config
 
@@ -131,6 +131,8 @@ def test_deploy_fills_in_the_experiment(tmp_path: Path) -> None:
         filled(LOCAL, settings)
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "file").write_bytes(b"weights")
+    trained = settings.model_copy(update={"text": settings.text.model_copy(update={"encoder": "/models/bert"})})
+    write_json(tmp_path / "bundle" / "config.json", {"settings": trained.model_dump(mode="json")})
     write_manifest(tmp_path / "bundle")
     config = filled(LOCAL, settings, port=8123)
     assert lint(config) == []
@@ -139,6 +141,7 @@ def test_deploy_fills_in_the_experiment(tmp_path: Path) -> None:
     assert part(config, "Scorer")["user_config"]["name"] == "films"
     assert part(config, "Scorer")["user_config"]["bundle"] == str(tmp_path / "bundle")
     assert part(config, "TextEncoder")["user_config"]["max_tokens"] == 32
+    assert part(config, "TextEncoder")["user_config"]["encoder"] == "/models/bert"  # what the items were read with
     assert app(LOCAL)["args"]["workspace"] == "workspace"
     (tmp_path / "bundle" / "file").write_bytes(b"weightz")
     with pytest.raises(SpringtideError, match="file differs from its checksum"):

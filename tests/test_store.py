@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -92,6 +93,17 @@ def test_seed_is_idempotent_and_replaced_by_another(store: SQLiteStore) -> None:
     assert store.seed("log-2", iter([("u", "other", 2, None, None)])) == 1
     assert items(store) == ["other", "live"]
     assert items(store, "v") == []
+
+
+def test_a_replaced_log_leaves_no_rows_behind(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("springtide.serving.store.SEED_CHUNK", 3)
+    store.seed("log-1", (("u", f"one-{i}", i, None, None) for i in range(10)))
+    store.append([event("1", "live", 20)])
+    store.seed("log-2", (("u", f"two-{i}", i, None, None) for i in range(7)))
+    assert items(store) == [f"two-{i}" for i in range(7)] + ["live"]
+    with sqlite3.connect(store._path) as db:
+        assert db.execute("SELECT COUNT(*) FROM events").fetchone() == (8,)
+        assert db.execute("SELECT name, active FROM seeds").fetchall() == [("log-2", 1)]
 
 
 def test_an_interrupted_seed_is_invisible_and_done_again(store: SQLiteStore) -> None:

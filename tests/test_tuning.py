@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from springtide.config import Settings, with_values
 from springtide.errors import SpringtideError
+from springtide.tuning.job import tune_config
 from springtide.tuning.space import check_space, concurrent_trials, param_space
 from toy import toy_settings
 
@@ -32,6 +33,9 @@ def test_the_default_space_is_valid(tmp_path: Path) -> None:
         ("train__learning_rate", {"min": 2, "max": 1}, "min below max"),
         ("train__learning_rate", {"min": 0.1, "max": 1, "lgo": True}, "give a list"),
         ("data__min_user_events", [1, 2], "only settings of model and train"),
+        ("train__workers", [1, 2], "the same for all trials"),
+        ("train__epochs", [1, 2], "the same for all trials"),
+        ("model", [{"dim": 16}], "only settings of model and train"),
     ],
 )
 def test_a_wrong_space_is_refused_with_its_name(tmp_path: Path, key: str, domain: object, said: str) -> None:
@@ -71,3 +75,11 @@ def test_the_trials_that_run_at_once_leave_a_cpu_for_reading(
 
 def test_two_cores_run_one_trial_at_a_time(tmp_path: Path) -> None:
     assert concurrent_trials(2, 0, toy_settings(tmp_path), 0.1) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_the_search_holds_trials_back(tmp_path: Path, at_once: int) -> None:
+    """Ray ignores max_concurrent_trials beside this search_alg, so the limit must be the search's own."""
+    config = tune_config(with_values(toy_settings(tmp_path), {"tune.trials": 5}), at_once)
+    assert config.max_concurrent_trials is None and config.num_samples == 5
+    assert config.search_alg.max_concurrent == at_once

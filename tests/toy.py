@@ -98,5 +98,5 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
     if model.memory is not None:
         model.memory.load_counts(counts)
     path = folder / "bundle"
-    write_bundle(path, model, settings, items, ACTIONS, counts, text, {"validation": {"ndcg@10": 0.1}})
+    write_bundle(path, model, settings, items, ACTIONS, counts, text, {"validation": {"ndcg@10": 0.1}}, "toy")
     return path

@@ -46,6 +46,7 @@ class Bundle:
     settings: Settings
     metrics: dict[str, Any]
     recommender: Recommender
+    log: str | None = None  # content hash of the prepared log that it was trained on
 
 
 def write_bundle(
@@ -57,11 +58,12 @@ def write_bundle(
     counts: sp.csr_matrix,
     text_vectors: np.ndarray | None,
     metrics: dict[str, Any],
+    log: str | None = None,
 ) -> None:
     """Write a bundle beside `path` and rename it into place.
 
-    items: schemas.ITEMS; counts: [I, I] transition counts; text_vectors: [I, D] float32 normalised, zero row = no text.
-    Raises SpringtideError if the disk refuses.
+    items: schemas.ITEMS; counts: [I, I] transition counts; text_vectors: [I, D] float32 normalised, zero row = no text;
+    log: content hash of the prepared log. Raises SpringtideError if the disk refuses.
     """
     with publish_directory(path) as out:
         save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors")
@@ -81,6 +83,7 @@ def write_bundle(
             out / "config.json",
             {
                 "format": FORMAT,
+                "log": log,
                 "actions": actions,
                 "rating_stats": model.rating_stats.tolist(),
                 "settings": settings.model_dump(mode="json"),
@@ -143,4 +146,4 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         vectors if vectors.shape[1] else None,
     )
     version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
-    return Bundle(path, version, settings, metrics, recommender)
+    return Bundle(path, version, settings, metrics, recommender, config.get("log"))

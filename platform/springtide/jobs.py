@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from springtide.cluster import in_job, prepare_environment
-from springtide.config import Settings, load_settings, with_values
+from springtide.config import Settings, TextConfig, load_settings, with_values
 from springtide.errors import SpringtideError
 from springtide.files import disk_error, write_json
 
@@ -27,6 +27,7 @@ STAGES = {
     "recommend": "springtide.evaluation.recommend",
     "deploy": "springtide.serving.deploy",
 }
+DEFAULT_ENCODER = TextConfig().encoder  # a word, even where a folder has that name
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
@@ -88,19 +89,25 @@ def explain(error: BaseException, workspace: Path) -> str | None:
 
 
 def _absolute(settings: Settings) -> Settings:
-    """The workspace as an absolute path, because Ray's workers live in other folders.
+    """The workspace, and an encoder given as a folder, as absolute paths: Ray's workers live in other folders.
 
-    Raises SpringtideError for a relative workspace inside a submitted job, whose folder is a copy that Ray deletes.
+    Raises SpringtideError for a relative one inside a submitted job, whose folder is a copy that Ray deletes.
     """
-    workspace = Path(settings.workspace).expanduser()
-    if workspace.is_absolute():
-        return settings
-    if in_job():
+    workspace, encoder = Path(settings.workspace).expanduser(), Path(settings.text.encoder).expanduser()
+    if in_job() and not workspace.is_absolute():
         raise SpringtideError(
             f"workspace {settings.workspace!r} is relative, but a submitted job runs in a temporary copy of your "
             "folder: give an absolute path that every node shares, for example --set workspace=/data/my-experiment"
         )
-    return with_values(settings, {"workspace": str(workspace.absolute())})
+    absolute = {"workspace": str(workspace.absolute())}
+    if settings.text.encoder != DEFAULT_ENCODER and encoder.is_dir():
+        if in_job() and not encoder.is_absolute():
+            raise SpringtideError(
+                f"text.encoder {settings.text.encoder!r} is a folder in the temporary copy that a submitted job runs "
+                "in: give an absolute path that every node shares"
+            )
+        absolute["text.encoder"] = str(encoder.absolute())
+    return with_values(settings, absolute)
 
 
 def _finish(settings: Settings, stage: str, body: dict[str, Any]) -> None:

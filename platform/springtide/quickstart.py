@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import uuid
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,13 @@ def show_recommendations(url: str) -> None:
     say(f"POST /v1/recommend  user {user}")
     show_items(before)
     liked = before["items"][SHOWN - 1]
-    event = {"user_id": user, "item_id": liked["item_id"], "action": "rating", "rating": 5, "event_id": "quickstart-1"}
+    event = {
+        "user_id": user,
+        "item_id": liked["item_id"],
+        "action": "rating",
+        "rating": 5,
+        "event_id": uuid.uuid4().hex,
+    }
     print(f'\nPOST /v1/events  user {user} gives "{liked["title"]}" five stars')
     print(f"  {json.dumps(post(url, '/v1/events', event))}")
     print(f"\nPOST /v1/recommend  user {user} again")

@@ -23,6 +23,7 @@ from springtide.files import write_json, write_manifest
 from springtide.jobs import explain
 from springtide.model.batch import History
 from springtide.schemas import SEQUENCES, TEST, TRAIN, VALID, VECTORS
+from springtide.text.embed import made_from
 from springtide.training.job import run
 from toy import ACTIONS, ITEMS_IN_TOY, toy_items, toy_log, toy_settings
 
@@ -63,7 +64,7 @@ def write_workspace(folder: Path) -> Path:
         {"item_id": toy_items()["item_id"], "vector": pa.array(list(vectors), VECTORS.field("vector").type)}
     )
     pq.write_table(said.cast(VECTORS), folder / "vectors" / "part-00000.parquet")
-    write_manifest(folder / "vectors")
+    write_manifest(folder / "vectors", made_from(toy_items(), toy_settings(folder).text))
     return folder
 
 

@@ -41,7 +41,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Judge `<workspace>/bundle` on the part `evaluate.part` and write `metrics.json` and `report.html`.
 
     Returns the figures for results/evaluate.json. Raises SpringtideError for a split without that part, or a bundle
-    trained under another split or catalogue.
+    trained on another log, split or catalogue.
     """
     started = time.perf_counter()
     if settings.data.split == "none":
@@ -254,6 +254,11 @@ def _check(settings: Settings, prepared: Prepared, bundle: Bundle) -> None:
         )
     if bundle.recommender.item_ids != prepared.items["item_id"].to_pylist():
         raise SpringtideError("the bundle was trained on another catalogue than the prepared one; run train again")
+    if bundle.log != prepared.content_hash:
+        raise SpringtideError(
+            "the bundle was trained on another prepared log than this one, so it may have seen the test events; run "
+            "train again"
+        )
 
 
 def _notes(body: Mapping[str, Any]) -> list[str]:

@@ -48,9 +48,9 @@ class TransitionMemory(nn.Module):
     """The counts as fixed buffers, and the few learned numbers that turn them into scores."""
 
     keys: Tensor  # [nnz] int64, a * I + b of every kept transition, ascending
-    counts: Tensor  # [nnz] float32
+    counts: Tensor  # [nnz + 1] float32, the last one 0 for empty slots
     successors: Tensor  # [I, N] int64, the N most frequent successors of each item
-    slots: Tensor  # [I, N] int64, their positions in `counts`; nnz marks an empty slot
+    slots: Tensor  # [I, N] int64, their positions in `counts`
     cutoff: Tensor  # [I] float32, the largest count left out of a list that was cut, 0 of a whole one
     runner_up: Tensor  # [I] int64, the item of that count, -1 of a whole list
 
@@ -83,7 +83,8 @@ class TransitionMemory(nn.Module):
         next_best = order[rank == self.neighbours]
         cutoff[row[next_best]], runner_up[row[next_best]] = counts.data[next_best], counts.indices[next_best]
         arrays = {"keys": keys, "successors": successors, "slots": slots, "cutoff": cutoff, "runner_up": runner_up}
-        for name, value in (arrays | {"counts": counts.data[position].astype(np.float32)}).items():
+        arrays["counts"] = np.append(counts.data[position], 0).astype(np.float32)
+        for name, value in arrays.items():
             self.register_buffer(name, torch.from_numpy(value).to(self.log_tau.device), persistent=False)
 
     def forward(self, recent: Tensor, valid: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -98,11 +99,13 @@ class TransitionMemory(nn.Module):
         own = None if targets is None else self._own_counts(recent, valid)
         recent, valid = recent[:, : self.recent], valid[:, : self.recent]
         weight = torch.exp(self.log_weight[: recent.shape[1]]) * valid  # [P, J]
-        value = torch.log1p(torch.cat([self.counts, self.counts.new_zeros(1)]) * scale)  # [nnz + 1]
-        table = value[self.slots]  # [I, N]
+        # A few moments take the logarithms of what they ask about; a batch of training takes those of all items once.
+        table = torch.log1p(self.counts * scale)[self.slots] if recent.numel() > self.items else None  # [I, N]
         score = weight.new_zeros(len(recent), self.items)
         for j in range(recent.shape[1]):  # one event at a time keeps the peak at [P, N]
-            score.scatter_add_(1, self.successors[recent[:, j]], weight[:, j, None] * table[recent[:, j]])
+            of = recent[:, j]
+            value = torch.log1p(self.counts[self.slots[of]] * scale) if table is None else table[of]  # [P, N]
+            score.scatter_add_(1, self.successors[of], weight[:, j, None] * value)
         if targets is not None and own is not None:
             score.scatter_add_(1, targets[:, None], self._own_share(recent, weight, own, targets, scale)[:, None])
         return score

@@ -61,9 +61,12 @@ class Recommender:
         with torch.inference_mode():
             self._vectors = model.item_vectors()
         self.item_vectors: np.ndarray = self._vectors.numpy()  # [I, dim]
-        # Neither trained nor described: such an item has an arbitrary vector, so it is never recommended.
+        # Neither trained nor described: such an item has an arbitrary vector, so it is never recommended. A text counts
+        # if the model reads texts; if it does not, the text still answers a query on its own.
+        trained = (popularity > 0) & model.item_vectors.known.cpu().numpy()
         has_text = np.zeros(len(item_ids), bool) if text_vectors is None else np.abs(text_vectors).sum(1) > 0
-        self.recommendable = (popularity > 0) | has_text
+        self.recommendable = trained | (has_text & (model.item_vectors.project is not None))
+        self._found_by_query = trained | has_text
 
     def to(self, device: str) -> Recommender:
         """Move the model to a device such as "cuda". Answers stay arrays on the CPU. Returns self."""
@@ -118,7 +121,9 @@ class Recommender:
             if self.text_vectors is None:
                 raise ValueError("this model has no item texts, so it cannot answer a query")
             logits[asked] += queries[asked] @ self.text_vectors.T / QUERY_TEMPERATURE
-        logits[:, ~self.recommendable] = -np.inf
+        by_query_alone = asked & ~np.isin(np.arange(len(histories)), rows)
+        logits[np.ix_(~by_query_alone, ~self.recommendable)] = -np.inf
+        logits[np.ix_(by_query_alone, ~self._found_by_query)] = -np.inf
         return Scores(logits, gate)
 
     @torch.inference_mode()

@@ -71,14 +71,16 @@ def deploy(
 
 
 def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
-    """A copy of a linted configuration with the experiment's bundle, encoder, workspace and event log in it."""
+    """A copy of a linted configuration with the experiment's bundle, its encoder, workspace and event log in it."""
     workspace = Path(settings.workspace).resolve()
     bundle = workspace / "bundle"
     verify_manifest(bundle, "bundle")
     version = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:12]
+    # Not the settings' encoder: queries must be read by the one that read the items.
+    text = json.loads((bundle / "config.json").read_text(encoding="utf-8"))["settings"]["text"]
     values: dict[str, Json] = {
         "Scorer": {"bundle": str(bundle), "version": version, "name": settings.name},
-        "TextEncoder": {"encoder": settings.text.encoder, "max_tokens": settings.text.max_tokens},
+        "TextEncoder": {"encoder": text["encoder"], "max_tokens": text["max_tokens"]},
     }
     config = deepcopy(config)
     if port is not None:

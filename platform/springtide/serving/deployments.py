@@ -84,6 +84,7 @@ class Scorer:
 
     async def reconfigure(self, config: Json) -> None:
         """Load and warm the new model beside the old one, then swap one reference; on failure the old one stays."""
+        self._refused = None  # what was wrong with an earlier one says nothing of this one
         try:
             options = ScorerOptions.model_validate(config)
             engine = await asyncio.to_thread(_load_engine, options)
@@ -93,7 +94,7 @@ class Scorer:
             self._refused = _sentence(error)
             log.error("Scorer keeps %s, the new model was refused: %s", self._engine.label, self._refused)
             return
-        self._engine, self._refused = engine, None
+        self._engine = engine
         self._batch.set_max_batch_size(options.max_batch)
         self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
         log.info("Scorer serves %s", engine.label)

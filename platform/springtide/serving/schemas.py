@@ -61,7 +61,9 @@ def _plain(text: str) -> str:
     return text
 
 
-def _encodable(text: str) -> str:
+def _speaking(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must hold more than white space")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -78,7 +80,7 @@ Timestamp = Annotated[
     Field(description="epoch seconds, epoch milliseconds (from 1e11 on) or ISO-8601"),
 ]
 Rating = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
-Query = Annotated[str, Field(min_length=1, max_length=MAX_QUERY), AfterValidator(_encodable)]
+Query = Annotated[str, Field(min_length=1, max_length=MAX_QUERY), AfterValidator(_speaking)]
 Count = Annotated[int, Field(ge=1, le=MAX_K)]
 
 

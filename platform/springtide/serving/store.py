@@ -131,9 +131,8 @@ class SQLiteStore:
     def _seed(self, db: sqlite3.Connection, name: str, rows: Iterable[SeedRow]) -> int:
         if db.execute("SELECT 1 FROM seeds WHERE name = ? AND active = 1", (name,)).fetchone():
             return 0
-        with self._transaction(db):  # an import that was cut short leaves rows that nobody sees: remove them
-            db.execute("DELETE FROM events WHERE seed IS NOT NULL AND seed NOT IN (SELECT id FROM seeds WHERE active)")
-            db.execute("DELETE FROM seeds WHERE active = 0")
+        self._drop_unseen(db)  # an import that was cut short leaves rows that nobody sees
+        with self._transaction(db):
             number = db.execute("INSERT INTO seeds (name) VALUES (?)", (name,)).lastrowid
         statement = (
             "INSERT INTO events (user_id, item_id, timestamp, action, rating, seed) "
@@ -146,9 +145,20 @@ class SQLiteStore:
             imported += len(chunk)
         with self._transaction(db):
             db.execute("UPDATE seeds SET active = (id = ?)", (number,))
-            db.execute("DELETE FROM events WHERE seed IS NOT NULL AND seed <> ?", (number,))
-            db.execute("DELETE FROM seeds WHERE active = 0")
+        self._drop_unseen(db)
         return imported
+
+    def _drop_unseen(self, db: sqlite3.Connection) -> None:
+        """Remove imported rows that are not of the log in place, a part at a time."""
+        first, last = db.execute("SELECT MIN(seq), MAX(seq) FROM events").fetchone()
+        unseen = "seed IS NOT NULL AND seed NOT IN (SELECT id FROM seeds WHERE active)"
+        for start in range(first, last + 1, SEED_CHUNK) if first is not None else ():
+            with self._transaction(db):
+                db.execute(
+                    f"DELETE FROM events WHERE seq BETWEEN ? AND ? AND {unseen}", (start, start + SEED_CHUNK - 1)
+                )
+        with self._transaction(db):
+            db.execute("DELETE FROM seeds WHERE active = 0")
 
     def count(self) -> int:
         return int(self._run(lambda db: db.execute(f"SELECT COUNT(*) FROM events WHERE {_VISIBLE}").fetchone()[0]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from springtide.cluster import connect
@@ -25,6 +28,9 @@ class EncodeBatch:
     """One actor of the pool: a loaded encoder that turns a block of items into vectors."""
 
     def __init__(self, config: TextConfig) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(config.cpus_per_actor)))
         self.batch_size = config.batch_size
         device = "cuda" if config.gpus_per_actor else "cpu"
         self.encoder = Encoder(config.encoder, config.max_tokens, device)
@@ -42,7 +48,7 @@ def run(settings: Settings) -> dict[str, Any]:
     prepared = load_prepared(settings.workspace)
     config = settings.text
     items = prepared.items.select(["item_id", "text"])
-    described = items.filter(pa.compute.not_equal(items["text"], ""))
+    described = items.filter(pc.not_equal(items["text"], ""))
     if not len(described):
         raise SpringtideError(
             "no item has a text to encode; set data.items.text, or model.text_dim=0 and skip this job"
@@ -71,23 +77,34 @@ def run(settings: Settings) -> dict[str, Any]:
     final = Path(settings.workspace) / "vectors"
     with publish_directory(final) as out:
         pq.write_table(table, out / "part-00000.parquet")
-        write_manifest(
-            out, {"prepared": prepared.content_hash, "encoder": config.encoder, "max_tokens": config.max_tokens}
-        )
+        write_manifest(out, made_from(items, config))
     width = len(table["vector"][0])
     log.info("%d of %d items have a text; vectors are %d wide", len(table), len(items), width)
     return {"vectors": str(final), "items": len(items), "encoded": len(table), "width": width}
 
 
-def load_vectors(workspace: str | Path, item_ids: list[str]) -> np.ndarray | None:
-    """[I, D] float32 in catalogue order, a zero row for an item without text; None if `embed` has not run.
+def made_from(items: pa.Table, config: TextConfig) -> dict[str, Any]:
+    """What text vectors depend on: the catalogue's ids and texts, and the encoder."""
+    digest = hashlib.sha256()
+    for name in ("item_id", "text"):
+        digest.update(json.dumps(items[name].to_pylist()).encode())
+    return {"texts": digest.hexdigest(), "encoder": config.encoder, "max_tokens": config.max_tokens}
 
-    Raises SpringtideError if the vectors are damaged.
+
+def load_vectors(settings: Settings, items: pa.Table) -> np.ndarray | None:
+    """[I, D] float32 in catalogue order, a zero row for an item without text; None without texts or before `embed`.
+
+    items: schemas.ITEMS. Raises SpringtideError if the vectors are damaged, or of other texts or another encoder.
     """
-    path = Path(workspace).absolute() / "vectors"
-    if not path.exists():
+    path = Path(settings.workspace).absolute() / "vectors"
+    if not path.exists() or not pc.any(pc.not_equal(items["text"], "")).as_py():
         return None
-    verify_manifest(path, "text vectors")
+    manifest = verify_manifest(path, "text vectors")
+    changed = [name for name, value in made_from(items, settings.text).items() if manifest.get(name) != value]
+    if changed:
+        what = "item texts" if "texts" in changed else f"text.{changed[0]}"
+        raise SpringtideError(f"the {what} changed after the vectors in {path} were made; run the embed job again")
+    item_ids = items["item_id"].to_pylist()
     table = check_schema(pq.ParquetFile(path / "part-00000.parquet").read(), VECTORS, str(path))
     rows = {item_id: row for row, item_id in enumerate(item_ids)}
     values = np.stack(table["vector"].to_numpy())

@@ -156,15 +156,15 @@ def _can_train(prepared: Prepared, share: float) -> bool:
 def text_features(settings: Settings, prepared: Prepared) -> np.ndarray:
     """Whitened text vectors [I, text_dim]; zero width where the settings or the log have no text.
 
-    Raises SpringtideError if the items have texts that `embed` has not encoded yet.
+    Raises SpringtideError if the items have texts that `embed` has not encoded yet, or encoded before they changed.
     """
+    vectors = load_vectors(settings, prepared.items)  # also for text_dim 0: the bundle takes them along for queries
     if not settings.model.text_dim or not prepared.report["catalogue"]["with_text"]:
         if not settings.model.id_embeddings:
             raise SpringtideError(
                 "model.id_embeddings is off and no item has a text, so items have no vector; turn it on"
             )
         return np.zeros((len(prepared.items), 0), np.float32)
-    vectors = load_vectors(settings.workspace, prepared.items["item_id"].to_pylist())
     if vectors is None:
         raise SpringtideError(
             "the items have texts but no vectors yet; run the embed job first, or set model.text_dim=0"
@@ -179,8 +179,10 @@ def write_trained(
     model, counts = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
     model.load_state_dict(progress.best_state)
     metrics = summarise(progress, sum(p.numel() for p in model.parameters()))
-    vectors = load_vectors(settings.workspace, prepared.items["item_id"].to_pylist())
-    write_bundle(bundle, model, settings, prepared.items, prepared.actions, counts, vectors, metrics)
+    vectors = load_vectors(settings, prepared.items)
+    write_bundle(
+        bundle, model, settings, prepared.items, prepared.actions, counts, vectors, metrics, prepared.content_hash
+    )
     return metrics
 
 

@@ -64,18 +64,7 @@ def run(settings: Settings) -> dict[str, Any]:
                 "base": base.model_dump(mode="json"),
                 "runs": str(folder / "runs" / search),
             },
-            tune_config=tune.TuneConfig(
-                metric=METRIC,
-                mode="max",
-                num_samples=settings.tune.trials,
-                max_concurrent_trials=concurrency,
-                search_alg=tune.search.BasicVariantGenerator(random_state=settings.tune.seed),
-                scheduler=tune.schedulers.ASHAScheduler(
-                    max_t=settings.tune.epochs,
-                    grace_period=min(settings.tune.grace_epochs, settings.tune.epochs),
-                    reduction_factor=settings.tune.reduction,
-                ),
-            ),
+            tune_config=tune_config(settings, concurrency),
             run_config=tune.RunConfig(name=experiment.name, storage_path=str(folder), verbose=0),
         )
     results = tuner.fit()
@@ -106,6 +95,24 @@ def run(settings: Settings) -> dict[str, Any]:
         "epochs_run": sum(row["epochs"] for row in rows),
         "validation": metrics["validation"],
     }
+
+
+def tune_config(settings: Settings, concurrency: int) -> Any:
+    """Random search with ASHA, at most `concurrency` trials at a time."""
+    from ray import tune
+
+    return tune.TuneConfig(
+        metric=METRIC,
+        mode="max",
+        num_samples=settings.tune.trials,
+        # Not as max_concurrent_trials: beside this search_alg Ray ignores it, and every trial would start at once.
+        search_alg=tune.search.BasicVariantGenerator(max_concurrent=concurrency, random_state=settings.tune.seed),
+        scheduler=tune.schedulers.ASHAScheduler(
+            max_t=settings.tune.epochs,
+            grace_period=min(settings.tune.grace_epochs, settings.tune.epochs),
+            reduction_factor=settings.tune.reduction,
+        ),
+    )
 
 
 def run_trial(config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The `tune.space` section: which settings vary, and how. Any setting can be named."""
+"""The `tune.space` section: which settings of model and train vary, and how."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import Any
 
 from springtide.config import Settings, with_values
 from springtide.errors import SpringtideError
+
+# The number of trials at a time is computed from these, and ASHA's rungs from the epochs.
+FIXED = {
+    "train.workers": "tune.workers_per_trial",
+    "train.cpus_per_worker": "train.cpus_per_worker",
+    "train.use_gpu": "train.use_gpu",
+    "train.epochs": "tune.epochs",
+}
 
 
 def check_space(settings: Settings) -> None:
@@ -20,7 +28,9 @@ def check_space(settings: Settings) -> None:
                 with_values(settings, {key: value})
             except SpringtideError as error:
                 raise SpringtideError(f"tune.space {key}: {error}") from None
-        if key.split(".")[0] not in ("model", "train"):
+        if key in FIXED:
+            raise SpringtideError(f"tune.space {key}: it is the same for all trials; set {FIXED[key]} in its section")
+        if key.split(".")[0] not in ("model", "train") or "." not in key:
             raise SpringtideError(
                 f"tune.space {key}: only settings of model and train can vary within one prepared log"
             )
