@@ -48,3 +48,8 @@ def ray_session() -> Iterator[Any]:
 def workspace(tmp_path: Path) -> Path:
     """An empty workspace."""
     return tmp_path / "workspace"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick tests first: units, then those on the shared cluster, then those that start one of their own."""
+    items.sort(key=lambda item: 2 if item.get_closest_marker("cluster") else int("ray_session" in item.fixturenames))  # type: ignore[attr-defined]

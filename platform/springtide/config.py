@@ -137,7 +137,9 @@ class ModelConfig(Section):
     gate_hidden: int = Field(0, ge=0)  # width of the gate's hidden layer; 0 = linear
     use_rating: bool = True
     use_time: bool = True  # log-bucketed gap to the event before
-    request_time: bool = False  # tell the gate the gap from the last event to the request
+    # Tell the gate the gap from the last event to the request. Validation and evaluation take the request to come with
+    # the last event, as the peers do, so what this is worth shows online only.
+    request_time: bool = False
     memory: bool = True  # transition memory
     memory_distances: int = Field(10, ge=1)  # an item counts as a successor up to this many events later
     memory_decay: float = Field(0.8, gt=0, le=1)  # weight of distance d is decay^(d-1)

@@ -28,7 +28,7 @@ STAGES = {
     "deploy": "springtide.serving.deploy",
 }
 DEFAULT_ENCODER = TextConfig().encoder  # a word, even where a folder has that name
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EFBIG}
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
 def main(stage: str, arguments: Sequence[str] | None = None) -> None:
@@ -81,6 +81,8 @@ def explain(error: BaseException, workspace: Path) -> str | None:
         seen.add(id(current))
         if type(current) is SpringtideError:
             return str(current)
+        if isinstance(current, PermissionError):
+            return f"permission denied: {current.filename or workspace}; give this user access to it, then run again"
         if isinstance(current, OSError) and current.errno in DISK_FAULTS:
             return str(disk_error(current, Path(current.filename or workspace)))
         failures = getattr(current, "worker_failures", None) or {}

@@ -49,7 +49,7 @@ def local_cluster(
     prefix: Sequence[str] = (),
     keep: bool = False,
 ) -> Iterator[LocalCluster]:
-    """Start a head node, yield it and stop it again (unless `keep`).
+    """Start a head node, yield it and stop it again; with `keep` it goes on, unless an error ended the block.
 
     cpus: logical CPUs (default: 4 or the machine's, if more); environment: added to every process; python: whose
     packages the workers have; prefix: put before the command, such as `ip netns exec NAME`.
@@ -84,6 +84,7 @@ def local_cluster(
     command = [*prefix, *cluster.ray("start", "--head", "--disable-usage-stats")]
     command += [f"--{name}={value}" for name, value in options.items()]
     log = temp_dir.with_suffix(".log")
+    kept = False
     try:
         with log.open("w") as output:
             started = subprocess.run(
@@ -92,10 +93,11 @@ def local_cluster(
         if started.returncode:
             raise SpringtideError(f"ray start failed: {' '.join(log.read_text().split())[-400:]}")
         yield cluster
+        kept = keep
     except subprocess.TimeoutExpired:
         raise SpringtideError(f"ray start did not finish within {START_SECONDS} s; see {log}") from None
     finally:
-        if not keep:
+        if not kept:
             stop(temp_dir)
             log.unlink(missing_ok=True)
 

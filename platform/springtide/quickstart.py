@@ -34,7 +34,7 @@ FILES = {
 }
 SHOWN = 5
 # What our own jobs say, out of everything that Ray says around it.
-OURS = re.compile(r"^\d\d:\d\d:\d\d (.*)$|(epoch \d+/\d+ .*|resumed after .*)$")
+OURS = re.compile(r"^\d\d:\d\d:\d\d (.*)$|(epoch \d+/\d+ .*|resumed after .*)$|^(\w+: .*)$")
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def submit(cluster: LocalCluster, stage: str, workspace: Path, data: Path) -> No
             file.write(line)
             said = OURS.search(line)
             if said:
-                print(f"  {said.group(1) or said.group(2)}", flush=True)
+                print(f"  {next(filter(None, said.groups()))}", flush=True)
     if job.wait():
         raise SpringtideError(f"the job {stage} failed; all that it said is in {log}")
     print(f"  ({time.monotonic() - began:.0f} s with Ray's start and stop of the job; everything it said: {log})")

@@ -209,7 +209,11 @@ def _read_jsonl(file: SourceFile, columns: list[Column], list_separator: str) ->
     present: set[str] = set()
     with _open(file) as stream, io.BufferedReader(stream) as lines:
         row, values, rows, bad = 0, _empty(names), [], []
-        for line in lines:
+        while line := lines.readline(BLOCK_BYTES + 1):
+            if len(line) > BLOCK_BYTES:
+                raise SpringtideError(
+                    f"{file.path} has a line longer than {BLOCK_BYTES >> 20} MiB after row {row}; repair or remove it"
+                )
             if not line.strip():
                 continue
             row += 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from springtide.config import Settings
+from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import verify_manifest
 from springtide.serving.lint import check_config, load_config
@@ -79,6 +80,7 @@ def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
     # Not the settings' encoder: queries must be read by the one that read the items.
     text = json.loads((bundle / "config.json").read_text(encoding="utf-8"))["settings"]["text"]
     values: dict[str, Json] = {
+        "Ingress": {"log": load_prepared(workspace).content_hash},
         "Scorer": {"bundle": str(bundle), "version": version, "name": settings.name},
         "TextEncoder": {"encoder": text["encoder"], "max_tokens": text["max_tokens"]},
     }
@@ -95,7 +97,7 @@ def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
         app["args"] = args
         for deployment in app["deployments"]:
             if deployment["name"] in values:
-                deployment["user_config"] = {**deployment["user_config"], **values[deployment["name"]]}
+                deployment["user_config"] = {**deployment.get("user_config", {}), **values[deployment["name"]]}
     return config
 
 

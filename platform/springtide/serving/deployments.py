@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from springtide.errors import SpringtideError
 from springtide.serving.app import create_app
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
-from springtide.serving.options import AppOptions, EncoderOptions, ScorerOptions
+from springtide.serving.options import AppOptions, EncoderOptions, IngressOptions, ScorerOptions
 from springtide.serving.seeding import seed_histories
 from springtide.serving.service import Service
 from springtide.serving.store import SQLiteStore
@@ -143,16 +143,27 @@ class Ingress:
             scorer_timeout_s=options.scorer_timeout_s,
             store_timeout_s=options.store_timeout_s,
         )
+        self._workspace = options.workspace
+        self._log: str | None = None
+        self._seeding = threading.Lock()
         if options.workspace is not None:
-            self._service.seeding = "the prepared log is being imported"
-            threading.Thread(target=self._seed, args=(Path(options.workspace),), daemon=True).start()
+            self._service.seeding = "the prepared log is not imported yet"
+
+    def reconfigure(self, config: Json) -> None:
+        """Import the prepared log in the background if it is another than the last one, or if that failed."""
+        wanted = IngressOptions.model_validate(config).log
+        if self._workspace is None or (wanted == self._log and self._service.seeding == "ok"):
+            return
+        self._log = wanted
+        threading.Thread(target=self._seed, args=(Path(self._workspace),), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
 
     def _seed(self, workspace: Path) -> None:
         try:
-            rows = seed_histories(self._service.store, workspace)
+            with self._seeding:
+                rows = seed_histories(self._service.store, workspace)
             log.info("imported %d events of the prepared log", rows)
             self._service.seeding = "ok"
         except Exception as error:

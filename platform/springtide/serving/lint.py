@@ -122,17 +122,13 @@ def _application(app: Json, where: str) -> Iterator[str]:
             yield f"{path}.name: {name} appears twice"
         found.add(name)
         yield from _deployment(deployment, name, path)
-    for name, options in USER_CONFIG.items():
-        if options is not None and name not in found:
+    for name in USER_CONFIG:
+        if name not in found:
             yield f"{where}.deployments: {name} is missing, and its user_config says what it serves"
 
 
 def _deployment(deployment: Json, name: str, where: str) -> Iterator[str]:
     options, user_config = USER_CONFIG[name], deployment.get("user_config")
-    if options is None:
-        if user_config:
-            yield f"{where}.user_config: {name} takes none"
-        return
     if not isinstance(user_config, dict):
         yield f"{where}.user_config is missing: {name} takes {', '.join(options.model_fields)}"
         return

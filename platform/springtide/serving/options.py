@@ -21,6 +21,12 @@ class AppOptions(Options):
     store_timeout_s: float = Field(5.0, gt=0, le=600)
 
 
+class IngressOptions(Options):
+    """`user_config` of Ingress. A change imports the prepared log again, in the background."""
+
+    log: str | None = None  # content hash of the prepared log, which `deploy` fills in
+
+
 class ScorerOptions(Options):
     """`user_config` of Scorer. A change swaps the model in place."""
 
@@ -50,4 +56,8 @@ class EncoderOptions(Options):
         return self
 
 
-USER_CONFIG: dict[str, type[Options] | None] = {"Ingress": None, "TextEncoder": EncoderOptions, "Scorer": ScorerOptions}
+USER_CONFIG: dict[str, type[Options]] = {
+    "Ingress": IngressOptions,
+    "TextEncoder": EncoderOptions,
+    "Scorer": ScorerOptions,
+}

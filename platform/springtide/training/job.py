@@ -47,6 +47,8 @@ def run(settings: Settings) -> dict[str, Any]:
 def fingerprint(settings: Settings, prepared: Prepared) -> str:
     """Ten hex digits that change with the data and with every setting that the trained weights depend on."""
     said = settings.model_dump(mode="json", include={"model", "train"}) | {"exclude_seen": settings.data.exclude_seen}
+    for harmless in ("max_failures", "keep_checkpoints", "collective_timeout_s"):  # change no weight
+        del said["train"][harmless]
     vectors = Path(settings.workspace) / "vectors" / "manifest.json"
     said |= {"log": prepared.content_hash, "vectors": vectors.read_text() if vectors.exists() else ""}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]

@@ -74,7 +74,8 @@ class ShardFeed:
     """This worker's share of the sequences, streamed by Ray Data.
 
     It stays in memory after the first pass if it fits into train.cache_mb; else every epoch streams it again, block by
-    block, and shuffles within each block.
+    block, and shuffles within each block. A resumed run then equals an uninterrupted one only where Ray Data cuts the
+    same blocks, that is on a cluster of the same shape.
     """
 
     def __init__(self, shard: Any, window: int, config: TrainConfig, holdout_share: float) -> None:

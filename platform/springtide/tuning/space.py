@@ -75,11 +75,11 @@ def concurrent_trials(cpus: float, gpus: float, settings: Settings, driver_cpus:
     """
     per_trial = driver_cpus + settings.tune.workers_per_trial * settings.train.cpus_per_worker
     fit = math.floor((cpus - 1) / per_trial + 1e-9)
-    if settings.train.use_gpu:
-        fit = min(fit, int(gpus // settings.tune.workers_per_trial))
+    if settings.train.use_gpu:  # one trial may wait for machines that an autoscaler has yet to start
+        fit = min(fit, max(1, int(gpus // settings.tune.workers_per_trial)))
     if fit < 1:
         raise SpringtideError(
-            f"a trial needs {per_trial:g} CPUs beside 1 for reading data, and the cluster has {cpus:g} CPUs "
-            f"and {gpus:g} GPUs; lower tune.workers_per_trial or train.cpus_per_worker"
+            f"a trial needs {per_trial:g} CPUs beside 1 for reading data, and the cluster has {cpus:g}; "
+            "lower tune.workers_per_trial or train.cpus_per_worker"
         )
     return min(fit, settings.tune.trials)
