@@ -17,7 +17,7 @@ from springtide.tuning.job import run
 from toy import toy_settings
 from write_workspace import write_workspace
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 
 def test_a_search_fits_the_cluster_and_cleans_up(ray_session: Any, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from springtide.config import Settings
-from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import verify_manifest
 from springtide.serving.lint import check_config, load_config
@@ -78,9 +77,10 @@ def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
     verify_manifest(bundle, "bundle")
     version = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:12]
     # Not the settings' encoder: queries must be read by the one that read the items.
-    text = json.loads((bundle / "config.json").read_text(encoding="utf-8"))["settings"]["text"]
+    trained = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+    text = trained["settings"]["text"]
     values: dict[str, Json] = {
-        "Ingress": {"log": load_prepared(workspace).content_hash},
+        "Ingress": {"log": trained.get("log")},
         "Scorer": {"bundle": str(bundle), "version": version, "name": settings.name},
         "TextEncoder": {"encoder": text["encoder"], "max_tokens": text["max_tokens"]},
     }

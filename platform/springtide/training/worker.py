@@ -30,6 +30,7 @@ from springtide.training.sequences import Sequences, concatenate, epoch_batches,
 from springtide.training.statistics import Statistics
 
 log = logging.getLogger(__name__)
+PLACEMENT_GROUP = "placement_group"  # file in the run's folder
 
 
 # ---------------------------------------------------------------- inputs that the driver leaves for the workers
@@ -170,6 +171,7 @@ def train_worker(job: dict[str, Any]) -> None:
     """The loop that Ray Train starts on every worker. `job` holds plain values only; see training.job."""
     import ray.train
     import ray.train.torch
+    import ray.util
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is not in every torch we support
@@ -189,6 +191,9 @@ def train_worker(job: dict[str, Any]) -> None:
     wrapped = ray.train.torch.prepare_model(
         model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False} if world_size() > 1 else None
     )
+    if rank() == 0 and (group := ray.util.get_current_placement_group()) is not None:
+        # Where a search finds the group to remove, if it stops this run from outside.
+        Path(job["inputs"]).with_name(PLACEMENT_GROUP).write_text(group.id.hex(), encoding="utf-8")
     shard = ray.train.get_dataset_shard(f"train-{ray.train.get_context().get_world_rank()}")
     feed = ShardFeed(shard, settings.model.long_window, config, job["holdout_share"])
     clock = {"first_step": 0.0, "report": 0.0}

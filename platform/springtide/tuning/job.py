@@ -40,11 +40,18 @@ def run(settings: Settings) -> dict[str, Any]:
     import ray
     from ray import tune
 
+    from springtide.tuning.release import ReleaseWorkers
+
     folder = Path(settings.workspace) / "tune"
     resources = ray.cluster_resources()
     concurrency = concurrent_trials(resources.get("CPU", 0), resources.get("GPU", 0), settings, DRIVER_CPUS)
     base = with_values(
-        settings, {"train.workers": settings.tune.workers_per_trial, "train.epochs": settings.tune.epochs}
+        settings,
+        {
+            "train.workers": settings.tune.workers_per_trial,
+            "train.epochs": settings.tune.epochs,
+            "train.max_failures": 0,
+        },
     )
     search = hashlib.sha256((settings.tune.model_dump_json() + fingerprint(base, prepared)).encode()).hexdigest()[:10]
     experiment = folder / f"search-{search}"
@@ -65,7 +72,15 @@ def run(settings: Settings) -> dict[str, Any]:
                 "runs": str(folder / "runs" / search),
             },
             tune_config=tune_config(settings, concurrency),
-            run_config=tune.RunConfig(name=experiment.name, storage_path=str(folder), verbose=0),
+            run_config=tune.RunConfig(
+                name=experiment.name,
+                storage_path=str(folder),
+                verbose=0,
+                # Tune retries a trial, which resumes from its checkpoint; its Ray Train run must not retry by itself,
+                # or one that is stopped would start its workers once more.
+                failure_config=tune.FailureConfig(max_failures=settings.train.max_failures),
+                callbacks=[ReleaseWorkers()],
+            ),
         )
     results = tuner.fit()
     rows = [_row(result, settings) for result in results]
@@ -120,10 +135,11 @@ def run_trial(config: dict[str, Any]) -> None:
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from springtide.tuning.release import trial_folder
+
     varied = {key: value for key, value in config.items() if "." in key}
     settings = with_values(parse_settings(config["base"]), varied)
-    trial = tune.get_context().get_trial_id()
-    folder = Path(config["runs"]) / f"trial-{trial}"
+    folder = trial_folder(config["runs"], tune.get_context().get_trial_id())
     train(settings, load_prepared(settings.workspace), folder, time.time(), [TuneReportCallback()])
 
 
