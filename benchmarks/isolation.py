@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -126,18 +125,6 @@ def isolated_place() -> Iterator[Place]:
 
 def _quiet(*command: str) -> bool:
     return subprocess.run(command, check=False, capture_output=True).returncode == 0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nothing listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
 
 
 def wait_until_answered(place: Place, url: str, seconds: float, log: Path) -> None:

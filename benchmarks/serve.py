@@ -29,7 +29,8 @@ import polars as pl
 import yaml
 
 from harness import REPO, describe, job, machine, run_measured, scratch, table, write_experiment, write_result
-from isolation import Command, Place, free_ports, isolated_place, wait_until_answered
+from isolation import Command, Place, isolated_place, wait_until_answered
+from springtide.local_cluster import free_ports
 from synthetic import write_log
 
 TUNED = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
