@@ -105,3 +105,13 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, text: str) -> None:
 def test_no_manifest_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SpringtideError, match="there is no bundle"):
         verify_manifest(tmp_path, "bundle")
+
+
+def test_what_a_killed_writer_hid_comes_back(tmp_path: Path) -> None:
+    final = tmp_path / "bundle"
+    hidden = tmp_path / ".bundle.old-0123abcd"  # as kill -9 between the two renames leaves it
+    hidden.mkdir()
+    (hidden / "kept").write_text("old")
+    with pytest.raises(ValueError), publish_directory(final):
+        raise ValueError("the next writer fails too")
+    assert (final / "kept").read_text() == "old" and not hidden.exists()

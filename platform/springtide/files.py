@@ -19,7 +19,8 @@ from springtide.errors import SpringtideError
 def publish_directory(final: Path) -> Iterator[Path]:
     """Yield an empty directory beside `final`; on success it becomes `final`, on any error it is removed.
 
-    A reader never sees a half-written `final`: the old one stays until the new one is whole.
+    A reader never sees a half-written `final`: the old one stays until the new one is whole. A process killed between
+    the two renames leaves the old one hidden; the next writer brings it back before it begins.
     Raises SpringtideError if the disk refuses a write.
     """
     token = uuid.uuid4().hex[:8]
@@ -27,6 +28,9 @@ def publish_directory(final: Path) -> Iterator[Path]:
     old = final.parent / f".{final.name}.old-{token}"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        hidden = sorted(final.parent.glob(f".{final.name}.old-*"), key=lambda path: path.stat().st_mtime)
+        if hidden and not final.exists():
+            os.rename(hidden[-1], final)
         fresh.mkdir()
         yield fresh
         if final.exists():
