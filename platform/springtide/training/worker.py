@@ -173,7 +173,8 @@ def train_worker(job: dict[str, Any]) -> None:
     import ray.train.torch
     import ray.util
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for chatty in ("ray.data", "ray.train"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # its successor is not in every torch we support
     settings = Settings.model_validate(job["settings"])
     config = settings.train
