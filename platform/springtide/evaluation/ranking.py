@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from springtide.errors import SpringtideError
 from springtide.model.recommender import History
+from springtide.model.top_k import top_k
 from springtide.schemas import SEQUENCES, TRAIN, check_schema
 
 WARM, COLD_USER, COLD_ITEM = "warm", "cold_user", "cold_item"
@@ -181,28 +182,6 @@ def target_ranks(cases: Cases, score: Score, *, exclude_seen: bool, batch_size: 
             better[row] += level[row, : targets[row]].sum()
         ranks[start : start + len(scores)] = np.where(own[:, 0] == -np.inf, 0, better + 1)
     return ranks
-
-
-def top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """The k best columns of each row of scores [B, I]: [B, min(k, I)] int64, best first, ties by column, -1 for -inf.
-
-    Selects instead of sorting the catalogue; exact under ties, which plain argpartition is not.
-    """
-    k = min(k, scores.shape[1])
-    threshold = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
-    above = scores > threshold
-    level = scores == threshold
-    room = k - above.sum(axis=1)
-    crowded = np.flatnonzero(level.sum(axis=1) > room)
-    if crowded.size:
-        contested = level[crowded]
-        level[crowded] = contested & (np.cumsum(contested, axis=1) <= room[crowded, None])
-    chosen = np.nonzero(above | level)[1].reshape(len(scores), k)
-    values = np.take_along_axis(scores, chosen, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    chosen = np.take_along_axis(chosen, order, axis=1)
-    chosen[np.take_along_axis(values, order, axis=1) == -np.inf] = -1
-    return chosen
 
 
 def _scored(cases: Cases, score: Score, exclude_seen: bool, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -14,6 +14,7 @@ import torch
 
 from springtide.model.batch import EMPTY, History, scoring_batch
 from springtide.model.fusion import FusionModel, Interest
+from springtide.model.top_k import top_k
 
 QUERY_TEMPERATURE = 0.05  # cosines of sentence encoders differ by hundredths; this spreads them like logits
 NEAREST = 10
@@ -150,19 +151,9 @@ class Recommender:
         scores = logits.copy()
         for row, banned in enumerate(exclude or ()):
             scores[row, banned] = -np.inf
-        k = min(k, scores.shape[1])
-        if 0 < k < scores.shape[1]:
-            # The k-th best score is the bar; of the items that tie at it, argsort below keeps the lowest rows.
-            bar = -np.partition(-scores, k - 1, axis=1)[:, k - 1 : k]
-            candidates = [np.flatnonzero(row >= limit) for row, limit in zip(scores, bar, strict=True)]
-        else:
-            candidates = [np.arange(scores.shape[1])] * len(scores)
-        best = np.full((len(scores), k), -1, np.int64)
-        values = np.full((len(scores), k), -np.inf, np.float32)
-        for row, some in enumerate(candidates):
-            order = some[np.argsort(-scores[row, some], kind="stable")[:k]]
-            order = order[np.isfinite(scores[row, order])]
-            best[row, : len(order)], values[row, : len(order)] = order, scores[row, order]
+        best = top_k(scores, k)
+        values = np.take_along_axis(scores, best.clip(min=0), axis=1).astype(np.float32)
+        values[best < 0] = -np.inf
         return best, values
 
     @torch.inference_mode()
