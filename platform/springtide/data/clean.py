@@ -57,11 +57,11 @@ def clean_chunk(chunk: RawChunk, source: EventSource, file: int, partitions: int
     """Type, check and label the rows of one chunk. Returns CLEANED, one row for every raw row."""
     rows = chunk.table.num_rows
     rejects = Rejects(rows)
-    text = {name: _as_text(chunk.table[name], rejects, name) for name in chunk.table.column_names}
+    text = {name: as_text(chunk.table[name], rejects, name) for name in chunk.table.column_names}
     columns = source.columns
     user, item = text[column_name(columns.user_id)], text[column_name(columns.item_id)]
     for rule in source.keep:
-        rejects.add(pc.invert(test_rule(rule, text)), f"filtered: {_describe(rule)}")
+        rejects.add(pc.invert(test_rule(rule, text)), f"filtered: {describe_rule(rule)}")
     for column, ids in (("user_id", user), ("item_id", item)):
         rejects.add(is_missing(ids), f"no {column}")
         rejects.add(
@@ -85,7 +85,7 @@ def clean_chunk(chunk: RawChunk, source: EventSource, file: int, partitions: int
     good = ~rejects.bad
     content = pa.nulls(rows, pa.string())
     if not good.all():
-        content = _content(text, ~good)
+        content = content_of(text, ~good)
     cleaned = pa.table(
         {
             "user_id": _where(good, user),
@@ -110,11 +110,11 @@ def _unparsed(bad_rows: list[tuple[int, str, str]], file: int, partitions: int) 
     columns["bucket"] = pa.array([file % partitions] * len(bad_rows), pa.int32())
     columns["row"] = pa.array([row for row, _, _ in bad_rows], pa.int64())
     columns["reason"] = pa.array([f"malformed row: {reason}" for _, reason, _ in bad_rows], pa.string())
-    columns["content"] = pa.array([_printable(content) for _, _, content in bad_rows], pa.string())
+    columns["content"] = pa.array([printable(content) for _, _, content in bad_rows], pa.string())
     return pa.table(columns, schema=CLEANED)
 
 
-def _printable(content: str) -> str:
+def printable(content: str) -> str:
     return content[:CONTENT_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
 
 
@@ -125,7 +125,7 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _as_text(column: pa.ChunkedArray, rejects: Rejects, name: str) -> pa.ChunkedArray:
+def as_text(column: pa.ChunkedArray, rejects: Rejects, name: str) -> pa.ChunkedArray:
     """UTF-8 text of a column; values of invalid UTF-8 are rejected and become null."""
     if not _is_text(column.type):
         if pa.types.is_floating(column.type):  # 17850.0 written by a table that had missing ids means 17850
@@ -230,7 +230,7 @@ def test_rule(rule: ColumnRule, text: dict[str, pa.ChunkedArray]) -> pa.ChunkedA
     return pc.fill_null(passed, False)
 
 
-def _describe(rule: ColumnRule) -> str:
+def describe_rule(rule: ColumnRule) -> str:
     if rule.matches is not None:
         return f"{rule.column} does not match {rule.matches}"
     return (
@@ -260,7 +260,7 @@ def _buckets(user: pa.ChunkedArray, partitions: int, file: int) -> pa.Array:
     return pa.array(table[encoded.indices.fill_null(len(hashes)).to_numpy(zero_copy_only=False)])
 
 
-def _content(text: dict[str, pa.ChunkedArray], bad: np.ndarray) -> pa.Array:
+def content_of(text: dict[str, pa.ChunkedArray], bad: np.ndarray) -> pa.Array:
     """The wanted columns of rejected rows, as one line for a person to read."""
     joined = pc.binary_join_element_wise(*[pc.fill_null(c, "") for c in text.values()], "\t")
     short = pc.utf8_slice_codeunits(joined, 0, CONTENT_CHARACTERS)

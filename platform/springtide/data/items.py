@@ -14,11 +14,11 @@ from springtide.config import Column, ItemSource
 from springtide.data.clean import (
     MAX_ID_BYTES,
     Rejects,
-    _as_text,
-    _content,
-    _describe,
-    _printable,
+    as_text,
+    content_of,
+    describe_rule,
     is_missing,
+    printable,
     test_rule,
 )
 from springtide.data.readers import column_name, read_chunks
@@ -56,7 +56,7 @@ def read_items(source: ItemSource, files: list[SourceFile]) -> RawItems:
                     "file": [file.path],
                     "row": [row],
                     "reason": [f"malformed row: {reason}"],
-                    "content": [_printable(content)],
+                    "content": [printable(content)],
                 }
                 rejected.append(pl.DataFrame(malformed, schema=QUARANTINE_COLUMNS))
     rows = pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(ROW_COLUMNS, pl.String))
@@ -110,10 +110,10 @@ def _as_column(name: str, source: ItemSource) -> Column:
 
 def _clean(table: pa.Table, rows: pa.Array, source: ItemSource, path: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     rejects = Rejects(len(table))
-    text = {name: _as_text(table[name], rejects, name) for name in table.column_names}
+    text = {name: as_text(table[name], rejects, name) for name in table.column_names}
     ids = text[column_name(source.columns.item_id)]
     for rule in source.keep:
-        rejects.add(pc.invert(test_rule(rule, text)), f"filtered: {_describe(rule)}")
+        rejects.add(pc.invert(test_rule(rule, text)), f"filtered: {describe_rule(rule)}")
     rejects.add(is_missing(ids), "no item_id")
     rejects.add(pc.greater(pc.fill_null(pc.binary_length(ids), 0), MAX_ID_BYTES), f"item_id above {MAX_ID_BYTES} bytes")
 
@@ -143,7 +143,7 @@ def _clean(table: pa.Table, rows: pa.Array, source: ItemSource, path: str) -> tu
             "file": [path] * int((~good).sum()),
             "row": rows.to_numpy()[~good],
             "reason": [str(reason) for reason in rejects.reason[~good]],
-            "content": _content(text, ~good).filter(pa.array(~good)).to_pylist() if not good.all() else [],
+            "content": content_of(text, ~good).filter(pa.array(~good)).to_pylist() if not good.all() else [],
         },
         schema=QUARANTINE_COLUMNS,
     )
