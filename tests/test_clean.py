@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from springtide.config import EventSource
+from springtide.config_data import EventSource
 from springtide.data.clean import CLEANED, EARLIEST_MS, LATEST_MS, clean_chunk, to_milliseconds, to_numbers
 from springtide.data.readers import RawChunk
 from without_ray import prepare_without_ray, read_report, read_table, settings_for

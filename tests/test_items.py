@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from springtide.config import ItemSource
+from springtide.config_data import ItemSource
 from springtide.data import items as items_module
 from springtide.data.items import RawItems, read_items
 from springtide.data.sources import list_files

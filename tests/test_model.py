@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from springtide.model import fusion
 from springtide.model.batch import Batch, History, pad_rows, scoring_batch
+from springtide.model.fuse import Gate
 from springtide.model.fusion import FusionModel
-from springtide.model.layers import TIME_BUCKETS, Gate, context_features, time_bucket
+from springtide.model.inputs import TIME_BUCKETS, context_features, time_bucket
 from springtide.model.memory import count_transitions
 from toy import toy_settings
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from springtide.config import Column
+from springtide.config_data import Column
 from springtide.data import readers
 from springtide.data.readers import read_chunks
 from springtide.data.sources import guess_format, list_files, open_filesystem

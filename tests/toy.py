@@ -94,6 +94,7 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
         torch.ones(len(items), dtype=torch.bool),
         torch.from_numpy(events.copy()),
         (3.0, 1.0),
+        settings.train.heads,
     )
     if model.memory is not None:
         model.memory.load_counts(counts)

@@ -125,6 +125,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
             state["item_vectors.known"],
             torch.from_numpy(popularity.copy()),
             tuple(config["rating_stats"]),
+            settings.train.heads,
         )
         model.load_state_dict(state)
         if model.memory is not None:

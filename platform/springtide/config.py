@@ -6,109 +6,19 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from springtide.config_data import DataConfig, Section, one_line
 from springtide.errors import SpringtideError
-
-
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, dict, int)) else value
-
-
-def _as_strings(value: Any) -> Any:
-    values = _as_list(value)
-    return [str(v) if type(v) is int else v for v in values] if isinstance(values, list) else values
-
-
-Strings = Annotated[list[str], BeforeValidator(_as_strings)]
-Column = str | int  # a name, or the position (from 0) in a file that has no header line
-FileFormat = Literal["csv", "tsv", "jsonl", "parquet"]
-
-
-class Section(BaseModel):
-    """Base of every section: unknown keys are refused and values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-# ---------------------------------------------------------------- data
-class EventColumns(Section):
-    user_id: Column = "user_id"
-    item_id: Column = "item_id"
-    timestamp: Column = "timestamp"  # epoch seconds or milliseconds, or ISO-8601
-    action: Column | None = None
-    rating: Column | None = None
-
-
-class ColumnRule(Section):
-    """A test on one source column. Exactly one of `matches`, `above` and `below` is given."""
-
-    column: Column
-    matches: str | None = None  # regular expression (RE2), anywhere in the text
-    above: float | None = None  # strictly
-    below: float | None = None
-
-    @model_validator(mode="after")
-    def _one_test(self) -> ColumnRule:
-        if sum(v is not None for v in (self.matches, self.above, self.below)) != 1:
-            raise ValueError("give exactly one of matches, above and below")
-        try:
-            pc.match_substring_regex(pa.array([""]), self.matches or "")
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"matches is no regular expression that RE2 knows: {_one_line(error)}") from None
-        return self
-
-
-class ActionRule(ColumnRule):
-    action: str  # the action of the rows that pass the test; the first rule that fits a row wins
-
-
-class EventSource(Section):
-    paths: Strings = Field(min_length=1)  # files or folders, local or a URI that pyarrow can open
-    format: FileFormat | None = None  # guessed from the file name if absent
-    columns: EventColumns = EventColumns()
-    action: str | None = None  # a constant, for a source without the column
-    action_rules: list[ActionRule] = []  # read the action off other columns
-    keep: list[ColumnRule] = []  # rows that fail a rule are quarantined as "filtered"
-
-    @model_validator(mode="after")
-    def _one_action(self) -> EventSource:
-        if self.action is not None and self.columns.action is not None:
-            raise ValueError("give either action (a constant) or columns.action, not both")
-        return self
-
-
-class ItemColumns(Section):
-    item_id: Column = "item_id"
-    title: Column | None = None
-    categories: Column | None = None
-
-
-class ItemSource(Section):
-    paths: Strings = Field(min_length=1)
-    format: FileFormat | None = None
-    columns: ItemColumns = ItemColumns()
-    # Source columns whose values are joined with ". ", or one template such as "{title} by {author}".
-    # Absent: title and categories.
-    text: Strings | None = None
-    category_separator: str = Field("|", min_length=1)
-    keep: list[ColumnRule] = []  # descriptions that fail a rule are quarantined as "filtered"
-
-
-class DataConfig(Section):
-    events: Annotated[list[EventSource], BeforeValidator(_as_list)] = Field(min_length=1)
-    items: ItemSource | None = None  # absent: the catalogue is the items of the log, without text
-    split: Literal["leave_one_out", "temporal", "none"] = "leave_one_out"
-    exclude_seen: bool = True  # never recommend what the user's history already holds
-    # exact: rows equal in user, item, time, action and rating; user_item: keep the first row of each user, item, action
-    deduplicate: Literal["exact", "user_item"] = "exact"
-    min_user_events: int = Field(1, ge=1)  # k-core: users and items with fewer events are dropped,
-    min_item_events: int = Field(1, ge=1)  # again and again until nothing changes
-    target_actions: Strings | None = None  # only these are predicted and tested; others are context. Absent: all
-    partitions: int = Field(8, ge=1, le=4096)  # hash partitions of users = Parquet files per table
+from springtide.presets import PRESETS, check_preset
 
 
 # ---------------------------------------------------------------- text
@@ -123,16 +33,24 @@ class TextConfig(Section):
 
 # ---------------------------------------------------------------- model
 class ModelConfig(Section):
+    # A named system: other defaults for this section. What is given beside it wins. See presets.py.
+    preset: str = "gated_fusion"
     dim: int = Field(64, ge=4)  # width of item vectors, branches and gate
     text_dim: int = Field(64, ge=0)  # kept principal components of the text vectors; 0 = ID only
     id_embeddings: bool = True  # off: items are their text alone
     id_dropout: float = Field(0.1, ge=0, lt=1)  # share of items whose ID row is hidden in a training step
     dropout: float = Field(0.3, ge=0, lt=1)
-    long_branch: Literal["gru", "lstm"] = "gru"
+    # sum: item vector + action + rating + gap; linear: W1 item vector + W2 [action; gap; rating] + b
+    event_input: Literal["sum", "linear"] = "sum"
+    long_branch: Literal["gru", "lstm", "cnn_lstm", "cnn", "mlp", "transformer", "none"] = "gru"
+    long_hidden: int = Field(0, ge=0)  # width inside the long branch; 0 = dim
     long_layers: int = Field(1, ge=1, le=4)
+    long_pool: Literal["attention", "last"] = "attention"  # over its states; mlp has running means instead
     long_window: int = Field(200, ge=2)  # most recent events that the long branch reads
+    short_branch: Literal["attention", "none"] = "attention"
     short_window: int = Field(16, ge=1)  # events that the short branch attends to
-    short_heads: int = Field(2, ge=1)
+    short_heads: int = Field(2, ge=1)  # also of a transformer as the long branch
+    fusion: Literal["gate", "attention", "time_decay", "concat", "sum", "model"] = "gate"  # of the two branches
     gate: Literal["channel", "scalar", "mean"] = "channel"  # one weight a channel, one in all, or a plain average
     gate_hidden: int = Field(0, ge=0)  # width of the gate's hidden layer; 0 = linear
     use_rating: bool = True
@@ -147,8 +65,28 @@ class ModelConfig(Section):
     memory_neighbours: int = Field(256, ge=1)  # successors kept for each item
     popularity: bool = True  # a learned multiple of log popularity
 
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        name = given.get("preset")
+        return {**(PRESETS.get(name, {}) if isinstance(name, str) else {}), **given}
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, name: str) -> str:
+        return check_preset(name)
+
     @model_validator(mode="after")
     def _shapes(self) -> ModelConfig:
+        if self.long_branch == self.short_branch == "none":
+            raise ValueError("long_branch and short_branch are both none; give at least one")
+        if self.long_branch == "transformer" and (self.long_hidden or self.dim) % self.short_heads:
+            raise ValueError(
+                f"a transformer's long_hidden ({self.long_hidden or self.dim}) must be a multiple of short_heads "
+                f"({self.short_heads})"
+            )
         if self.dim % self.short_heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of short_heads ({self.short_heads})")
         if not self.id_embeddings and not self.text_dim:
@@ -169,6 +107,10 @@ class TrainConfig(Section):
     memory_learning_rate: float = Field(2e-2, gt=0)  # for the few scalars that weigh memory and popularity
     weight_decay: float = Field(1e-4, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    # Beside the next item, learn what it will be rated (squared error of standardised ratings, where there is one) and
+    # whether it will be taken (against random others), with these weights. 0 = no such head.
+    rating_weight: float = Field(0.0, ge=0)
+    click_weight: float = Field(0.0, ge=0)
     clip_norm: float = Field(5.0, gt=0)
     # Without a validation part in the split (split: none), the last event of this share of users is held out.
     validation_share: float = Field(0.1, gt=0, le=0.5)
@@ -179,6 +121,11 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, ge=1)
     collective_timeout_s: int = Field(120, ge=1)
     seed: int = Field(0, ge=0)
+
+    @property
+    def heads(self) -> tuple[float, float]:
+        """The weights of the rating and the click loss."""
+        return self.rating_weight, self.click_weight
 
 
 # ---------------------------------------------------------------- tune
@@ -206,6 +153,11 @@ class EvaluateConfig(Section):
     part: Literal["test", "valid"] = "test"
 
 
+class CompareConfig(Section):
+    presets: list[Annotated[str, AfterValidator(check_preset)]] = Field(list(PRESETS), min_length=1)
+    epochs: int = Field(10, ge=1)  # of each preset, unless its validation stops it earlier
+
+
 class RecommendConfig(Section):
     k: int = Field(20, ge=1)
     batch_size: int = Field(256, ge=1)
@@ -231,6 +183,7 @@ class Settings(Section):
     train: TrainConfig = TrainConfig()
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    compare: CompareConfig = CompareConfig()
     recommend: RecommendConfig = RecommendConfig()
     serve: ServeConfig = ServeConfig()
 
@@ -248,7 +201,7 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
             f"cannot read the settings file {path}: {error.strerror}; check the path after --config"
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpringtideError(f"{path} is not valid YAML: {_one_line(error)}") from None
+        raise SpringtideError(f"{path} is not valid YAML: {one_line(error)}") from None
     if raw is not None and not isinstance(raw, dict):
         raise SpringtideError(f"{path} must hold sections such as data: and train:, not a {type(raw).__name__}")
     tree: dict[str, Any] = raw or {}
@@ -259,7 +212,7 @@ def load_settings(path: str | Path, overrides: list[str] | tuple[str, ...] = ())
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise SpringtideError(f"--set {override}: the value is not valid YAML: {_one_line(error)}") from None
+            raise SpringtideError(f"--set {override}: the value is not valid YAML: {one_line(error)}") from None
         set_by_path(tree, key.strip(), value)
     return parse_settings(tree, str(path))
 
@@ -275,13 +228,15 @@ def parse_settings(tree: dict[str, Any], where: str = "settings") -> Settings:
 def with_values(settings: Settings, values: dict[str, Any]) -> Settings:
     """A copy of `settings` with some dotted settings replaced, validated again."""
     tree = settings.model_dump(mode="json")
-    for key, value in values.items():
-        set_by_path(tree, key, value)
+    for key in sorted(values, key=lambda key: key != "model.preset"):  # the others are choices beside a preset
+        set_by_path(tree, key, values[key])
     return parse_settings(tree, "overridden settings")
 
 
 def set_by_path(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set `a.b.0.c` in nested dicts and lists, in place, making missing dicts. Raises SpringtideError."""
+    if key == "model.preset":
+        _forget_old_preset(tree)
     node: Any = tree
     *parents, last = key.split(".")
     for position, part in enumerate(parents):
@@ -301,15 +256,22 @@ def set_by_path(tree: dict[str, Any], key: str, value: Any) -> None:
         node[last] = value
 
 
+def _forget_old_preset(tree: dict[str, Any]) -> None:
+    """Let another preset take effect on a section that spells out everything: what its own preset says is no choice."""
+    model = tree.get("model")
+    if isinstance(model, dict) and set(ModelConfig.model_fields) <= set(model):
+        try:
+            old = ModelConfig(preset=model["preset"]).model_dump(mode="json")
+        except ValidationError:
+            return  # the section is refused in any case
+        tree["model"] = {name: value for name, value in model.items() if value != old.get(name)}
+
+
 def _list_index(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
         end = f"from 0 to {len(node) - 1}" if node else "in it, but it is empty; give the whole list"
         raise SpringtideError(f"{key}: a list stands before {part}, which must then be a position {end}")
     return int(part)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _explain(error: ValidationError) -> str:

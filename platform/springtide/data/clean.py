@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from springtide.config import ColumnRule, EventSource
+from springtide.config_data import ColumnRule, EventSource
 from springtide.data.readers import RawChunk, column_name
 
 CLEANED = pa.schema(

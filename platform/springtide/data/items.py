@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from springtide.config import Column, ItemSource
+from springtide.config_data import Column, ItemSource
 from springtide.data.clean import (
     MAX_ID_BYTES,
     Rejects,

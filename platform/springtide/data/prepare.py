@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from springtide.cluster import connect
-from springtide.config import Column, DataConfig, EventSource, Settings
+from springtide.config import DataConfig, Settings
+from springtide.config_data import Column, EventSource
 from springtide.data.clean import CLEANED, UNKNOWN_ACTION, clean_chunk
 from springtide.data.items import QUARANTINE_COLUMNS, RawItems, read_items
 from springtide.data.partitions import (

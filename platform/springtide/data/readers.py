@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from springtide.config import Column
+from springtide.config_data import Column
 from springtide.data.sources import SourceFile, open_filesystem
 from springtide.errors import SpringtideError
 

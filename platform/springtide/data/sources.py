@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote
 import pyarrow as pa
 from pyarrow import fs
 
-from springtide.config import FileFormat
+from springtide.config_data import FileFormat
 from springtide.errors import SpringtideError
 
 SUFFIXES: dict[str, FileFormat] = {

@@ -45,9 +45,11 @@ class Batch:
     offset: Tensor  # [B] int64 events of the user before this row's first one
     now: Tensor  # [B, L] int64 ms: when the item after event t is asked for
     targets: Tensor  # [B, L] int64 the next item, -1 = nothing to predict here
+    target_ratings: Tensor | None = None  # [B, L] float32 what the next item was rated, NaN = none; None: no ratings
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved = {name: None if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}
+        return Batch(**moved)  # type: ignore[arg-type]
 
 
 def pad_rows(rows: Sequence[np.ndarray], dtype: type[np.generic], fill: float = 0) -> np.ndarray:

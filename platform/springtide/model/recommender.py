@@ -35,8 +35,16 @@ class Interests:
     attention_long: np.ndarray  # [n] weights of the events in the long branch, sum 1
     attention_short: np.ndarray  # [n] in the short branch
     gate_short: float
-    items_long: np.ndarray  # [10] catalogue rows nearest the long branch's interest, best first
+    items_long: np.ndarray  # [10] catalogue rows nearest the long branch's interest, best first; none without a branch
     items_short: np.ndarray  # [10] nearest the short branch's
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the heads say of given items; None where the model has no such head."""
+
+    ratings: np.ndarray | None  # [B, N] float32, in the log's units
+    clicks: np.ndarray | None  # [B, N] float32 probability of taking the item rather than another at random
 
 
 class Recommender:
@@ -171,11 +179,28 @@ class Recommender:
         reach = min(length, len(window))
         short[-reach:] = window[-reach:]
         nearest = []
-        for branch in (interest.long, interest.short):
+        config = self.model.config
+        for name, branch in ((config.long_branch, interest.long), (config.short_branch, interest.short)):
+            if name == "none":
+                nearest.append(np.zeros(0, np.int64))
+                continue
             scores = (branch[0, place] @ self._vectors.T).cpu().numpy()
             scores[~self.recommendable] = -np.inf
             nearest.append(self.top_k(scores[None], NEAREST)[0][0])
         return Interests(long, short, float(interest.gate[0, place].mean()), nearest[0], nearest[1])
+
+    @torch.inference_mode()
+    def judge(self, histories: Sequence[History], items: np.ndarray) -> Judgement:
+        """What each owner of B histories, none empty, would make of N catalogue rows of their own, `items` [B, N]."""
+        _, interest, last = self._read(list(histories), None)
+        rows = torch.from_numpy(items).to(self._device)
+        user = interest.user[last[:, 0], last[:, 1]][:, None].expand(-1, rows.shape[1], -1)  # [B, N, dim]
+        ratings = clicks = None
+        if self.model.rating_head is not None:
+            ratings = self.model.rate(user, rows, self._vectors).cpu().numpy()
+        if self.model.click_head is not None:
+            clicks = self.model.click_probability(user, rows, self._vectors).cpu().numpy()
+        return Judgement(ratings, clicks)
 
     def similar(self, item: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items whose vectors have the highest cosine with that of `item`: rows and cosines, best first."""

@@ -118,6 +118,7 @@ def training_batch(sequences: Sequences, windows: np.ndarray) -> Batch:
         offset=torch.from_numpy(offset),
         now=torch.from_numpy(np.where(mask, sequences.timestamps[place + 1], 0)),
         targets=torch.from_numpy(np.where(wanted, sequences.items[place + 1], -1)),
+        target_ratings=torch.from_numpy(np.where(wanted, sequences.ratings[place + 1], np.float32(np.nan))),
     )
 
 

@@ -64,6 +64,7 @@ def build_model(settings: Settings, actions: int, inputs: Path) -> tuple[FusionM
         torch.from_numpy(popularity > 0),
         torch.from_numpy(popularity),
         (mean, deviation),
+        settings.train.heads,
     )
     if model.memory is not None:
         model.memory.load_counts(counts)
