@@ -3,7 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup quickstart test lint bench bench-prepare bench-train bench-serve clean
+MOVIELENS = jobs/configs/movielens-100k.yaml
+CONFIG ?= $(MOVIELENS)
+
+.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-serve clean
 
 setup: $(VENV)/.installed
 
@@ -17,6 +20,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: setup
 	$(BIN)/python -m springtide.quickstart
+
+# Every preset on one log. Without item texts `embed` has nothing to do, so its failure does not end the run: where
+# vectors are missing, `compare` says so.
+compare: setup
+ifeq ($(CONFIG),$(MOVIELENS))
+	$(BIN)/python -c 'from pathlib import Path; from springtide.quickstart import fetch_movielens; fetch_movielens(Path("data/ml-100k"))'
+endif
+	$(BIN)/python jobs/prepare.py --config $(CONFIG)
+	-$(BIN)/python jobs/embed.py --config $(CONFIG)
+	$(BIN)/python jobs/compare.py --config $(CONFIG)
 
 test: setup
 	$(BIN)/python -m pytest

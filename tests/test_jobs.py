@@ -38,7 +38,7 @@ def test_a_missing_log_is_one_sentence_and_exit_1(
     assert not (tmp_path / "workspace" / "prepared").exists()
 
 
-@pytest.mark.parametrize("stage", ["embed", "train", "tune", "evaluate", "recommend"])
+@pytest.mark.parametrize("stage", ["embed", "train", "tune", "evaluate", "compare", "recommend"])
 def test_a_stage_without_the_one_before_says_which_to_run(
     stage: str, config: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ STAGES = {
     "train": "springtide.training.job",
     "tune": "springtide.tuning.job",
     "evaluate": "springtide.evaluation.job",
+    "compare": "springtide.evaluation.compare",
     "recommend": "springtide.evaluation.recommend",
     "deploy": "springtide.serving.deploy",
 }

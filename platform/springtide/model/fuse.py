@@ -115,6 +115,8 @@ class ModelFusion(nn.Module):
         super().__init__()
         self.long = nn.Linear(config.dim, config.dim, bias=False)
         self.short = nn.Linear(config.dim, config.dim, bias=False)
+        for out in (self.long, self.short):
+            nn.init.eye_(out.weight)
         self.weigh = nn.Linear(2 * config.dim + CONTEXT, 2)
 
     def forward(self, long: Tensor, short: Tensor, context: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

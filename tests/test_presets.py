@@ -1,0 +1,349 @@
+"""Presets, branches and fusion strategies by name: what each may see, that it learns, and that it comes back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from springtide.bundle import load_bundle
+from springtide.config import (
+    ModelConfig,
+    Settings,
+    TrainConfig,
+    load_settings,
+    parse_settings,
+    with_values,
+)
+from springtide.errors import SpringtideError
+from springtide.model.batch import Batch, History, pad_rows, scoring_batch
+from springtide.model.fuse import DAY_MS, TimeDecay
+from springtide.model.fusion import FusionModel, Interest
+from springtide.presets import PRESETS
+from springtide.training.loop import make_optimizer
+from toy import toy_bundle, toy_log, toy_settings
+
+torch.set_num_threads(1)
+ITEMS, LENGTH = 30, 12
+ALONE = ("lstm", "gru", "dynamic_mlp", "bert_lstm", "multimodal_attention")
+# Small sizes for every part; a preset keeps its shape.
+SMALL: dict[str, Any] = {"dim": 16, "long_hidden": 12, "long_window": 20, "short_window": 4}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    **{name: {"preset": name} for name in PRESETS},
+    **{f"long {name}": {"long_branch": name} for name in ("lstm", "cnn_lstm", "cnn", "mlp", "transformer", "none")},
+    **{
+        f"long {name}, last": {"long_branch": name, "long_pool": "last"}
+        for name in ("gru", "cnn_lstm", "cnn", "transformer")
+    },
+    "two transformer blocks": {"long_branch": "transformer", "long_layers": 2},
+    "mlp without time": {"long_branch": "mlp", "use_time": False},
+    "cnn_lstm without time": {"long_branch": "cnn_lstm", "use_time": False},
+    "no short": {"short_branch": "none"},
+    **{f"fusion {name}": {"fusion": name} for name in ("attention", "time_decay", "concat", "sum", "model")},
+    "time_decay, request time": {"fusion": "time_decay", "request_time": True},
+    "linear input, no rating, no time": {"event_input": "linear", "use_rating": False, "use_time": False},
+    **{f"{name} without text": {"preset": name, "text_dim": 0} for name in PRESETS if name != "bert_lstm"},
+}
+
+
+def config_of(system: str, **values: Any) -> ModelConfig:
+    return ModelConfig.model_validate(SMALL | {"text_dim": 8} | SYSTEMS[system] | values)
+
+
+def build(system: str, heads: tuple[float, float] = (0.0, 0.0), randomise: bool = True) -> FusionModel:
+    """The named system with random weights everywhere, so that nothing is zero by initialisation."""
+    config = config_of(system)
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(3)
+    model = FusionModel(
+        config,
+        3,
+        torch.randn(ITEMS, config.text_dim, generator=generator),
+        torch.arange(ITEMS) != ITEMS - 1,
+        torch.arange(ITEMS - 1, -1, -1),
+        (3.0, 1.5),
+        heads,
+    )
+    if randomise:
+        for name, parameter in model.named_parameters():
+            if "log_life" not in name:  # milliseconds: random ones would make every event infinitely old
+                torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model.eval()
+
+
+def history(length: int, seed: int, **same: Any) -> History:
+    rng = np.random.default_rng(seed)
+    ratings = rng.integers(1, 6, length).astype(np.float32)
+    ratings[rng.random(length) < 0.3] = np.nan
+    times = np.cumsum(rng.integers(0, 10**8, length)) + 10**12
+    return replace(History(rng.integers(0, ITEMS - 1, length), rng.integers(0, 3, length), ratings, times), **same)
+
+
+def training(histories: list[History]) -> Batch:
+    """Each history's events but the last, with the next one and its rating as target."""
+    batch = scoring_batch([h.before(len(h) - 1) for h in histories], 1000)
+    return replace(
+        batch,
+        targets=torch.from_numpy(pad_rows([h.items[1:] for h in histories], np.int64, -1)),
+        now=torch.from_numpy(pad_rows([h.timestamps[1:] for h in histories], np.int64)),
+        target_ratings=torch.from_numpy(pad_rows([h.ratings[1:] for h in histories], np.float32, np.nan)),
+    )
+
+
+def read(model: FusionModel, histories: list[History], now: np.ndarray | None = None) -> Interest:
+    return model.interest(scoring_batch(histories, 1000, now), model.item_vectors())
+
+
+# ---------------------------------------------------------------- every system
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("empty", [False, True], ids=["targets", "nothing to learn"])
+def test_every_parameter_gets_a_gradient(system: str, empty: bool) -> None:
+    """Or DDP would wait for it; also on a worker whose share of the data has run out."""
+    model = build(system, (0.5, 0.5)).train()
+    batch = training([history(LENGTH, 0), history(5, 1)])
+    if empty:
+        batch = replace(batch, targets=torch.full_like(batch.targets, -1))
+    loss, count = model(batch, exclude_seen=True)
+    loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert loss.isfinite() and (loss.item() == 0) is empty and count == (0 if empty else LENGTH - 1 + 4)
+    if not empty:  # the memory has no counts here
+        dead = [n for n, p in model.named_parameters() if not n.startswith(("memory", "trust")) and not p.grad.any()]  # type: ignore[union-attr]
+        assert dead == []
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 10**6), moment=st.integers(0, LENGTH - 2))
+def test_the_future_never_changes_an_earlier_interest(system: str, seed: int, moment: int) -> None:
+    model, past, other = MODELS[system], history(LENGTH, seed), history(LENGTH, seed + 1)
+    known = np.arange(LENGTH) <= moment
+    later = History(**{name: np.where(known, array, getattr(other, name)) for name, array in vars(past).items()})
+    later.timestamps[moment + 1 :] += 10**9
+    asked = np.array([past.timestamps[-1] + 10**10])
+    first, second = (read(model, [h], asked) for h in (past, later))
+    for name, value in vars(first).items():
+        torch.testing.assert_close(value[:, : moment + 1], getattr(second, name)[:, : moment + 1], rtol=0, atol=1e-6)
+
+
+MODELS = {system: build(system) for system in SYSTEMS}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_shapes_weights_and_padding(system: str) -> None:
+    model = MODELS[system]
+    histories = [history(n, n) for n in (1, 7, LENGTH, 3)]
+    together = read(model, histories)
+    for name in ("user", "long", "short", "gate"):
+        assert getattr(together, name).shape == (4, LENGTH, 16)
+    assert ((together.gate >= 0) & (together.gate <= 1)).all()
+    assert together.attention_long.shape == (4, LENGTH, LENGTH) and together.attention_short.shape == (4, LENGTH, 4)
+    for row, past in enumerate(histories):
+        alone = read(model, [past])
+        torch.testing.assert_close(together.user[row, : len(past)], alone.user[0], rtol=1e-4, atol=1e-5)
+        for weights, there in (
+            (alone.attention_long, model.config.long_branch != "none"),
+            (alone.attention_short, model.config.short_branch != "none"),
+        ):
+            torch.testing.assert_close(weights.sum(-1), torch.full((1, len(past)), float(there)))
+    assert not together.attention_long.triu(1).any()
+
+
+ODD = {
+    "no rating": history(6, 1, ratings=np.full(6, np.nan, np.float32)),
+    "equal timestamps": history(6, 1, timestamps=np.full(6, 10**12)),
+    "no timestamps": history(6, 1, timestamps=np.zeros(6, np.int64)),
+    "one event": history(1, 1),
+    "centuries apart": history(2, 1, timestamps=np.array([0, 10**14])),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_odd_histories_score_and_train(system: str) -> None:
+    model = build(system, (1.0, 1.0), randomise=False)
+    for name, past in ODD.items():
+        assert read(model, [past]).user.isfinite().all(), name
+    loss, _ = model.train()(training([past for past in ODD.values() if len(past) > 1]), True)
+    loss.backward()
+    assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def rows_of_toy_log() -> list[History]:
+    rows: dict[str, list[int]] = {}
+    for event in toy_log(40, ITEMS):
+        rows.setdefault(event["user_id"], []).append(int(event["item_id"][1:]))
+    return [history(len(items), number, items=np.array(items)) for number, items in enumerate(rows.values())]
+
+
+@pytest.mark.parametrize("system", [*PRESETS, "long transformer", "fusion model", "fusion attention", "fusion concat"])
+def test_a_simple_pattern_is_learned(system: str) -> None:
+    """In the toy log item i is followed by i + 1 four times out of five."""
+    config = config_of(system, memory=False, popularity=False, dropout=0.0, id_dropout=0.0)
+    text = torch.eye(ITEMS) if config.text_dim else torch.zeros(ITEMS, 0)
+    torch.manual_seed(0)
+    model = FusionModel(config, 3, text, torch.ones(ITEMS, dtype=torch.bool), torch.ones(ITEMS))
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=0.01))
+    batch = training(rows_of_toy_log())
+    for _ in range(150):
+        loss, count = model(batch, False)
+        optimizer.zero_grad()
+        (loss / count).backward()
+        optimizer.step()
+    asked = scoring_batch([history(3, i, items=np.arange(i, i + 3)) for i in range(ITEMS - 3)], 20)
+    vectors = model.eval().item_vectors()
+    last = torch.tensor([[row, 2] for row in range(ITEMS - 3)])
+    best = model.logits_at(asked, model.interest(asked, vectors), vectors, last).topk(3).indices
+    hits = (best == torch.arange(3, ITEMS)[:, None]).any(1).float().mean()
+    assert hits > 0.5  # by chance 0.1
+
+
+# ---------------------------------------------------------------- particular parts
+def test_without_time_a_cnn_lstm_is_its_convolution() -> None:
+    assert build("cnn_lstm without time").state_dict().keys() == MODELS["long cnn"].state_dict().keys() - {
+        "event_input.gap.weight"
+    }
+    model = build("long cnn_lstm")
+    still, moving = ODD["equal timestamps"], history(6, 1)
+    before = [read(model, [past]).long for past in (still, moving)]
+    for name, parameter in model.named_parameters():
+        if "recurrent" in name:
+            torch.nn.init.zeros_(parameter)
+    after = [read(model, [past]).long for past in (still, moving)]
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
+
+
+def test_every_event_updates_the_running_features() -> None:
+    model = MODELS["dynamic_mlp"]
+    user = read(model, [history(LENGTH, 0)]).user[0]
+    assert (user.diff(dim=0).abs().amax(1) > 1e-4).all()
+
+
+def test_one_branch_alone_is_used_as_it_is() -> None:
+    past = [history(LENGTH, 0)]
+    long, short = read(MODELS["no short"], past), read(MODELS["long none"], past)
+    assert torch.equal(long.user, long.long) and not long.short.any() and not long.gate.any()
+    assert torch.equal(short.user, short.short) and not short.long.any() and (short.gate == 1).all()
+
+
+def test_time_decay_gives_old_windows_less_weight() -> None:
+    fuse = TimeDecay(config_of("fusion time_decay"))
+    long, short = torch.randn(2, 1, 6, 16)
+
+    def gate(*days: float) -> list[float]:
+        times = (np.array(days) * DAY_MS).astype(np.int64) + 10**12
+        batch = scoring_batch([history(6, 0, timestamps=times)], 20)
+        return fuse(long, short, torch.zeros(1, 6, 4), batch)[1][0, :, 0].tolist()  # type: ignore[no-any-return]
+
+    most = torch.sigmoid(fuse.most[0]).item()
+    assert gate(0, 0, 0, 0, 0, 0) == pytest.approx([most] * 4 + [most * 4 / 5, most * 4 / 6])
+    fresh, stale = gate(0, 20, 20, 20, 20, 20)[-1], gate(0, 20, 20, 20, 20, 25)[-1]
+    assert fresh > gate(19, 20, 20, 20, 20, 20)[-1] > stale  # what lies before the window is old; a pause came last
+
+
+@pytest.mark.parametrize("fusion", ["gate", "attention", "time_decay"])
+def test_the_gate_is_the_weight_that_was_used(fusion: str) -> None:
+    system = "gated_fusion" if fusion == "gate" else f"fusion {fusion}"
+    found = read(MODELS[system], [history(LENGTH, 0)])
+    torch.testing.assert_close(found.user, found.gate * found.short + (1 - found.gate) * found.long)
+
+
+# ---------------------------------------------------------------- settings
+def tree(**model: Any) -> dict[str, Any]:
+    return {"data": {"events": {"paths": "log.csv"}}, "model": model}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_comes_back_out_of_its_dump(preset: str) -> None:
+    for more in ({}, {"long_layers": 3, "dim": 64}):
+        chosen = parse_settings(tree(preset=preset, **more))
+        assert Settings.model_validate(chosen.model_dump(mode="json")) == chosen
+        assert with_values(chosen, {"train.epochs": 3}).model == chosen.model
+    expected = ModelConfig().model_dump() | PRESETS[preset] | {"preset": preset}
+    assert ModelConfig(preset=preset).model_dump() == expected
+
+
+def test_what_is_given_beside_a_preset_wins(tmp_path: Path) -> None:
+    file = tmp_path / "one.yaml"
+    file.write_text(yaml.safe_dump(tree(dim=64)))
+    model = load_settings(file, ["model.preset=lstm", "model.long_layers=1"]).model
+    assert (model.dim, model.long_layers, model.long_hidden, model.memory) == (64, 1, 50, False)
+
+
+def test_another_preset_takes_effect_on_settings_that_spell_out_everything(tmp_path: Path) -> None:
+    whole = parse_settings(tree(preset="lstm", gate_hidden=8))
+    changed = with_values(whole, {"model.dim": 32, "model.preset": "cnn_lstm_attention"}).model
+    assert changed == ModelConfig(preset="cnn_lstm_attention", gate_hidden=8, dim=32)
+    file = tmp_path / "best.yaml"
+    file.write_text(yaml.safe_dump(whole.model_dump(mode="json")))
+    assert load_settings(file).model == whole.model
+    assert load_settings(file, ["model.preset=gru"]).model == ModelConfig(preset="gru", gate_hidden=8)
+
+
+def test_lstm_and_gru_differ_in_the_cell_alone() -> None:
+    one, other = (ModelConfig(preset=name).model_dump() for name in ("lstm", "gru"))
+    assert {name for name in one if one[name] != other[name]} == {"preset", "long_branch"}
+    assert (one["dim"], one["long_hidden"], one["long_layers"], one["dropout"]) == (50, 50, 2, 0.2)
+
+
+def test_only_the_articles_own_systems_stand_alone() -> None:
+    for name in PRESETS:
+        model = ModelConfig(preset=name)
+        assert (model.memory, model.popularity) == ((False, False) if name in ALONE else (True, True))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"preset": "lsmt"}, r"model.preset: there is no preset 'lsmt'; did you mean lstm\?"),
+        ({"long_branch": "none", "short_branch": "none"}, "both none; give at least one"),
+        ({"preset": "gru", "long_branch": "none"}, "both none; give at least one"),
+        ({"long_branch": "transformer", "long_hidden": 5}, r"long_hidden \(5\) must be a multiple of short_heads"),
+        ({"preset": "bert_lstm", "text_dim": 0}, "needs text_dim above 0"),
+        ({"fusion": "mean"}, "model.fusion"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_model_is_refused_in_a_sentence(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpringtideError, match=said):
+        parse_settings(tree(**values))
+    with pytest.raises(SpringtideError, match=r"did you mean lstm\?"):
+        parse_settings({**tree(), "compare": {"presets": ["lsmt"]}})
+
+
+# ---------------------------------------------------------------- bundles
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_bundle_of_every_preset_answers_as_before(tmp_path: Path, preset: str) -> None:
+    values = {"model__preset": preset, "model__long_hidden": 12, "train__rating_weight": 1, "train__click_weight": 1}
+    path = toy_bundle(tmp_path, **values)
+    first, second = load_bundle(path), load_bundle(path)
+    assert first.settings == toy_settings(tmp_path, **values)
+    past = [history(7, 0), history(1, 1)]
+    one, other = (bundle.recommender.score(past) for bundle in (first, second))
+    np.testing.assert_array_equal(one.logits, other.logits)
+    assert np.isfinite(one.logits).all() and ((one.gate_short >= 0) & (one.gate_short <= 1)).all()
+    said, again = (bundle.recommender.judge(past, np.array([[1, 2], [3, 4]])) for bundle in (first, second))
+    assert said.ratings is not None and said.clicks is not None and said.ratings.shape == (2, 2)
+    np.testing.assert_array_equal(said.ratings, again.ratings)
+    assert ((said.clicks > 0) & (said.clicks < 1)).all()
+
+
+def test_a_branch_that_is_not_there_is_after_nothing(tmp_path: Path) -> None:
+    told = load_bundle(toy_bundle(tmp_path, model__preset="gru")).recommender.interests(history(7, 0))
+    assert len(told.items_short) == 0 and len(told.items_long) == 10
+    assert not told.attention_short.any() and told.gate_short == 0
+
+
+def test_without_heads_nothing_is_judged(tmp_path: Path) -> None:
+    recommender = load_bundle(toy_bundle(tmp_path)).recommender
+    said = recommender.judge([history(3, 0)], np.array([[1]]))
+    assert said.ratings is None and said.clicks is None
+    for ask in (recommender.model.rate, recommender.model.click_probability):
+        with pytest.raises(ValueError, match="weight above 0"):
+            ask(torch.zeros(1, 16), torch.zeros(1, dtype=torch.int64))
