@@ -206,7 +206,7 @@ def _prequential(
     }
     if hasattr(recommender, "observe"):
         # It learns as it goes, and nobody else should be answered by what it has become.
-        modes["live"] = prequential.replay_live(plan, Answering(copy.deepcopy(recommender)))
+        modes["live"] = prequential.replay_live(plan, Answering(copy.deepcopy(recommender)), prequential.CHUNK)
     out = {**prequential.describe(plan), **prequential.summarise(plan, modes, config.bootstrap)}
     out["against_baseline"] = {
         "name": best,

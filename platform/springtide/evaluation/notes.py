@@ -60,7 +60,6 @@ def _on_lists(body: Mapping[str, Any]) -> list[str]:
         kind = "Jaccard similarity of the category sets" if body["diversity_of"] == "categories" else "cosine"
         of = "items" if body["diversity_of"] == "categories" else "the model's item vectors"
         told.append(f"Diversity@10 is 1 minus the mean {kind} over all pairs of {of} in a list.")
-    told.append("Gini@10 is 0 if the lists show all items of the catalogue equally often and near 1 if they show few.")
     return [" ".join(told)]
 
 

@@ -103,7 +103,7 @@ def _by_group(
     for name in leading(scorers)[::-1]:
         _line(axes, name, range(len(groups)), [g["ndcg@10"][name] for g in groups], marker="o", markersize=5)
     axes.set_xticks(range(len(groups)), [span_of(g) for g in groups])
-    axes.set_xlim(-0.25, len(groups) - 0.75)
+    axes.set_xlim(-0.4, len(groups) - 0.6)
     axes.set_ylim(bottom=0)
     axes.grid(axis="y")
     axes.set_xlabel(axis)

@@ -28,13 +28,13 @@ Metrics = Mapping[str, Any]
 Section = dict[str, Any]
 
 _COLUMNS = ("hr@10", "ndcg@10", "mrr@20", "recall@20", "precision@10", "recall_all@20", "ndcg_all@10", "coverage@10",
-            "novelty@10", "diversity@10", "gini@10")  # fmt: skip
+            "novelty@10", "diversity@10")  # fmt: skip
 MODES = {"frozen": "Frozen at the cut", "history": "Own events revealed", "live": "Everybody's events counted"}
 
 
 def comparison_sections(metrics: Metrics, scorers: Metrics) -> list[Section]:
     """What comes before the plots: the model and the baselines, and their paired comparison."""
-    return [_main(metrics, scorers), _paired(metrics)]
+    return [_main(metrics, scorers), _paired(metrics, scorers)]
 
 
 def deeper_sections(metrics: Metrics, scorers: Metrics) -> list[Section]:
@@ -66,7 +66,9 @@ def checks(metrics: Metrics) -> list[str]:
 
 
 def _main(metrics: Metrics, scorers: Metrics) -> Section:
-    columns = [c for c in _COLUMNS if c in metrics["model"]]
+    # Where there is room for it only: with one target, precision@10 is a tenth of HR@10.
+    left_out = {"precision@10"} if "recall_all@20" in metrics["model"] else set()
+    columns = [c for c in _COLUMNS if c in metrics["model"] and c not in left_out]
     headline = "warm users" if metrics["headline"] == "warm" and metrics["split"] == "temporal" else "users"
     return _section(
         "Model and baselines",
@@ -78,10 +80,13 @@ def _main(metrics: Metrics, scorers: Metrics) -> Section:
     )  # fmt: skip
 
 
-def _paired(metrics: Metrics) -> Section:
+def _paired(metrics: Metrics, scorers: Metrics) -> Section:
     rows = []
-    for name, paired in metrics["paired"].items():
-        ratio, difference = paired["ndcg@10"]["ratio"], paired["ndcg@10"]["difference"]
+    for name in scorers:
+        if name == "model":
+            continue
+        paired = metrics["paired"][name]["ndcg@10"]
+        ratio, difference = paired["ratio"], paired["difference"]
         span = f"{ratio_of(ratio['lo'])} to {ratio_of(ratio['hi'])}" if ratio else "–"
         rows.append(_row(label_of(name), [
             text_cell(ratio_of(ratio["value"]) if ratio else "–"), text_cell(span),
@@ -137,10 +142,10 @@ def _gain(replay: Metrics) -> str:
     percent = (ratio["value"] - 1) * 100
     span = f"ratio {ratio_of(ratio['lo'])} to {ratio_of(ratio['hi'])}"
     if ratio["lo"] > 1:
-        return f"What happens after the cut is worth {percent:.0f} % to it ({span})."
+        return f"Knowing what happened since the cut makes the model's NDCG@10 {percent:.0f} % higher ({span})."
     if ratio["hi"] < 1:
-        return f"What happens after the cut costs it {-percent:.0f} % ({span})."
-    return f"Whether what happens after the cut helps it may be chance ({span})."
+        return f"Knowing what happened since the cut makes the model's NDCG@10 {-percent:.0f} % lower ({span})."
+    return f"Whether knowing what happened since the cut helps the model may be chance ({span})."
 
 
 def _slices(metrics: Metrics, scorers: Metrics) -> Section | None:
@@ -189,7 +194,10 @@ def _cold(metrics: Metrics, scorers: Metrics) -> Section | None:
                 for key in ("ndcg@10", "hr@10")
             ]
             groups.append({"label": title, "rows": rows})
-        lead += f" Among new items only, a random order reaches HR@10 {figure_of(new['chance_hr@10'])}."
+        if new["candidates"] > 10:
+            lead += f" Among new items only, a random order reaches HR@10 {figure_of(new['chance_hr@10'])}."
+        else:
+            lead += f" With {new['candidates']} new items, HR@10 among them says nothing."
     if not groups:
         return None
     heading = "Cold users and cold items" if metrics["split"] == "temporal" else "Cold items"
@@ -227,7 +235,8 @@ def _ties(metrics: Metrics) -> Section | None:
 
 def _section(heading: str, lead: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> Section:
     groups = [{"label": "", "rows": list(rows)}] if rows else []
-    return {"heading": heading, "lead": lead, "columns": list(columns), "groups": groups}
+    unbroken = [column.replace("-", "\N{NON-BREAKING HYPHEN}") for column in columns]
+    return {"heading": heading, "lead": lead, "columns": unbroken, "groups": groups}
 
 
 def _row(label: str, cells: Sequence[Cell], name: str = "") -> dict[str, Any]:

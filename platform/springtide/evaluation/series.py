@@ -1,7 +1,7 @@
 """How each scorer is called and drawn, the same in the terminal, in every table and in every plot.
 
-Kin share a hue and differ in lightness: a counting model and its recency variant. Dashes tell lines apart where colours
-cannot.
+Kin share a hue and differ in lightness: a counting model and its recency variant. All pairs were chosen to stay apart
+with red, green or blue blindness too, and dashes tell lines apart where colours cannot.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Series:
 
 
 SERIES = {
-    "model": Series("Springtide model", "Model", "#1d5fd0", "#78abff"),
-    "transitions": Series("Transition counts", "Transitions", "#b4540a", "#f0a35e", "--"),
-    "item_knn_recency": Series("Item-KNN (recency)", "KNN, recency", "#06705a", "#4fc9ab", "-."),
-    "item_knn": Series("Item-KNN", "Item-KNN", "#3b9c84", "#9be3d0", (0, (5, 1))),
-    "ease_recency": Series("EASE (recency)", "EASE, recency", "#8f2a6b", "#e58ac0", (0, (3, 1, 1, 1, 1, 1))),
-    "ease": Series("EASE", "EASE", "#cb6aa6", "#f6c3e0", (0, (1, 1))),
-    "recent_popularity": Series("Recent popularity", "Recent pop.", "#474e5b", "#c9d0da", (0, (6, 2, 1, 2, 1, 2))),
-    "popularity": Series("Popularity", "Popularity", "#868e9b", "#8d96a5", ":"),
+    "model": Series("Springtide model", "Model", "#2f6bf2", "#4a80ff"),
+    "transitions": Series("Transition counts", "Transitions", "#d06c0c", "#e97f11", "--"),
+    "item_knn_recency": Series("Item-KNN (recency)", "KNN, recency", "#00a05c", "#00a862", "-."),
+    "item_knn": Series("Item-KNN", "Item-KNN", "#0a5f3b", "#6cf5b6", (0, (5, 1))),
+    "ease_recency": Series("EASE (recency)", "EASE, recency", "#5a1470", "#9a4cae", (0, (3, 1, 1, 1, 1, 1))),
+    "ease": Series("EASE", "EASE", "#ad63c0", "#e9a6f9", (0, (1, 1))),
+    "recent_popularity": Series("Recent popularity", "Recent pop.", "#2a2e38", "#6d7178", (0, (6, 2, 1, 2, 1, 2))),
+    "popularity": Series("Popularity", "Popularity", "#828d97", "#dce0eb", ":"),
 }
 OTHER = Series("", "", "#7a6a00", "#d8c247", (0, (8, 2)))  # a scorer of another name
 

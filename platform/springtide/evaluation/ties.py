@@ -53,9 +53,8 @@ def reorder(events: FlatSequences, keys: np.ndarray, swap: bool) -> FlatSequence
     test target of the same time, if the former has the larger key: then that one is the target of the test.
     """
     users = events.users
-    group = np.cumsum(
-        np.append(True, (np.diff(users) != 0) | (np.diff(events.timestamps) != 0) | (np.diff(events.parts) != 0))
-    )
+    moved_on = (np.diff(users) != 0) | (np.diff(events.timestamps) != 0) | (np.diff(events.parts) != 0)
+    group = np.cumsum(np.append(True, moved_on)[: len(users)])
     order = np.lexsort((keys, group))
     if swap:
         parts, targets = events.parts, events.targets[order]
