@@ -20,7 +20,7 @@ from springtide.config import Settings, parse_settings
 from springtide.errors import SpringtideError
 from springtide.evaluation import job, report, series
 from springtide.files import write_json
-from springtide.model.recommender import History
+from springtide.model.batch import EMPTY, History
 from springtide.schemas import ITEMS, SEQUENCES
 
 ITEM_COUNT, USERS, END = 25, 60, 1_000_000
@@ -219,6 +219,21 @@ def test_temporal_is_replayed_in_time_order(tmp_path: Path, monkeypatch: pytest.
     assert "Replayed in time order" not in (tmp_path / "report.html").read_text()
 
 
+def test_a_baseline_that_asks_when_is_told() -> None:
+    class Timeless:
+        def score(self, histories: Sequence[History]) -> np.ndarray:
+            return np.zeros((len(histories), 1), np.float32)
+
+    class Timely:
+        def score(self, histories: Sequence[History], now: np.ndarray | None = None) -> np.ndarray:
+            assert now is not None
+            return now[:, None].astype(np.float32)
+
+    asked = [EMPTY, EMPTY]
+    assert job._in_time(Timely())(asked, np.array([7, 8])).ravel().tolist() == [7, 8]
+    assert job._in_time(Timeless())(asked, np.array([7, 8])).ravel().tolist() == [0, 0]
+
+
 def test_leave_one_out_tells_of_new_items_and_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_for(tmp_path)
     write_prepared(tmp_path)
@@ -248,6 +263,12 @@ def test_leave_one_out_tells_of_new_items_and_ties(tmp_path: Path, monkeypatch: 
     for words in ("Cold items", "Events with equal times", "Mean of 5 random orders", "Leakage checks", "shuffled"):
         assert words in page
     assert "Replayed" not in page and "Cold users" not in page
+
+    job.run(settings.model_copy(update={"evaluate": settings.evaluate.model_copy(update={"tie_orders": 0})}))
+    counted = json.loads((tmp_path / "metrics.json").read_text())["ties"]
+    assert counted["events_tied"] == 14 and "scorers" not in counted
+    page = (tmp_path / "report.html").read_text()
+    assert "Events with equal times" in page and "random orders" not in page
 
 
 def test_a_model_that_knows_the_validation_part_is_not_tested_on_it(

@@ -81,29 +81,35 @@ def effect(
     `reorder`. Nothing is fitted again. Returns {"orders", "changed_targets" (mean over orders), "scorers": {name:
     {"log", "mean", "min", "max", "by_item"}}}.
     """
-    events = cases.events
-    rng = np.random.default_rng(SEED)
-    keys = [rng.random(len(events.items)) for _ in range(orders)] + [item_order[events.items].astype(np.float64)]
-    others = [build_cases(reorder(events, key, swap), part, split) for key in keys]
+    events, rng = cases.events, np.random.default_rng(SEED)
 
     def ndcg(asked: Cases, score: Score) -> np.ndarray:
         ranks = target_ranks(asked, score, exclude_seen=exclude_seen, batch_size=batch_size)
         return user_metrics(ranks, [10])["ndcg@10"]
 
-    out: dict[str, Any] = {}
-    for name, score in scorers.items():
-        as_logged = ndcg(cases, score)
-        means = []
-        for other in others:
-            values = as_logged.copy()
-            moved = _changed(cases, other)  # the others are asked the same question again, so the answer is known
-            values[moved] = ndcg(other.take(moved), score)
-            means.append(float(values[headline_mask(other)[0]].mean()))
-        shuffled = means[:-1]
-        out[name] = {"log": float(as_logged[headline_mask(cases)[0]].mean()), "mean": float(np.mean(shuffled)),
-                     "min": min(shuffled), "max": max(shuffled), "by_item": means[-1]}  # fmt: skip
-    changed = [float((other.targets != cases.targets).mean()) for other in others[:-1]]
-    return {"orders": orders, "changed_targets": float(np.mean(changed)), "scorers": out}
+    as_logged = {name: ndcg(cases, score) for name, score in scorers.items()}
+    means: dict[str, list[float]] = {name: [] for name in scorers}
+    changed = []
+    for number in range(orders + 1):  # one at a time: each holds a copy of the log
+        keys = rng.random(len(events.items)) if number < orders else item_order[events.items].astype(np.float64)
+        other = build_cases(reorder(events, keys, swap), part, split)
+        moved = _changed(cases, other)  # the others are asked the same question again, so the answer is known
+        again, headline = other.take(moved), headline_mask(other)[0]
+        for name, score in scorers.items():
+            values = as_logged[name].copy()
+            values[moved] = ndcg(again, score)
+            means[name].append(float(values[headline].mean()))
+        changed.append(float((other.targets != cases.targets).mean()))
+    logged = headline_mask(cases)[0]
+    return {
+        "orders": orders,
+        "changed_targets": float(np.mean(changed[:-1])),
+        "scorers": {
+            name: {"log": float(as_logged[name][logged].mean()), "mean": float(np.mean(found[:-1])),
+                   "min": min(found[:-1]), "max": max(found[:-1]), "by_item": found[-1]}
+            for name, found in means.items()
+        },
+    }  # fmt: skip
 
 
 def _changed(cases: Cases, other: Cases) -> np.ndarray:
