@@ -182,7 +182,10 @@ def _cold(metrics: Metrics, scorers: Metrics) -> Section | None:
             values = _marked([figures[scorer]["ndcg@10"]["value"] for scorer in scorers])
             rows.append(_row(name.replace("_", " "), [text_cell(whole_of(part["users"])), *values]))
         groups.append({"label": "NDCG@10 over the whole catalogue", "rows": rows})
-    lead = "Counting cannot rank what it never counted; a model can read an item's text."
+    lead = (
+        "Counting cannot rank what it never counted: among new items its order is the catalogue's. A model can read an "
+        "item's text."
+    )
     if new:
         users = text_cell(whole_of(new["targets"]))
         for kind, title in (
