@@ -32,7 +32,13 @@ PEERS = {("data", "cluster"), ("text", "cluster"), ("text", "data"), ("bundle", 
 HTTP_AND_FILES = {"aiohttp", "fastapi", "httpx", "io", "os", "pathlib", "requests", "shutil", "starlette", "tempfile",
                   "urllib", "uvicorn"}  # fmt: skip
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-PURE = [*PACKAGE.glob("model/**/*.py"), PACKAGE / "evaluation" / "metrics.py"]
+PURE = [
+    *PACKAGE.glob("model/**/*.py"),
+    *(
+        PACKAGE / "evaluation" / f"{name}.py"
+        for name in ("metrics", "ranking", "prequential", "slices", "ties", "leakage")
+    ),
+]
 
 
 def python_files() -> list[Path]:

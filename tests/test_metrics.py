@@ -61,6 +61,51 @@ def test_coverage_counts_distinct_items_of_the_catalogue() -> None:
     assert m.coverage(lists, 4, 2) == 0.5 and m.coverage(lists, 4, 3) == 0.75
 
 
+def test_novelty_is_in_bits_of_the_share_of_training_events() -> None:
+    popularity = np.array([8, 4, 2, 1, 1, 0])  # of 16: 1, 2, 3, 4, 4 bits, and 4 for the item without an event
+    lists = np.array([[0, 1, 2], [5, 3, -1], [-1, -1, -1]])
+    assert m.novelty(lists, popularity, 3) == pytest.approx([2, 4, np.nan], nan_ok=True)
+    assert m.novelty(lists, popularity, 1) == pytest.approx([1, 4, np.nan], nan_ok=True)
+
+
+def test_diversity_of_categories() -> None:
+    categories = np.zeros((5, 20), dtype=bool)  # more than a byte of them
+    for item, own in enumerate([(0, 1), (1, 2), (0, 1), (19,), ()]):
+        categories[item, list(own)] = True
+    bits = np.packbits(categories, axis=1)
+    # Jaccard: 0 and 1 share one of three, 0 and 2 all, 1 and 2 one of three, 3 nothing; 4 has none and does not count.
+    lists = np.array([[0, 1, 2, -1], [0, 3, -1, -1], [0, 4, 2, -1], [3, 4, -1, -1]])
+    assert m.category_diversity(lists, bits, 4) == pytest.approx([1 - 5 / 9, 1, 0, np.nan], nan_ok=True)
+    assert m.category_diversity(lists, bits, 2) == pytest.approx([2 / 3, 1, np.nan, np.nan], nan_ok=True)
+
+
+def test_diversity_of_vectors() -> None:
+    vectors = np.array([[2.0, 0], [0, 3], [5, 0], [-1, 0], [0, 0]])
+    # cosines: 0-1 0, 0-2 1, 1-2 0, 0-3 -1; item 4 has no vector
+    lists = np.array([[0, 1, 2], [0, 3, -1], [0, 4, 2], [0, -1, -1]])
+    assert m.vector_diversity(lists, vectors, 3) == pytest.approx([2 / 3, 2, 0, np.nan], nan_ok=True)
+
+
+def test_diversities_agree_where_sets_are_vectors() -> None:
+    """With one category an item, both the Jaccard similarity and the cosine are 1 or 0."""
+    rng = np.random.default_rng(3)
+    table = np.eye(6, dtype=bool)[rng.integers(0, 6, 50)]
+    lists = np.array([rng.permutation(50)[:12] for _ in range(30)])
+    by_set, by_vector = (
+        m.category_diversity(lists, np.packbits(table, axis=1), 10),
+        m.vector_diversity(lists, table, 10),
+    )
+    assert by_set == pytest.approx(by_vector) and 0 < by_set.min() < by_set.max() <= 1
+
+
+def test_gini_of_what_is_shown() -> None:
+    assert m.gini(np.array([[0, 1], [2, 3]]), 4, 2) == pytest.approx(0)  # all alike
+    assert m.gini(np.array([[0, 1], [0, 2]]), 4, 1) == pytest.approx(3 / 4)  # one of four alone: 1 - 1 / 4
+    # Shown 0, 1, 1, 2 times: the 16 ordered pairs differ by 12 in sum, so 12 / 16 over twice the mean of 1.
+    assert m.gini(np.array([[1, 3], [2, 3]]), 4, 2) == pytest.approx(12 / 16 / 2)
+    assert m.gini(np.full((2, 3), -1), 4, 3) == 0
+
+
 def test_hit_curve() -> None:
     assert m.hit_curve(np.array([1, 3, 0, 9]), 4).tolist() == [0.25, 0.25, 0.5, 0.5]
 

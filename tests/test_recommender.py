@@ -82,6 +82,20 @@ def test_no_known_event_is_an_empty_history(recommender: Recommender) -> None:
     assert known is EMPTY and unknown == ["gone"]
 
 
+# ---------------------------------------------------------------- branches
+def test_disagreement_is_the_cosine_distance_of_the_branches(recommender: Recommender) -> None:
+    histories = [history(3, 1), EMPTY, history(70, 2), history(1, 3)]
+    found = recommender.disagreement(histories)
+    assert found.dtype == np.float32 and np.isnan(found).tolist() == [False, True, False, False]
+    for row in (0, 2, 3):
+        _, interest, last = recommender._read([histories[row]], None)
+        long, short = (np.asarray(b[0, int(last[0, 1])].tolist()) for b in (interest.long, interest.short))
+        cosine = long @ short / (np.linalg.norm(long) * np.linalg.norm(short))
+        assert found[row] == pytest.approx(1 - cosine, abs=1e-5)
+    assert len(set(found[[0, 2, 3]].tolist())) == 3
+    assert np.isnan(recommender.disagreement([EMPTY])).all() and recommender.disagreement([]).shape == (0,)
+
+
 # ---------------------------------------------------------------- scores
 def test_a_batch_scores_like_single_requests(recommender: Recommender) -> None:
     histories = [history(3, 1), EMPTY, history(70, 2), history(1, 3), history(WINDOW, 4)]

@@ -151,6 +151,10 @@ class EvaluateConfig(Section):
     batch_size: int = Field(256, ge=1)  # users ranked at once
     bootstrap: int = Field(1000, ge=100)  # resamples for the intervals
     part: Literal["test", "valid"] = "test"
+    # Under split: temporal, replay the events after the cut in time order, each one revealed once it is predicted.
+    prequential: bool = True
+    prequential_events: int = Field(20_000, ge=1)  # at most this many are predicted: those of users drawn at random
+    tie_orders: int = Field(5, ge=0)  # random orders of events with equal times to judge again; 0 = none
 
 
 class CompareConfig(Section):

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from springtide.bundle import Bundle, load_bundle
 from springtide.config import Settings
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
+from springtide.evaluation import leakage, prequential, report, slices, ties
 from springtide.evaluation import metrics as measure
-from springtide.evaluation import report
-from springtide.evaluation.baselines import fit_baselines
+from springtide.evaluation.baselines import Baseline, Fitted, fit_baselines
+from springtide.evaluation.comparison import Catalogue, beyond_accuracy, compare, gate_histogram, pack_categories
+from springtide.evaluation.notes import notes_on
 from springtide.evaluation.ranking import (
-    COLD_ITEM,
-    COLD_USER,
-    WARM,
     Cases,
+    FlatSequences,
     Ranking,
+    Score,
     build_cases,
     flatten,
+    headline_mask,
     rank_cases,
-    repeated_targets,
 )
+from springtide.evaluation.series import from_best, label_of
 from springtide.files import write_json, write_text
-from springtide.model.recommender import History
-from springtide.schemas import PARTS, VALID
+from springtide.model.batch import History
+from springtide.schemas import PARTS, TRAIN, VALID
 
 log = logging.getLogger(__name__)
-
-_RATIOS = ("ndcg@10", "hr@10", "mrr@20")
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -63,7 +68,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return {
         "part": metrics["part"],
         "users": metrics["users"],
-        "ndcg@10": {name: values["ndcg@10"]["value"] for name, values in _all(metrics).items()},
+        "ndcg@10": {name: values["ndcg@10"]["value"] for name, values in from_best(metrics).items()},
         "best_baseline": metrics["best_baseline"],
         "ratio_to_best": metrics["ratio_to_best"],
         "verdict": verdict["sentence"],
@@ -75,132 +80,171 @@ def run(settings: Settings) -> dict[str, Any]:
 
 def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str, Any]:
     """The body of metrics.json. Writes nothing."""
-    part, split, hide = settings.evaluate.part, settings.data.split, settings.data.exclude_seen
+    config, split, hide = settings.evaluate, settings.data.split, settings.data.exclude_seen
     events = flatten(prepared.sequences(), prepared.items.num_rows)
-    cases = build_cases(events, PARTS[part], split)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "leakage"):
+        found = leakage.check(events, split)
+    cases = build_cases(events, PARTS[config.part], split)
     if not len(cases):
         raise SpringtideError(
-            f"the {part} part holds no event to predict; take a longer log or another data.split, then run prepare and "
-            "train again"
+            f"the {config.part} part holds no event to predict; take a longer log or another data.split, then run "
+            "prepare and train again"
         )
-    ks = sorted({*settings.evaluate.ks, 10})
-    depth = max(*ks, measure.MRR_AT)
-    seconds: dict[str, float] = {}
+    ks = sorted({*config.ks, 10})
+    with _timed(seconds, "fit_baselines"):
+        fitted = fit_baselines(events, build_cases(events, VALID, split), hide)
 
-    clock = time.perf_counter()
-    fitted = fit_baselines(events, build_cases(events, VALID, split), hide)
-    seconds["fit_baselines"] = round(time.perf_counter() - clock, 2)
-    log.info("baselines fitted and tuned in %.1f s", seconds["fit_baselines"])
-
-    gates: list[np.ndarray] = []
+    recommender, gates = bundle.recommender, []
 
     def model(histories: Sequence[History]) -> np.ndarray:
-        scores = bundle.recommender.score(histories)
+        scores = recommender.score(histories)
         gates.append(scores.gate_short)
         return scores.logits
 
+    scorers: dict[str, Score] = {"model": model, **{name: fit.baseline.score for name, fit in fitted.items()}}
     rankings: dict[str, Ranking] = {}
-    for name, score in {"model": model, **{name: fit.baseline.score for name, fit in fitted.items()}}.items():
-        clock = time.perf_counter()
-        rankings[name] = rank_cases(
-            cases, score, depth=depth, exclude_seen=hide, batch_size=settings.evaluate.batch_size
-        )
-        seconds[name] = round(time.perf_counter() - clock, 2)
-        log.info("%s: %d users ranked over %d items in %.1f s", name, len(cases), events.catalogue, seconds[name])
+    for name, score in scorers.items():
+        with _timed(seconds, name):
+            rankings[name] = rank_cases(
+                cases, score, depth=max(*ks, measure.MRR_AT), exclude_seen=hide, batch_size=config.batch_size
+            )
+        log.info("%s: %d users ranked over %d items", name, len(cases), events.catalogue)
+    gate = gate_histogram(np.concatenate(gates)[headline_mask(cases)[0]])
+    scorers["model"] = lambda histories: recommender.score(histories).logits
 
-    body = compare(cases, rankings, ks, settings.evaluate.bootstrap, split)
+    body = compare(cases, rankings, ks, config.bootstrap, split)
+    catalogue = Catalogue(
+        events.popularity(),
+        pack_categories(prepared.items["categories"].to_pylist()),
+        getattr(recommender, "item_vectors", None),
+    )
+    for name, figures in from_best(body).items():
+        figures.update(beyond_accuracy(rankings[name].lists, catalogue))
     for name, fit in fitted.items():
         body["baseline_settings"][name] = {"settings": fit.settings, "validation_ndcg@10": fit.validation}
+    best = body["best_baseline"]
+    with _timed(seconds, "slices"):
+        body |= _slices(settings, cases, rankings, scorers, recommender)
+    with _timed(seconds, "ties"):
+        body["ties"] = _ties(settings, cases, {name: scorers[name] for name in ("model", best)}, prepared, recommender)
+    with _timed(seconds, "prequential"):
+        body["prequential"] = _prequential(settings, events, recommender, best, fitted[best])
     body |= {
         "name": settings.name,
         "bundle": bundle.version,
-        "part": part,
+        "part": config.part,
         "split": split,
         "exclude_seen": hide,
         "catalogue": events.catalogue,
-        "gate": gate_histogram(np.concatenate(gates)[headline_mask(cases)[0]]),
+        "gate": gate,
+        "diversity_of": "vectors" if catalogue.categories is None else "categories",
+        "leakage": {**found, "log_is_the_bundles": True},
         "epochs": bundle.metrics.get("epochs") or [],
         "seconds": seconds,
     }
-    body["notes"] = _notes(body)
+    body["notes"] = notes_on(body)
     return body
 
 
-def compare(
-    cases: Cases, rankings: Mapping[str, Ranking], ks: Sequence[int], resamples: int, split: str
+def _slices(
+    settings: Settings, cases: Cases, rankings: Mapping[str, Ranking], scorers: Mapping[str, Score], recommender: Any
 ) -> dict[str, Any]:
-    """Metrics of "model" and of every other ranking over the same cases, with paired bootstrap intervals.
-
-    Intervals and comparisons are over the headline users: the warm ones under `temporal` (all, if none is warm).
-    Coverage counts the lists of every user.
-    """
-    chosen, headline = headline_mask(cases)
-    names = list(rankings)
-    per_user = {name: _per_user(cases, rankings[name], ks, split) for name in names}
-    keys = list(per_user["model"])
-    values = np.column_stack([per_user[name][key][chosen] for name in names for key in keys])
-    samples = measure.resampled_means(values, resamples)
-    estimates = iter(measure.mean_estimates(values, samples))
-    figures: dict[str, dict[str, Any]] = {name: {key: _json(next(estimates)) for key in keys} for name in names}
-    for name in names:
-        for k in ks:
-            value = measure.coverage(rankings[name].lists, cases.events.catalogue, k)
-            figures[name][f"coverage@{k}"] = {"value": value}
-
-    def column(name: str, key: str) -> int:
-        return names.index(name) * len(keys) + keys.index(key)
-
-    baselines = [name for name in names if name != "model"]
-    paired: dict[str, Any] = {}
-    for name in baselines:
-        paired[name] = {}
-        for key in _RATIOS:
-            a, b = column(name, key), column("model", key)
-            pair = (values[:, a], values[:, b], samples[:, a], samples[:, b])
-            ratio = measure.paired_ratio(*pair)
-            difference = _json(measure.paired_difference(*pair))
-            paired[name][key] = {"ratio": _json(ratio) if ratio else None, "difference": difference}
-    best = max(baselines, key=lambda name: figures[name]["ndcg@10"]["value"])
-    slices = {}
-    for name in (WARM, COLD_USER, COLD_ITEM) if split == "temporal" else ():
-        mask = cases.slices == name
-        if mask.any() and name != headline:
-            means = {n: {key: {"value": float(per_user[n][key][mask].mean())} for key in keys} for n in names}
-            slices[name] = {"users": int(mask.sum()), "model": means.pop("model"), "baselines": means}
-    longest = max(20, *ks)
+    config = settings.evaluate
+    ndcg = {name: measure.user_metrics(ranking.ranks, [10])["ndcg@10"] for name, ranking in rankings.items()}
     return {
-        "model": figures["model"],
-        "baselines": {name: figures[name] for name in baselines},
-        "best_baseline": best,
-        "ratio_to_best": {key: paired[best][key]["ratio"] for key in _RATIOS},
-        "paired": paired,
-        "users": int(chosen.sum()),
-        "headline": headline,
-        "slices": slices,
-        "repeated_targets": repeated_targets(cases),
-        "new_item_targets": int(cases.new_items.sum()),
-        "bootstrap": resamples,
-        "baseline_settings": {},
-        "curves": {n: measure.hit_curve(rankings[n].ranks[chosen], longest).tolist() for n in names},
-        "by_history_length": _by_length(
-            cases.lengths[chosen], {name: per_user[name]["ndcg@10"][chosen] for name in names}
+        "by_history_length": slices.by_history_length(cases, ndcg),
+        "by_target_popularity": slices.by_target_popularity(cases, ndcg),
+        # Only a model with two branches can disagree with itself.
+        "by_disagreement": slices.by_disagreement(cases, ndcg, recommender, config.batch_size)
+        if hasattr(recommender, "disagreement")
+        else [],
+        "new_items": slices.new_items(
+            cases, scorers, exclude_seen=settings.data.exclude_seen, batch_size=config.batch_size,
+            resamples=config.bootstrap,
         ),
-    }
+    }  # fmt: skip
 
 
-def headline_mask(cases: Cases) -> tuple[np.ndarray, str]:
-    """Which cases [C] the headline figures are about, and their name: `warm`, or `all` if no user is warm."""
-    warm = cases.slices == WARM
-    return (warm, WARM) if warm.any() else (np.ones(len(cases), dtype=bool), "all")
+def _ties(
+    settings: Settings, cases: Cases, scorers: Mapping[str, Score], prepared: Prepared, recommender: Any
+) -> dict[str, Any]:
+    config = settings.evaluate
+    found: dict[str, Any] = ties.count(cases)
+    if not config.tie_orders or not found["events_tied"]:
+        return found
+    # A model whose counts hold more than the training part was trained on the validation events too: then those must
+    # not become the target of the test.
+    counted = getattr(recommender, "popularity", None)
+    swap = counted is None or int(counted.sum()) <= int((cases.events.parts == TRAIN).sum())
+    item_order = np.asarray(pc.rank(prepared.items["item_id"], tiebreaker="first")).astype(np.int64)
+    reordered = ties.effect(
+        cases, PARTS[config.part], settings.data.split, scorers, item_order, orders=config.tie_orders, swap=swap,
+        exclude_seen=settings.data.exclude_seen, batch_size=config.batch_size,
+    )  # fmt: skip
+    return {**found, **reordered, "swapped_with_validation": swap and settings.data.split == "leave_one_out"}
 
 
-def gate_histogram(gate_short: np.ndarray) -> dict[str, Any] | None:
-    """Twenty bins over 0..1 of the short branch's weight per user; None if no user has a history."""
-    known = gate_short[np.isfinite(gate_short)]
-    if not known.size:
+def _prequential(
+    settings: Settings, events: FlatSequences, recommender: Any, best: str, baseline: Fitted
+) -> dict[str, Any] | None:
+    """The replay of a temporal split; None under another one, or if it is switched off."""
+    config = settings.evaluate
+    if settings.data.split != "temporal" or not config.prequential:
         return None
-    counts, edges = np.histogram(np.clip(known, 0, 1), bins=20, range=(0, 1))
-    return {"mean": float(known.mean()), "edges": [round(float(e), 4) for e in edges], "counts": counts.tolist()}
+    plan = prequential.make_plan(events, PARTS[config.part], config.prequential_events, settings.data.exclude_seen)
+    if plan is None:
+        return None
+    ask, counting = Answering(recommender).score, _in_time(baseline.baseline)
+    modes = {
+        "frozen": prequential.replay_frozen(plan, ask, config.batch_size),
+        "history": prequential.replay_history(plan, ask, config.batch_size),
+    }
+    against = {
+        "frozen": prequential.replay_frozen(plan, counting, config.batch_size),
+        "history": prequential.replay_history(plan, counting, config.batch_size),
+    }
+    if hasattr(recommender, "observe"):
+        # It learns as it goes, and nobody else should be answered by what it has become.
+        modes["live"] = prequential.replay_live(plan, Answering(copy.deepcopy(recommender)), prequential.CHUNK)
+    out = {**prequential.describe(plan), **prequential.summarise(plan, modes, config.bootstrap)}
+    out["against_baseline"] = {
+        "name": best,
+        "modes": {
+            mode: prequential.summarise(plan, {"baseline": ranks, "model": modes[mode]}, config.bootstrap)["all"]
+            for mode, ranks in against.items()
+        },
+    }
+    return out
+
+
+@dataclass(frozen=True)
+class Answering:
+    """A Recommender as a replay asks it."""
+
+    recommender: Any
+
+    def score(self, histories: Sequence[History], now: np.ndarray) -> np.ndarray:
+        return self.recommender.score(histories, now=now).logits
+
+    def observe(self, histories: Sequence[History], events: Sequence[History]) -> None:
+        self.recommender.observe(histories, events)
+
+
+def _in_time(baseline: Baseline) -> prequential.Ask:
+    """A baseline as a replay asks it: most do not care when."""
+    score: Any = baseline.score
+    if "now" in inspect.signature(score).parameters:
+        return lambda histories, now: score(histories, now=now)
+    return lambda histories, now: score(histories)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    clock = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - clock, 2)
+    log.info("%s: %.1f s", name.replace("_", " "), seconds[name])
 
 
 def table(metrics: Mapping[str, Any]) -> str:
@@ -209,41 +253,14 @@ def table(metrics: Mapping[str, Any]) -> str:
                if c in metrics["model"]]  # fmt: skip
     head = ["", *(c.upper() if not c.startswith(("rec", "pre", "cov")) else c for c in columns), "NDCG@10 95 %"]
     rows = [head]
-    for name, values in _all(metrics).items():
+    for name, values in from_best(metrics).items():
         span = values["ndcg@10"]
-        rows.append([report.LABELS.get(name, name), *(f"{values[c]['value']:.4f}" for c in columns),
+        rows.append([label_of(name), *(f"{values[c]['value']:.4f}" for c in columns),
                      f"{span['lo']:.4f}-{span['hi']:.4f}"])  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths,
              strict=True))).rstrip() for row in rows]  # fmt: skip
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def _all(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    order = sorted(metrics["baselines"], key=lambda name: -metrics["baselines"][name]["ndcg@10"]["value"])
-    return {"model": metrics["model"], **{name: metrics["baselines"][name] for name in order}}
-
-
-def _per_user(cases: Cases, ranking: Ranking, ks: Sequence[int], split: str) -> dict[str, np.ndarray]:
-    values = measure.user_metrics(ranking.ranks, ks)
-    if split == "temporal":
-        values |= measure.user_metrics_all(ranking.lists, cases.all_targets, cases.all_offsets)
-    return values
-
-
-def _by_length(lengths: np.ndarray, ndcg: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Mean NDCG@10 of each scorer in quartiles of history length; equal lengths stay together."""
-    bounds = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75], method="lower"))
-    group = np.searchsorted(bounds, lengths, side="left")
-    return [
-        {"from": int(lengths[group == g].min()), "to": int(lengths[group == g].max()), "users": int((group == g).sum()),
-         "ndcg@10": {name: float(values[group == g].mean()) for name, values in ndcg.items()}}
-        for g in np.unique(group)
-    ]  # fmt: skip
-
-
-def _json(estimate: measure.Estimate) -> dict[str, float]:
-    return {"value": estimate.value, "lo": estimate.low, "hi": estimate.high}
 
 
 def _check(settings: Settings, prepared: Prepared, bundle: Bundle) -> None:
@@ -259,46 +276,3 @@ def _check(settings: Settings, prepared: Prepared, bundle: Bundle) -> None:
             "the bundle was trained on another prepared log than this one, so it may have seen the test events; run "
             "train again"
         )
-
-
-def _notes(body: Mapping[str, Any]) -> list[str]:
-    """What a sceptical reader should know, as sentences."""
-    part = body["part"]
-    seen = "items already in the history are left out" if body["exclude_seen"] else "items already seen may come again"
-    asked = "training and validation events" if part == "test" else "training events"
-    notes = [
-        f"Every scorer ranks the whole catalogue of {body['catalogue']:,} items, without sampling; {seen}; equal "
-        "scores rank in catalogue order.",
-        "The baselines are fitted on the training part alone, as the model is, and all scorers are asked with the same "
-        f"histories: {asked}.",
-        "Baseline settings are chosen on the validation part (NDCG@10). The best baseline is the one with the highest "
-        f"NDCG@10 on the {part} part itself, which favours the baselines.",
-        f"Intervals are percentile bootstraps over users with {body['bootstrap']:,} resamples; ratios and differences "
-        "are paired, that is, resampled over the same users.",
-        "With one target per user, recall@K equals HR@K and precision@K is HR@K / K.",
-    ]
-    if part == "valid":
-        notes.append(
-            "These are validation figures: the model's stopping point and the baselines' settings were chosen on them, "
-            "so they flatter every scorer."
-        )
-    if body["split"] == "temporal":
-        kind = "users and items with training events" if body["headline"] == WARM else "all users, as none is warm"
-        notes.append(
-            f"Headline figures are over {kind}; the target is a user's first event after the cut, and the figures for "
-            "all targets count everything the user took after it. Coverage counts every user's list."
-        )
-    if body["repeated_targets"] and body["exclude_seen"]:
-        notes.append(
-            f"{body['repeated_targets']:,} targets are already in their user's history. As seen items are left out, "
-            "they can only be missed; they stay in the figures, for every scorer alike."
-        )
-    if body["new_item_targets"]:
-        notes.append(
-            f"{body['new_item_targets']:,} targets have no training event, so no baseline can rank them by counting."
-        )
-    for name, fit in body["baseline_settings"].items():
-        if fit["settings"]:
-            told = ", ".join(f"{k} {'endless' if v is None else v}" for k, v in fit["settings"].items())
-            notes.append(f"{report.LABELS[name]} settings: {told}.".replace("_", " "))
-    return notes

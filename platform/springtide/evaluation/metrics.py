@@ -82,6 +82,86 @@ def hit_curve(ranks: np.ndarray, longest: int) -> np.ndarray:
     return np.cumsum(counts) / max(len(ranks), 1)
 
 
+# ---------------------------------------------------------------- beyond accuracy: what the lists are made of
+def novelty(lists: np.ndarray, popularity: np.ndarray, k: int) -> np.ndarray:
+    """How surprising each user's first k items are: mean of -log2(share of all training events), in bits. [U] float64.
+
+    lists: [U, K] catalogue rows, -1 = no more; popularity: [I] training events. An item without any counts as one with
+    a single event. NaN for an empty list (Zhou et al. 2010).
+    """
+    bits = np.log2(max(float(np.sum(popularity)), 1.0)) - np.log2(np.maximum(popularity, 1))
+    first = np.asarray(lists)[:, :k]
+    shown = first >= 0
+    total = np.where(shown, bits[first.clip(min=0)], 0.0).sum(axis=1)
+    return _share(total, shown.sum(axis=1))
+
+
+def category_diversity(lists: np.ndarray, categories: np.ndarray, k: int) -> np.ndarray:
+    """1 - mean Jaccard similarity of the category sets over all pairs in each user's first k items. [U] float64.
+
+    lists: [U, K] catalogue rows, -1 = no more; categories: [I, C / 8] uint8, the bits of an [I, C] table as np.packbits
+    packs them, so that a pair costs few bytes. A pair with an item without categories says nothing and is left out; NaN
+    where no pair is left (Ziegler et al. 2005).
+    """
+    sizes = np.bitwise_count(categories).sum(axis=1, dtype=np.int64)
+    first = np.asarray(lists)[:, :k]
+    out = np.empty(len(first))
+    step = max(1, _CELLS // max(1, categories.shape[1] * k))
+    for start in range(0, len(first), step):
+        block = first[start : start + step]
+        usable = (block >= 0) & (sizes[block] > 0)
+        alike, pairs = np.zeros(len(block)), np.zeros(len(block))
+        for a in range(block.shape[1]):
+            for b in range(a):
+                both = usable[:, a] & usable[:, b]
+                left, right = block[both, a], block[both, b]
+                shared = np.bitwise_count(categories[left] & categories[right]).sum(axis=1, dtype=np.int64)
+                alike[both] += shared / (sizes[left] + sizes[right] - shared)
+                pairs += both
+        out[start : start + len(block)] = 1 - _share(alike, pairs)
+    return out
+
+
+def vector_diversity(lists: np.ndarray, vectors: np.ndarray, k: int) -> np.ndarray:
+    """1 - mean cosine of the item vectors over all pairs in each user's first k items. [U] float64, NaN without a pair.
+
+    lists: [U, K] catalogue rows, -1 = no more; vectors: [I, D], a zero row = no vector, left out.
+    """
+    norms = np.linalg.norm(vectors, axis=1)
+    unit = vectors / np.maximum(norms, 1e-12)[:, None]
+    first = np.asarray(lists)[:, :k]
+    out = np.empty(len(first))
+    step = max(1, _CELLS // max(1, vectors.shape[1] * k))
+    for start in range(0, len(first), step):
+        block = first[start : start + step]
+        usable = (block >= 0) & (norms[block] > 0)
+        count = usable.sum(axis=1)
+        # The squared length of the sum of n unit vectors is n plus twice the sum of all pairs' cosines.
+        total = np.where(usable[..., None], unit[block], 0.0).sum(axis=1)
+        out[start : start + len(block)] = 1 - _share((total**2).sum(axis=1) - count, count * (count - 1))
+    return out
+
+
+def gini(lists: np.ndarray, catalogue: int, k: int) -> float:
+    """How unevenly the users' first k items spread over the catalogue: 0 = all shown alike, towards 1 = one item only.
+
+    The Gini coefficient of the number of times each of the `catalogue` items is shown, never-shown ones included; 0 if
+    nothing is shown. lists: [U, K] catalogue rows, -1 = no more.
+    """
+    first = np.asarray(lists)[:, :k]
+    shown = np.sort(np.bincount(first[first >= 0], minlength=catalogue))
+    total = shown.sum()
+    if not total:
+        return 0.0
+    return float(2 * (np.arange(1, len(shown) + 1) @ shown) / (len(shown) * total) - (len(shown) + 1) / len(shown))
+
+
+def _share(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+    """parts / wholes, NaN where the whole is nothing."""
+    return np.where(wholes > 0, parts / np.maximum(wholes, 1), np.nan)
+
+
+# ---------------------------------------------------------------- intervals
 def resampled_means(values: np.ndarray, resamples: int, seed: int = SEED) -> np.ndarray:
     """Means over users of many bootstrap resamples of the users (Efron 1979).
 

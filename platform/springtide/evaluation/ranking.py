@@ -44,6 +44,19 @@ class FlatSequences:
         """[N] the user number of every event."""
         return np.repeat(np.arange(len(self.user_ids)), np.diff(self.offsets))
 
+    def history(self, user: int, end: int) -> History:
+        """A user's events before row `end`."""
+        return self.between(int(self.offsets[user]), end)
+
+    def between(self, start: int, end: int) -> History:
+        """The events in rows start:end, all of one user."""
+        rows = slice(start, end)
+        return History(self.items[rows], self.actions[rows], self.ratings[rows], self.timestamps[rows])
+
+    def popularity(self, part: int = TRAIN) -> np.ndarray:
+        """[I] int64 events of each item in a part."""
+        return np.bincount(self.items[self.parts == part], minlength=self.catalogue)
+
 
 @dataclass(frozen=True)
 class Cases:
@@ -52,6 +65,7 @@ class Cases:
     events: FlatSequences
     users: np.ndarray  # [C] user numbers
     ends: np.ndarray  # [C] the history is rows offsets[user]:end
+    rows: np.ndarray  # [C] row of the first target in the part
     targets: np.ndarray  # [C] catalogue row of the first target in the part
     all_targets: np.ndarray  # every target in the part, case after case
     all_offsets: np.ndarray  # [C + 1] where each case's targets lie in `all_targets`
@@ -67,9 +81,7 @@ class Cases:
         return self.ends - self.events.offsets[self.users]
 
     def history(self, case: int) -> History:
-        events = self.events
-        rows = slice(int(events.offsets[self.users[case]]), int(self.ends[case]))
-        return History(events.items[rows], events.actions[rows], events.ratings[rows], events.timestamps[rows])
+        return self.events.history(int(self.users[case]), int(self.ends[case]))
 
     def histories(self, start: int = 0, stop: int | None = None) -> list[History]:
         return [self.history(case) for case in range(start, len(self) if stop is None else min(stop, len(self)))]
@@ -79,8 +91,8 @@ class Cases:
         counts = np.diff(self.all_offsets)[cases]
         offsets = np.concatenate([[0], np.cumsum(counts)])
         rows = np.arange(offsets[-1]) + np.repeat(self.all_offsets[:-1][cases] - offsets[:-1], counts)
-        return Cases(self.events, self.users[cases], self.ends[cases], self.targets[cases], self.all_targets[rows],
-                     offsets, self.slices[cases], self.new_items[cases])  # fmt: skip
+        return Cases(self.events, self.users[cases], self.ends[cases], self.rows[cases], self.targets[cases],
+                     self.all_targets[rows], offsets, self.slices[cases], self.new_items[cases])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,13 @@ def build_cases(events: FlatSequences, part: int, split: str) -> Cases:
         slices[new_items] = COLD_ITEM
         slices[~np.isin(asked, np.unique(users[in_train]))] = COLD_USER
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    return Cases(events, asked, ends, targets, events.items[wanted], offsets, slices, new_items)
+    return Cases(events, asked, ends, wanted[first], targets, events.items[wanted], offsets, slices, new_items)
+
+
+def headline_mask(cases: Cases) -> tuple[np.ndarray, str]:
+    """Which cases [C] the headline figures are about, and their name: `warm`, or `all` if no user is warm."""
+    warm = cases.slices == WARM
+    return (warm, WARM) if warm.any() else (np.ones(len(cases), dtype=bool), "all")
 
 
 def repeated_targets(cases: Cases) -> int:
@@ -174,30 +192,59 @@ def target_ranks(cases: Cases, score: Score, *, exclude_seen: bool, batch_size: 
     """[C] the target's place among the whole catalogue (0: excluded); cheaper than lists when only ranks are wanted."""
     ranks = np.zeros(len(cases), dtype=np.int64)
     for start, scores in _scored(cases, score, exclude_seen, batch_size):
-        targets = cases.targets[start : start + len(scores)]
-        own = scores[np.arange(len(scores)), targets][:, None]
-        better = (scores > own).sum(axis=1)
-        level = scores == own
-        for row in np.flatnonzero(level.sum(axis=1) > 1):
-            better[row] += level[row, : targets[row]].sum()
-        ranks[start : start + len(scores)] = np.where(own[:, 0] == -np.inf, 0, better + 1)
+        ranks[start : start + len(scores)] = places(scores, cases.targets[start : start + len(scores)])
     return ranks
+
+
+def places(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """[B] int64 the place of column targets[b] in row b of scores [B, I], from 1; 0 = excluded. Ties by column."""
+    own = scores[np.arange(len(scores)), targets][:, None]
+    better = (scores > own).sum(axis=1)
+    level = scores == own
+    for row in np.flatnonzero(level.sum(axis=1) > 1):
+        better[row] += level[row, : targets[row]].sum()
+    return np.where(own[:, 0] == -np.inf, 0, better + 1)
+
+
+def block_size(wanted: int, catalogue: int) -> int:
+    """How many users to score at once: `wanted`, fewer for large catalogues."""
+    return max(1, min(wanted, _CELLS // max(catalogue, 1)))
+
+
+def candidates(scores: np.ndarray, histories: Sequence[History], exclude_seen: bool) -> np.ndarray:
+    """A copy of scores [B, I] as float32, with the items of each history at -inf if seen items are left out."""
+    out = np.array(scores, dtype=np.float32, order="C")
+    if exclude_seen and len(histories):
+        row = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+        out[row, np.concatenate([history.items for history in histories])] = -np.inf
+    return out
+
+
+def restricted(score: Score, kept: np.ndarray) -> Score:
+    """The scorer with the items outside `kept` [I] bool never recommended."""
+
+    def scored(histories: Sequence[History]) -> np.ndarray:
+        return np.where(kept, score(histories), np.float32(-np.inf))
+
+    return scored
 
 
 def _scored(cases: Cases, score: Score, exclude_seen: bool, batch_size: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first case, scores [B, I] float32 with seen items at -inf) batch by batch."""
-    step = max(1, min(batch_size, _CELLS // max(cases.events.catalogue, 1)))
+    step = block_size(batch_size, cases.events.catalogue)
     for start in range(0, len(cases), step):
         histories = cases.histories(start, start + step)
-        scores = np.array(score(histories), dtype=np.float32, order="C")
-        if np.isnan(scores).any():
-            case = start + int(np.flatnonzero(np.isnan(scores).any(axis=1))[0])
-            user = cases.events.user_ids[int(cases.users[case])]
-            raise SpringtideError(f"the scores of user {user} hold NaN and cannot be ranked; train the model again")
-        if exclude_seen:
-            row = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-            scores[row, np.concatenate([history.items for history in histories])] = -np.inf
+        scores = candidates(score(histories), histories, exclude_seen)
+        refuse_nan(scores, cases.events, cases.users[start : start + step])
         yield start, scores
+
+
+def refuse_nan(scores: np.ndarray, events: FlatSequences, users: np.ndarray) -> None:
+    """Raise SpringtideError that names the first of these users [B] whose scores [B, I] hold NaN."""
+    wrong = np.flatnonzero(np.isnan(scores).any(axis=1))
+    if wrong.size:
+        user = events.user_ids[int(users[wrong[0]])]
+        raise SpringtideError(f"the scores of user {user} hold NaN and cannot be ranked; train the model again")
 
 
 def _chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -202,6 +202,18 @@ class Recommender:
             clicks = self.model.click_probability(user, rows, self._vectors).cpu().numpy()
         return Judgement(ratings, clicks)
 
+    @torch.inference_mode()
+    def disagreement(self, histories: Sequence[History]) -> np.ndarray:
+        """How far apart the branches are after each history: 1 - cos(long, short). [B] float32, NaN without history."""
+        out = np.full(len(histories), np.nan, np.float32)
+        rows = [row for row, history in enumerate(histories) if len(history)]
+        if rows:
+            _, interest, last = self._read([histories[row] for row in rows], None)
+            row, place = last.unbind(1)
+            cosine = torch.cosine_similarity(interest.long[row, place], interest.short[row, place], dim=-1)
+            out[rows] = (1 - cosine.clamp(-1, 1)).cpu().numpy()
+        return out
+
     def similar(self, item: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k items whose vectors have the highest cosine with that of `item`: rows and cosines, best first."""
         norms = np.linalg.norm(self.item_vectors, axis=1).clip(min=1e-9)
