@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 MOVIELENS = jobs/configs/movielens-100k.yaml
 CONFIG ?= $(MOVIELENS)
 
-.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-serve clean
+.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-serve benchmark-quality clean
 
 setup: $(VENV)/.installed
 
@@ -49,6 +49,16 @@ bench-train: setup
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py
+
+# What the model reaches on real logs, beside its peers; ARGS="--seeds 0" is quicker. See benchmarks/quality.py.
+ifneq ($(strip $(DATA)),)
+benchmark-quality: setup
+	$(BIN)/python benchmarks/quality.py "$(DATA)" $(ARGS)
+else
+benchmark-quality:
+	@echo 'Say where the raw logs are: make benchmark-quality DATA=FOLDER, with ml-latest-small/ and others below it.' >&2
+	@exit 2
+endif
 
 clean:
 	rm -rf $(VENV) workspace

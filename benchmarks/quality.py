@@ -1,0 +1,374 @@
+"""How good are the recommendations? The whole way, raw log to metrics, on real logs, beside what other models reached.
+
+    python benchmarks/quality.py DATA [--logs ml-100k ...] [--all] [--seeds 0,1,2] [--set train.epochs=5 ...]
+        [--ablate model.memory=false ...] [--work DIR] [--fresh] [--yardstick yardstick.py --peer-ranks FOLDER]
+
+DATA holds ml-100k/, ml-latest-small/, amazon-sports/ and online-retail/, raw; ml-100k is fetched if it is not there.
+Each log is prepared and embedded once, then trained and evaluated with each seed, by the jobs as a user runs them, on a
+Ray cluster of its own. quality.yaml describes the logs; model and training take the project's defaults on all of them.
+What is finished is not run again, so an interrupted benchmark goes on when the same command is given again. The status
+is 0 only if every run that was asked for is there. The table is also written to WORK as quality.json and quality.md.
+
+--peer-ranks has LOG.parquet (user, items) of a peer; yardstick.py then gives a paired ratio to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import yaml
+
+from harness import REPO, describe, job, machine, run_measured, tail
+from quality_logs import (
+    LOGS,
+    Log,
+    MissingLog,
+    load_logs,
+    locate,
+    read_events,
+    source_files,
+    split_hashes,
+    write_split,
+)
+from quality_report import count, figures_of, load_peers, mean_ratio, render, summarise
+from springtide.config import load_settings
+from springtide.data.prepared import load_prepared
+from springtide.errors import SpringtideError
+from springtide.files import publish_directory, write_json, write_text
+from springtide.local_cluster import local_cluster
+from springtide.quickstart import fetch_movielens
+
+DEFAULT_LOGS = ["ml-100k", "ml-latest-small", "amazon-sports", "online-retail"]
+OURS = ("name", "workspace", "train.seed")  # settings that this script gives
+DEFAULTS = "defaults"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings that differ from the defaults, and the seed."""
+
+    overrides: tuple[str, ...]
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder: readable, and different for different settings."""
+        said = sorted(self.overrides)
+        if not said:
+            return f"{DEFAULTS}-seed-{self.seed}"
+        readable = re.sub(r"[^A-Za-z0-9.]+", "-", "_".join(said))[:60].strip("-")
+        return f"{readable}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:8]}-seed-{self.seed}"
+
+
+@dataclass
+class Bench:
+    """What the command line said, and where a log's files go."""
+
+    work: Path
+    overrides: tuple[str, ...]
+    ablations: list[tuple[str, ...]]
+    seeds: list[int]
+    fresh: bool = False
+    yardstick: Any = None  # the module
+    peer_ranks: Path | None = None
+    failures: list[str] = field(default_factory=list)
+
+    def fail(self, what: str, why: object) -> None:
+        """Say why something was not measured, and keep the last line of it."""
+        print(f"  {what}: {why}", flush=True)
+        self.failures.append(f"{what}: {str(why).splitlines()[-1]}")
+
+    def folder(self, log: Log) -> Path:
+        return self.work / log.name
+
+    def config(self, log: Log) -> Path:
+        return self.folder(log) / "experiment.yaml"
+
+    def workspace(self, log: Log) -> Path:
+        return self.folder(log) / "workspace"
+
+    def run_folder(self, log: Log, variant: Variant) -> Path:
+        return self.folder(log) / "runs" / variant.name
+
+    def variants(self) -> list[Variant]:
+        """All that is to be run on a log: every seed, then the ablations on the first seed."""
+        seeds = [Variant(self.overrides, seed) for seed in self.seeds]
+        return [*seeds, *(Variant((*self.overrides, *extra), self.seeds[0]) for extra in self.ablations)]
+
+
+# ---------------------------------------------------------------- what is there already
+def finished(bench: Bench, log: Log, variant: Variant, source: str) -> dict[str, Any] | None:
+    """The run.json of a variant that was measured on these files; None if it has to be run."""
+    try:
+        run: dict[str, Any] = json.loads((bench.run_folder(log, variant) / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return run if run.get("source") == source else None
+
+
+def code_version() -> str:
+    """Ten hex digits of the package's code and the description of the logs."""
+    digest = hashlib.sha256()
+    for path in [*sorted((REPO / "platform" / "springtide").rglob("*.py")), LOGS]:
+        digest.update(path.relative_to(REPO).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:10]
+
+
+# ---------------------------------------------------------------- one log
+def run_log(bench: Bench, log: Log, section: dict[str, Any]) -> dict[Variant, dict[str, Any]]:
+    """Every variant of a log, run unless it is there already. What fails is noted and left out."""
+    source, version = source_files(section), code_version()
+    config = bench.config(log)
+    config.parent.mkdir(parents=True, exist_ok=True)
+    experiment = {"name": log.name, "workspace": str(bench.workspace(log)), "data": section}
+    config.write_text(yaml.safe_dump(experiment, sort_keys=False), encoding="utf-8")
+    variants = bench.variants()
+    for variant in variants:
+        load_settings(config, variant.overrides)  # what is misspelt is told before anything runs
+    if bench.fresh:
+        shutil.rmtree(bench.workspace(log), ignore_errors=True)
+        for variant in variants:
+            shutil.rmtree(bench.run_folder(log, variant), ignore_errors=True)
+    runs = {variant: run for variant in variants if (run := finished(bench, log, variant, source))}
+    for variant in runs:
+        print(f"  {variant.name}: measured before", flush=True)
+    waiting = [variant for variant in variants if variant not in runs]
+    if waiting:
+        try:
+            with local_cluster() as cluster:
+                split = prepare(bench, log, cluster.environment)
+                for variant in waiting:
+                    facts = {"log": log.name, "source": source, "code": version, "split": split}
+                    try:
+                        runs[variant] = measure(bench, log, variant, facts, cluster.environment)
+                    except (SystemExit, SpringtideError) as error:
+                        bench.fail(f"{log.name}, {variant.name}", error)
+        except (SystemExit, SpringtideError) as error:
+            bench.fail(log.name, error)
+    return {variant: runs[variant] for variant in variants if variant in runs}
+
+
+def prepare(bench: Bench, log: Log, env: Mapping[str, str]) -> dict[str, str]:
+    """Prepare a log, and embed its items unless their vectors are there. Returns the sha256 of the parts."""
+    from springtide.text.embed import load_vectors
+
+    config, workspace, logs = bench.config(log), bench.workspace(log), bench.folder(log) / "logs"
+    done = run_measured(job("prepare", config, *bench.overrides), logs / "prepare.log", env=env)
+    print(f"  prepare: {done.seconds:.0f} s", flush=True)
+    settings, prepared = load_settings(config, bench.overrides), load_prepared(workspace)
+    try:
+        vectors = load_vectors(settings, prepared.items)
+    except SpringtideError:
+        vectors = None
+    if vectors is None and prepared.report["catalogue"]["with_text"]:
+        done = run_measured(job("embed", config, *bench.overrides), logs / "embed.log", env=env)
+        print(f"  embed: {done.seconds:.0f} s", flush=True)
+    split = split_hashes(read_events(prepared.path))
+    peers = load_peers()[log.name]
+    if split == peers["sha256"] and len(prepared.items) == peers["catalogue"]:
+        print("  the same split and catalogue as the peers', row by row", flush=True)
+    else:
+        print("  NOT the peers' split or catalogue: their figures are not compared with", flush=True)
+    return split
+
+
+def measure(
+    bench: Bench, log: Log, variant: Variant, facts: Mapping[str, Any], env: Mapping[str, str]
+) -> dict[str, Any]:
+    """Train, evaluate and write the lists of one variant; keep what is to be kept in its folder. Returns run.json."""
+    config, workspace, logs = bench.config(log), bench.workspace(log), bench.folder(log) / "logs"
+    overrides = [*variant.overrides, f"train.seed={variant.seed}"]
+    began = time.perf_counter()
+    seconds = {}
+    for stage in ("train", "evaluate"):
+        done = run_measured(job(stage, config, *overrides), logs / f"{variant.name}-{stage}.log", env=env)
+        seconds[stage] = round(done.seconds, 1)
+    said, lists = logs / f"{variant.name}-lists.log", workspace / "ranks.parquet"
+    run_measured([sys.executable, REPO / "benchmarks" / "quality_lists.py", config, lists, *overrides], said, env=env)
+    metrics = json.loads((workspace / "metrics.json").read_text(encoding="utf-8"))
+    train = json.loads((workspace / "results" / "train.json").read_text(encoding="utf-8"))
+    run = {
+        **facts, "seed": variant.seed, "overrides": list(variant.overrides), **figures_of(metrics, train),
+        "seconds": seconds, "wall_seconds": round(time.perf_counter() - began, 1),
+    }  # fmt: skip
+    again, ndcg = json.loads(tail(said, 1))["ndcg@10"], run["ndcg@10"]["value"]
+    if abs(again - ndcg) > 1e-4:
+        raise SpringtideError(f"the lists have NDCG@10 {again:.5f}, but evaluate says {ndcg:.5f}")
+    with publish_directory(bench.run_folder(log, variant)) as out:
+        for kept in ("metrics.json", "report.html", "ranks.parquet", "results/train.json"):
+            shutil.copy(workspace / kept, out)
+        write_json(out / "run.json", run)
+    shutil.rmtree(train["run"], ignore_errors=True)  # the checkpoints
+    epochs = count(run["epochs"], "epoch")
+    print(f"  {variant.name}: NDCG@10 {ndcg:.4f} (validation {run['valid_ndcg@10']:.4f}), {epochs} in "
+          f"{run['train_cpu_seconds']:.0f} CPU s, {run['wall_seconds']:.0f} s in all", flush=True)  # fmt: skip
+    return run
+
+
+# ---------------------------------------------------------------- a paired comparison
+def pair_with_peer(bench: Bench, log: Log, runs: Mapping[Variant, dict[str, Any]]) -> None:
+    """Add "paired_peer" to each run by the yardstick's paired bootstrap, if one was given with this log's peer."""
+    if bench.yardstick is None or bench.peer_ranks is None or not runs:
+        return
+    theirs, prepared = bench.peer_ranks / f"{log.name}.parquet", bench.workspace(log) / "prepared"
+    try:
+        if split_hashes(read_events(prepared)) != next(iter(runs.values()))["split"]:
+            raise ValueError(f"{prepared} is another log by now; run it again with --fresh")
+        folder = bench.folder(log) / "split"
+        write_split(prepared, folder, log.data["split"])
+        split, peer = bench.yardstick.Split(str(folder)), bench.yardstick.read_ranks(str(theirs))
+        for variant, run in runs.items():
+            ours = bench.yardstick.read_ranks(str(bench.run_folder(log, variant) / "ranks.parquet"))
+            found = bench.yardstick.compare(split, peer, ours)["NDCG@10"]
+            ratio = {"value": found["ratio"], "lo": found["ratio_lo"], "hi": found["ratio_hi"]}
+            run["paired_peer"] = {"ndcg@10": found["a"], "ratio": ratio}
+    except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
+        print(f"  the ratio to the peer is not paired: {error}", flush=True)
+
+
+def load_yardstick(path: Path) -> Any:
+    """The yardstick as a module. Raises SpringtideError if that cannot be."""
+    spec = importlib.util.spec_from_file_location("yardstick", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise SpringtideError(f"there is no yardstick at {path}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise SpringtideError(f"the yardstick {path} cannot be loaded: {error}") from None
+    return module
+
+
+# ---------------------------------------------------------------- the command
+def find(bench: Bench, log: Log, data: Path) -> dict[str, Any] | None:
+    """A log's section `data`, MovieLens-100K fetched if need be; None, and a sentence said, if the log is missing."""
+    made = bench.folder(log) / "made"
+    try:
+        if log.name == "ml-100k" and not (data / log.folder).exists():
+            data = bench.work / "fetched"
+            fetch_movielens(data / log.folder)
+        return locate(log, data, made)
+    except (MissingLog, SpringtideError) as error:
+        bench.fail(f"{log.name} skipped", error)
+        return None
+
+
+def run_all(bench: Bench, logs: Sequence[Log], data: Path) -> str:
+    """Run every log and write quality.json and quality.md below the work folder. Returns the report as text."""
+    peers, titles = load_peers(), {log.name: log.title for log in logs}
+    facts = machine()
+    summaries: dict[str, Any] = {}
+    ablations: dict[str, dict[str, Any]] = {}
+    measured: dict[str, list[dict[str, Any]]] = {}
+    for log in logs:
+        print(f"\n== {log.title}", flush=True)
+        section = find(bench, log, data)
+        runs = {} if section is None else run_log(bench, log, section)
+        pair_with_peer(bench, log, runs)
+        seeds = {variant: run for variant, run in runs.items() if variant.overrides == bench.overrides}
+        measured[log.name] = list(runs.values())
+        if seeds:
+            summaries[log.name] = summarise(list(seeds.values()), peers[log.name])
+            first = next(iter(seeds))
+            others = {" ".join(v.overrides[len(bench.overrides) :]): run for v, run in runs.items() if v not in seeds}
+            if others and first.seed == bench.seeds[0]:
+                ablations[log.name] = {" ".join(bench.overrides) or DEFAULTS: seeds[first], **others}
+        body = {"machine": facts, "overrides": list(bench.overrides), "mean_ratio_to_best_peer": mean_ratio(summaries),
+                "logs": summaries, "runs": measured, "failures": bench.failures}  # fmt: skip
+        write_json(bench.work / "quality.json", body)
+        page = render(summaries, ablations, titles, warnings(bench, measured), as_markdown=True)
+        write_text(bench.work / "quality.md", f"{page}\n\n{describe(facts)}\n")
+    text = render(summaries, ablations, titles, warnings(bench, measured)) or "Nothing was measured."
+    return f"{describe(facts)}\n\n{text}"
+
+
+def warnings(bench: Bench, measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """What must be known before a figure is believed."""
+    found = []
+    if bench.overrides:
+        found.append(f"NOT with the default settings but with {' '.join(bench.overrides)}.")
+    version = code_version()
+    if old := [name for name, runs in measured.items() if any(run["code"] != version for run in runs)]:
+        found.append(
+            f"Measured, at least in part, by ANOTHER VERSION OF THE CODE: {', '.join(old)} (--fresh runs again)."
+        )
+    return found
+
+
+def seeds_of(text: str) -> list[int]:
+    """`0,1,2` as numbers, each once."""
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def check_overrides(overrides: Sequence[str], ablations: Sequence[Sequence[str]]) -> None:
+    """Raise SpringtideError for a setting that would undo what the benchmark is about."""
+    for override in [*overrides, *(one for ablation in ablations for one in ablation)]:
+        key = override.partition("=")[0].strip()
+        if key in OURS:
+            raise SpringtideError(f"{override}: the benchmark sets {key} itself")
+    for one in (one for ablation in ablations for one in ablation):
+        if one.partition(".")[0] in ("data", "text"):
+            raise SpringtideError(f"--ablate {one}: the variants share what prepare and embed wrote; use --set")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    logs = load_logs()
+    parser = argparse.ArgumentParser(prog="benchmarks/quality.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder with the raw logs")
+    parser.add_argument("--logs", nargs="+", choices=list(logs), default=DEFAULT_LOGS, metavar="LOG",
+                        help=f"of {', '.join(logs)}; default: the first four")  # fmt: skip
+    parser.add_argument("--all", action="store_true", help="every log")
+    parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], metavar="0,1,2")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting")
+    parser.add_argument("--ablate", action="append", default=[], metavar="section.key=value",
+                        help="also run this, on the first seed; a space joins settings to one variant")  # fmt: skip
+    parser.add_argument("--work", type=Path, default=REPO / "workspace" / "quality", help="what is written goes here")
+    parser.add_argument("--fresh", action="store_true", help="run again what is finished")
+    parser.add_argument("--yardstick", type=Path, help="yardstick.py, for paired ratios to peers")
+    parser.add_argument("--peer-ranks", type=Path, help="folder with LOG.parquet (user, items) of a peer")
+    args = parser.parse_args(arguments)
+    if args.all:
+        args.logs = list(logs)
+    if not args.data.is_dir():
+        parser.error(f"there is no folder {args.data}; DATA is the folder that holds ml-100k/, ml-latest-small/, ...")
+    if (args.yardstick is None) != (args.peer_ranks is None):
+        parser.error("give --yardstick and --peer-ranks together")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
+    logs = load_logs()
+    ablations = [tuple(one.split()) for one in args.ablate]
+    bench = Bench(args.work.absolute(), tuple(args.set), ablations, args.seeds, args.fresh, peer_ranks=args.peer_ranks)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the cluster would outlive this process
+    try:
+        check_overrides(args.set, ablations)
+        if args.yardstick is not None:
+            bench.yardstick = load_yardstick(args.yardstick)
+        text = run_all(bench, [logs[name] for name in dict.fromkeys(args.logs)], args.data.absolute())
+    except SpringtideError as error:
+        sys.exit(f"quality: {error}")
+    except KeyboardInterrupt:
+        sys.exit("quality: interrupted; the same command goes on from here")
+    print(f"\n{text}\n\nwritten to {bench.work / 'quality.json'} and quality.md")
+    if bench.failures:
+        sys.exit(f"quality: {len(bench.failures)} not measured: {'; '.join(bench.failures)}")
+
+
+if __name__ == "__main__":
+    main()

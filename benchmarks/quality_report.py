@@ -1,0 +1,218 @@
+"""What benchmarks/quality.py says of its runs: figures over the seeds, ratios to the peers, tables."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness import table
+
+PEERS = Path(__file__).with_name("peers.json")
+GIVEN = "the lists given"  # a peer that is not the best one of peers.json
+Run = Mapping[str, Any]  # the body of a run.json, see figures_of
+UNPAIRED = (
+    "Ratio to the peer: our NDCG@10 by the peer's; in brackets our own 95 % bootstrap interval over users, by the same "
+    "figure. It is not paired, because only the peer's mean is kept."
+)
+PAIRED = "Ratio to the peer marked *: 95 % interval of a paired bootstrap over the same users, by the yardstick given."
+OWN = "Ratio to our own best baseline (of evaluate's report): 95 % interval of a paired bootstrap over the same users."
+SEEDS = "With several seeds every figure is their mean, bounds of intervals included; ± is the standard deviation."
+
+
+def load_peers(path: Path = PEERS) -> dict[str, Any]:
+    """Log -> its split, number of users judged, catalogue size, sha256 of the parts and peers, best first."""
+    logs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["logs"]
+    for entry in logs.values():
+        entry["peers"].sort(key=lambda peer: -peer["ndcg@10"])
+    return logs
+
+
+# ---------------------------------------------------------------- one run
+def figures_of(metrics: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run.json keeps of a workspace's metrics.json and results/train.json."""
+    best, model = metrics["best_baseline"], metrics["model"]
+    return {
+        **{key: model[key] for key in ("ndcg@10", "hr@10", "coverage@10")},
+        "users": metrics["users"],
+        "catalogue": metrics["catalogue"],
+        "valid_ndcg@10": train["validation"]["ndcg@10"],
+        "own_best": {
+            "name": best,
+            "ndcg@10": metrics["baselines"][best]["ndcg@10"],
+            "ratio": metrics["paired"][best]["ndcg@10"]["ratio"],
+        },
+        "live_to_frozen": live_to_frozen(metrics),
+        "train_cpu_seconds": cpu_seconds(train),
+        "epochs": len(train["epochs"]),
+        "train_seconds": train["seconds"],
+    }
+
+
+def cpu_seconds(train: Mapping[str, Any]) -> float:
+    """CPU seconds of the workers over all epochs, those of a refit included."""
+    epochs = [*train["epochs"], *(train.get("refit_epochs") or [])]
+    return float(sum(epoch["cpu_seconds"] for epoch in epochs))
+
+
+def live_to_frozen(metrics: Mapping[str, Any]) -> dict[str, float] | None:
+    """NDCG@10 of the replay in which the model learns as it goes, by that in which nothing is revealed."""
+    replay = (metrics.get("prequential") or {}).get("all") or {}
+    ratio: dict[str, float] | None = (replay.get("ratios") or {}).get("live/frozen")
+    return ratio
+
+
+# ---------------------------------------------------------------- one log
+def mean_estimate(estimates: Iterable[Mapping[str, float] | None]) -> dict[str, float] | None:
+    """The mean of estimates {"value", "lo", "hi"}, bound by bound; None if one is missing."""
+    found = list(estimates)
+    if not found or any(estimate is None for estimate in found):
+        return None
+    return {key: statistics.fmean(e[key] for e in found if e is not None) for key in ("value", "lo", "hi")}
+
+
+def summarise(runs: Sequence[Run], peers: Mapping[str, Any]) -> dict[str, Any]:
+    """The runs of a log, one a seed, against its entry in peers.json.
+
+    A run of another split, catalogue or number of users than the peers' is not compared with them ("peer" is None).
+    """
+    values = [run["ndcg@10"]["value"] for run in runs]
+    ours = mean_estimate(run["ndcg@10"] for run in runs)
+    assert ours is not None
+    same = all(run["split"] == peers["sha256"] and run["catalogue"] == peers["catalogue"]
+               and run["users"] == peers["users"] for run in runs)  # fmt: skip
+    peer = peers["peers"][0]
+    ratio: dict[str, Any] = {**{key: value / peer["ndcg@10"] for key, value in ours.items()}, "paired": False}
+    paired = [run["paired_peer"] for run in runs if "paired_peer" in run]
+    if len(paired) == len(runs):
+        ratio = {**(mean_estimate(pair["ratio"] for pair in paired) or {}), "paired": True}
+        given = paired[0]["ndcg@10"]
+        if abs(given - peer["ndcg@10"]) > 1e-4:  # other lists than those of the best peer
+            peer = {"name": GIVEN, "ndcg@10": given, "coverage@10": None}
+    return {
+        "seeds": [run["seed"] for run in runs],
+        "ndcg@10": {**ours, "spread": statistics.stdev(values) if len(values) > 1 else None, "of_seeds": values},
+        **{key: statistics.fmean(run[key]["value"] for run in runs) for key in ("hr@10", "coverage@10")},
+        "peer": peer if same else None,
+        "ratio_to_peer": ratio if same else None,
+        "own_best": {
+            "name": runs[0]["own_best"]["name"],
+            "ndcg@10": statistics.fmean(run["own_best"]["ndcg@10"]["value"] for run in runs),
+            "ratio": mean_estimate(run["own_best"]["ratio"] for run in runs),
+        },
+        "live_to_frozen": mean_estimate(run["live_to_frozen"] for run in runs),
+        "train_cpu_seconds": statistics.fmean(run["train_cpu_seconds"] for run in runs),
+        "train_seconds": statistics.fmean(run["train_seconds"] for run in runs),
+    }
+
+
+def ratios_to_best(summaries: Mapping[str, Mapping[str, Any]]) -> list[float]:
+    """The ratio to the best peer, of every log that was compared with it."""
+    compared = [found for found in summaries.values() if found["peer"] and found["peer"]["name"] != GIVEN]
+    return [found["ratio_to_peer"]["value"] for found in compared]
+
+
+def mean_ratio(summaries: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The mean of those ratios; None if there is none."""
+    ratios = ratios_to_best(summaries)
+    return statistics.fmean(ratios) if ratios else None
+
+
+# ---------------------------------------------------------------- tables
+def ratio_text(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return "–"
+    return f"{ratio['value']:.2f} [{ratio['lo']:.2f}, {ratio['hi']:.2f}]{'*' if ratio.get('paired') else ''}"
+
+
+def own_text(figure: Mapping[str, Any]) -> str:
+    spread = "" if figure["spread"] is None else f" ± {figure['spread']:.4f}"
+    return f"{figure['value']:.4f}{spread}"
+
+
+HEADER = ["log", "NDCG@10", "seeds", "best peer", "ratio [95 %]", "own best baseline", "ratio [95 %]",
+          "coverage@10", "peer's", "train CPU s", "train wall s"]  # fmt: skip
+
+
+def rows_of(summaries: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str]) -> list[list[str]]:
+    """A row for each log, under HEADER."""
+    rows = []
+    for name, found in summaries.items():
+        peer, own = found["peer"], found["own_best"]
+        rows.append([
+            titles[name], own_text(found["ndcg@10"]), str(len(found["seeds"])),
+            f"{peer['name']} {peer['ndcg@10']:.4f}" if peer else "– (another log or split)",
+            ratio_text(found["ratio_to_peer"]),
+            f"{own['name'].replace('_', ' ')} {own['ndcg@10']:.4f}", ratio_text(own["ratio"]),
+            f"{found['coverage@10']:.2f}", f"{peer['coverage@10']:.2f}" if peer and peer["coverage@10"] else "–",
+            f"{found['train_cpu_seconds']:,.0f}", f"{found['train_seconds']:,.0f}",
+        ])  # fmt: skip
+    return rows
+
+
+def notes_on(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What has to be said below the table."""
+    ratios = [found["ratio_to_peer"] for found in summaries.values() if found["ratio_to_peer"]]
+    best = ratios_to_best(summaries)
+    notes = (
+        [f"Mean ratio to the best peer over {count(len(best), 'log')}: {statistics.fmean(best):.3f}."] if best else []
+    )
+    for name, found in summaries.items():
+        if found["live_to_frozen"]:
+            notes.append(f"{name}, replayed event by event after the cut: a model that learns as it goes has "
+                         f"{ratio_text(found['live_to_frozen'])} of the NDCG@10 of a frozen one.")  # fmt: skip
+    if any(not ratio["paired"] for ratio in ratios):
+        notes.append(UNPAIRED)
+    if any(ratio["paired"] for ratio in ratios):
+        notes.append(PAIRED)
+    notes.append(OWN)
+    if any(len(found["seeds"]) > 1 for found in summaries.values()):
+        notes.append(SEEDS)
+    return notes
+
+
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+ABLATION_HEADER = ["variant", "valid NDCG@10", "difference", "test NDCG@10", "difference"]
+
+
+def ablation_rows(variants: Mapping[str, Run]) -> list[list[str]]:
+    """A row for each variant on one log and seed, under ABLATION_HEADER; the first variant is the one compared with."""
+    first = next(iter(variants.values()))
+    rows = []
+    for name, run in variants.items():
+        row = [name]
+        for value, base in ((run["valid_ndcg@10"], first["valid_ndcg@10"]),
+                            (run["ndcg@10"]["value"], first["ndcg@10"]["value"])):  # fmt: skip
+            row += [f"{value:.4f}", "" if run is first else f"{value - base:+.4f}"]
+        rows.append(row)
+    return rows
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same as a table of Markdown."""
+    lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def render(
+    summaries: Mapping[str, Mapping[str, Any]],
+    ablations: Mapping[str, Mapping[str, Run]],
+    titles: Mapping[str, str],
+    warnings: Sequence[str] = (),
+    as_markdown: bool = False,
+) -> str:
+    """Everything measured, as text for a terminal or as Markdown."""
+    make = markdown if as_markdown else table
+    parts = []
+    if summaries:
+        notes = [*warnings, *notes_on(summaries)]
+        parts += [make(HEADER, rows_of(summaries, titles)), ("\n\n" if as_markdown else "\n").join(notes)]
+    for name, variants in ablations.items():
+        seed = next(iter(variants.values()))["seed"]
+        parts += [f"Ablations on {titles[name]}, seed {seed}:", make(ABLATION_HEADER, ablation_rows(variants))]
+    return "\n\n".join(parts)
