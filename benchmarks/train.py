@@ -48,7 +48,7 @@ def bare_run(config: Path, run: str, workers: int, epochs: int, log: Path) -> di
 def compare(root: Path, log: Path, workers: int, epochs: int, rounds: int) -> dict[str, Any]:
     """The rounds of both systems, with `workers` processes each, and their best."""
     workspace = root / "workspace"
-    train = {"workers": workers, "epochs": epochs, "patience": epochs}
+    train = {"workers": workers, "epochs": epochs, "patience": epochs, "refit": False}
     config = write_experiment(
         root / f"train-{workers}.yaml", workspace, log, "parquet", model={"text_dim": 0}, train=train
     )

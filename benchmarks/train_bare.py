@@ -23,38 +23,51 @@ import torch.distributed as dist
 
 from springtide.config import Settings, load_settings
 from springtide.data.prepared import load_prepared
-from springtide.training.loop import make_optimizer, validate
+from springtide.training.job import sized
+from springtide.training.loop import averaged, make_optimizer, update_average, validate
+from springtide.training.sampling import Sampling
 from springtide.training.sequences import concatenate, epoch_batches, from_table, validation_cases
 from springtide.training.worker import build_model
 
 
 def train(rank: int, world: int, settings: Settings, inputs: Path, epochs: int) -> dict[str, list[float]]:
     """Seconds, CPU seconds and positions of each epoch of this process."""
+    prepared = load_prepared(Path(settings.workspace))
+    settings = sized(settings, prepared)
     config = settings.train
     torch.set_num_threads(config.threads_per_worker)
-    prepared = load_prepared(Path(settings.workspace))
     sequences = concatenate([from_table(pq.read_table(f), 0.0) for f in prepared.sequence_files[rank::world]])
     cases = validation_cases(sequences, -(-config.validation_users // world))
     model, _ = build_model(settings, len(prepared.actions), inputs)
     optimizer = make_optimizer(model, config)
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    sampling = Sampling(
+        settings.model.long_window, -(-config.batch_size // world), -(-config.batch_positions // world),
+        1.0 if config.within_session is None else config.within_session, config.crop, config.mask, config.reorder,
+    )  # fmt: skip
+    catalogue = len(model.item_vectors.known)
+    negatives = config.negatives if catalogue > max(config.full_softmax_items, config.negatives) else 0
+    average: dict[str, torch.Tensor] = {}
     record: dict[str, list[float]] = {"seconds": [], "cpu_seconds": [], "positions": []}
     for epoch in range(epochs):
         started, cpu, positions = time.perf_counter(), time.process_time(), 0
         seed = (config.seed, epoch, rank, 0)
         model.train()
-        batches = list(epoch_batches(sequences, settings.model.long_window, -(-config.batch_size // world), seed))
+        batches = list(epoch_batches(sequences, sampling, seed))
         steps = torch.tensor(len(batches))
         if world > 1:
             dist.all_reduce(steps, dist.ReduceOp.MIN)  # shares differ by a batch or two
         for batch in batches[: int(steps)]:
-            loss, count = wrapped(batch, settings.data.exclude_seen, config.label_smoothing)
+            loss, count = wrapped(batch, settings.data.exclude_seen, config.label_smoothing, negatives)
             optimizer.zero_grad(set_to_none=True)
             (loss / max(1, count)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
+            if config.average:
+                update_average(average, model, config.average)
             positions += count
-        validate(model, cases, settings.data.exclude_seen, torch.device("cpu"))
+        with averaged(model, average):
+            validate(model, cases, settings.data.exclude_seen, torch.device("cpu"))
         record["seconds"].append(time.perf_counter() - started)
         record["cpu_seconds"].append(time.process_time() - cpu)
         record["positions"].append(positions)

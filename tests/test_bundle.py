@@ -128,8 +128,8 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
 
 
 def test_another_format_is_refused(path: Path) -> None:
-    rewrite_json(path / "config.json", format=2)
-    with pytest.raises(SpringtideError, match="format 2, this version reads 1"):
+    rewrite_json(path / "config.json", format=1)
+    with pytest.raises(SpringtideError, match="format 1, this version reads 2"):
         load_bundle(path)
 
 

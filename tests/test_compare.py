@@ -20,14 +20,15 @@ from springtide.evaluation.ranking import build_cases, flatten
 from springtide.files import write_json, write_manifest
 from springtide.presets import PRESETS
 from springtide.schemas import SEQUENCES, TEST, TRAIN
+from springtide.training import job
 from springtide.training.job import text_features
 from springtide.training.loop import Progress, fit, make_optimizer
 from springtide.training.sequences import from_table
-from springtide.training.statistics import collect
 from springtide.training.worker import ShardFeed, build_model, write_inputs
-from toy import ITEMS_IN_TOY, toy_items, toy_settings
+from toy import ITEMS_IN_TOY, tables_of, toy_items, toy_log, toy_settings
 from write_workspace import USERS, write_workspace
 
+TRAIN_AND_VALID = len(toy_log(USERS)) - USERS  # the last event of each is for the test
 CHOSEN = ["lstm", "bert_lstm", "cnn_lstm_attention"]
 
 
@@ -89,17 +90,20 @@ class Shard:
 
 
 TRAINED: list[str] = []
+REFITTED: list[str] = []
 
 
-def train_here(settings: Settings, prepared: Prepared, run_folder: Path, submitted: float) -> Progress:
+def train_here(
+    settings: Settings, prepared: Prepared, run_folder: Path, submitted: float, refit: bool = False
+) -> Progress:
     """training.job.train in this process."""
-    TRAINED.append(settings.model.preset)
+    (REFITTED if refit else TRAINED).append(settings.model.preset)
     table = prepared.sequences().combine_chunks()
     run_folder.mkdir(parents=True)
-    statistics = collect(from_table(table, 0), len(prepared.items), settings.model)
-    write_inputs(run_folder / "inputs.safetensors", statistics, text_features(settings, prepared))
+    tables = tables_of(from_table(table, 0, refit), len(prepared.items), settings.model)
+    write_inputs(run_folder / "inputs.safetensors", tables, text_features(settings, prepared))
     model, _ = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
-    feed = ShardFeed(Shard(table), settings.model.long_window, settings.train, 0.0)
+    feed = ShardFeed(Shard(table), settings.model.long_window, settings.train, 0.0, refit, None)
 
     def after(progress: Progress) -> None:
         progress.epochs[-1] |= {"first_step_seconds": 0.1, "report_seconds": 0.5}
@@ -117,8 +121,10 @@ def train_here(settings: Settings, prepared: Prepared, run_folder: Path, submitt
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(compare, "train", train_here)
+    for module in (compare, job):
+        monkeypatch.setattr(module, "train", train_here)
     TRAINED.clear()
+    REFITTED.clear()
     return write_workspace(tmp_path / "toy")
 
 
@@ -139,6 +145,7 @@ def test_every_preset_gets_a_line(workspace: Path, capsys: pytest.CaptureFixture
         row, bundle = rows[name], load_bundle(workspace / "compare" / name / "bundle")
         assert bundle.settings.model.preset == name and bundle.settings.train.heads == (0.3, 0.3)
         assert bundle.settings.model.long_hidden == 12  # what is given is given to all of them
+        assert bundle.recommender.popularity.sum() == TRAIN_AND_VALID
         assert row["epochs"] == 2 and row["parameters"] == bundle.metrics["parameters"]
         assert row["wall_seconds"] > 1 and row["cpu_seconds"] > 0
         for figure in ("accuracy", "precision", "recall", "f1", "hr@10", "ndcg@10", "mrr@20", "coverage@10"):
@@ -160,7 +167,7 @@ def test_what_was_trained_is_not_trained_again(workspace: Path) -> None:
     compare.run(settings_of(workspace))
     first = rows_of(workspace)
     compare.run(settings_of(workspace))
-    assert TRAINED == CHOSEN and rows_of(workspace) == first
+    assert TRAINED == REFITTED == CHOSEN and rows_of(workspace) == first
     compare.run(settings_of(workspace, train__learning_rate=1e-3, compare__presets=["lstm"]))
     assert [*CHOSEN, "lstm"] == TRAINED
     (workspace / "compare" / "lstm" / "trained.json").unlink()  # stopped before it was done
@@ -185,7 +192,7 @@ def test_a_log_without_texts_ratings_and_times(workspace: Path) -> None:
     pq.write_table(plain, workspace / "prepared" / "items" / "part-0.parquet")
     write_json(
         workspace / "prepared" / "report.json",
-        {"users": USERS, "split": {"valid": USERS}, "catalogue": {"with_text": 0}},
+        {"users": USERS, "split": {"valid": USERS, "cuts_ms": []}, "catalogue": {"with_text": 0}},
     )
     write_manifest(workspace / "prepared", {"content_hash": "changed"})
     compare.run(settings_of(workspace, compare__presets=list(PRESETS), compare__epochs=1))

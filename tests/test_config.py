@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 
 from springtide.config import Settings, load_settings, parse_settings, set_by_path, with_values
 from springtide.errors import SpringtideError
+from springtide.training.job import sized
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MINIMAL = "data: {events: {paths: log.csv}}\n"
@@ -206,3 +208,24 @@ def test_set_by_path_makes_missing_sections() -> None:
     set_by_path(tree, "a.b.c", 1)
     set_by_path(tree, "d", 2)
     assert tree == {"a": {"b": {"c": 1}}, "d": 2}
+
+
+# ---------------------------------------------------------------- what follows from other settings
+def test_what_is_absent_follows_from_the_split(minimal: Path) -> None:
+    for split, asked, share in (("temporal", True, 0.1), ("leave_one_out", False, 1.0)):
+        settings = load_settings(minimal, [f"data.split={split}"])
+        assert (settings.model.request_time, settings.train.within_session) == (asked, share)
+        assert Settings.model_validate(settings.model_dump(mode="json")) == settings
+    given = load_settings(minimal, ["data.split=temporal", "model.request_time=false", "train.within_session=0.5"])
+    assert (given.model.request_time, given.train.within_session) == (False, 0.5)
+
+
+def test_a_model_is_as_wide_as_its_log_is_long_unless_told(minimal: Path) -> None:
+    def width(kept: int, *overrides: str) -> int:
+        report = {"totals": {"kept": kept}}
+        return sized(load_settings(minimal, list(overrides)), SimpleNamespace(report=report)).model.dim  # type: ignore
+
+    assert width(1000) < width(1_000_000) < width(10**9)
+    assert width(1000, "model.dim=48") == width(10**9, "model.dim=48") == 48
+    assert width(1000, "model.preset=gru") == width(10**9, "model.preset=gru") == 50
+    assert width(1000, "data.split=temporal") == width(1000)  # what follows from the split is no width

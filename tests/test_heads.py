@@ -24,7 +24,7 @@ ITEMS, DIM, MEAN, DEVIATION = 20, 16, 3.0, 1.5
 
 
 def model_of(weights: tuple[float, float], seed: int = 0) -> FusionModel:
-    config = toy_settings(Path("none"), model__text_dim=0, model__memory=False).model
+    config = toy_settings(Path("none"), model__text_dim=0, model__memory=False, model__neighbours=False).model
     torch.manual_seed(seed)
     known = torch.ones(ITEMS, dtype=torch.bool)
     return FusionModel(config, 2, torch.zeros(ITEMS, 0), known, torch.ones(ITEMS), (MEAN, DEVIATION), weights).eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +10,9 @@ import scipy.sparse as sp
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
-from springtide.config import TrainConfig
-from springtide.model.fusion import FusionModel
+from noise import NOISE_ITEMS, random_log, train_on_noise
 from springtide.model.memory import TransitionMemory, count_transitions
-from springtide.training.loop import make_optimizer
-from springtide.training.sequences import Sequences, epoch_batches
-from springtide.training.statistics import collect
-from toy import toy_settings
 
 torch.set_num_threads(1)
 ITEMS = 6
@@ -166,61 +159,15 @@ def test_gradients_reach_the_weights_and_tau() -> None:
 
 
 # ---------------------------------------------------------------- what a leak would do
-def random_log(items: int, users: int, length: int) -> Sequences:
-    """Nothing follows from anything: the only transitions that tell of a target are its own."""
-    rng = np.random.default_rng(5)
-    start = np.arange(users) * length
-    return Sequences(
-        items=rng.integers(0, items, users * length),
-        actions=np.ones(users * length, np.int64),
-        ratings=np.full(users * length, np.nan, np.float32),
-        timestamps=np.arange(users * length) * 1000,
-        targets=np.ones(users * length, bool),
-        start=start,
-        train_end=start + length,
-        valid_target=np.full(users, -1),
-    )
-
-
-def train_on_noise(sequences: Sequences, items: int, memory: bool = True) -> tuple[float, float]:
-    """Train what weighs the memory and popularity alone. Returns the last epoch's loss and the mean trust."""
-    sizes = {"model__dropout": 0.0, "model__text_dim": 0, "model__dim": 8, "model__memory": memory}
-    config = toy_settings(Path("none"), **sizes).model
-    statistics = collect(sequences, items, config)
-    torch.manual_seed(0)
-    popularity = torch.from_numpy(statistics.popularity)
-    model = FusionModel(config, 3, torch.zeros(items, 0), popularity > 0, popularity)
-    if model.memory is not None:
-        model.memory.load_counts(statistics.transitions)
-    for parameter in model.item_vectors.parameters():
-        torch.nn.init.zeros_(parameter)  # no item vectors: nothing can be learned by heart
-    optimizer = make_optimizer(model, TrainConfig(memory_learning_rate=0.1))
-    loss_sum = positions = 0.0
-    for epoch in range(12):
-        loss_sum = positions = 0.0
-        for batch in epoch_batches(sequences, 20, 32, (0, epoch)):
-            loss, count = model(batch, exclude_seen=False)
-            optimizer.zero_grad()
-            (loss / count).backward()
-            for parameter in model.item_vectors.parameters():
-                parameter.grad = None
-            optimizer.step()
-            loss_sum, positions = loss_sum + loss.item(), positions + count
-    batch = next(epoch_batches(sequences, 20, 32, (0, 0)))
-    trust = model.interest(batch, model.item_vectors()).trust.detach().mean()
-    return loss_sum / positions, float(trust)
-
-
 def test_on_noise_the_memory_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    items = 150
-    sequences = random_log(items, users=64, length=20)
-    untrained = float(F.softplus(torch.tensor(0.0)))
-    loss, trust = train_on_noise(sequences, items)
-    without, _ = train_on_noise(sequences, items, memory=False)
+    log = random_log(NOISE_ITEMS, users=64, length=20)
+    loss, weight = train_on_noise(log, NOISE_ITEMS, ("memory", "popularity"), "transitions")
+    without, _ = train_on_noise(log, NOISE_ITEMS, ("popularity",))
     assert loss > without - 0.005  # popularity can be learned by heart, a little; the memory adds nothing to it
-    assert math.log(items) > without > math.log(items) - 0.1
-    assert trust < untrained / 10
+    assert math.log(NOISE_ITEMS) > without > math.log(NOISE_ITEMS) - 0.1
+    untrained = math.log(2)  # softplus(0)
+    assert weight < untrained / 6
     monkeypatch.setattr(TransitionMemory, "_own_share", lambda self, recent, *_: torch.zeros(len(recent)))
-    leaked_loss, leaked_trust = train_on_noise(sequences, items)
+    leaked_loss, leaked_weight = train_on_noise(log, NOISE_ITEMS, ("memory", "popularity"), "transitions")
     assert leaked_loss < loss - 1  # the leak wins in training: it knows the answers
-    assert leaked_trust > untrained
+    assert leaked_weight > untrained

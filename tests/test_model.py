@@ -16,8 +16,7 @@ from springtide.model.batch import Batch, History, pad_rows, scoring_batch
 from springtide.model.fuse import Gate
 from springtide.model.fusion import FusionModel
 from springtide.model.inputs import TIME_BUCKETS, context_features, time_bucket
-from springtide.model.memory import count_transitions
-from toy import toy_settings
+from toy import sequences_of, tables_of, toy_settings
 
 torch.set_num_threads(1)
 ITEMS, LENGTH = 30, 12
@@ -39,9 +38,8 @@ def build(**values: Any) -> FusionModel:
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    if model.memory is not None:
-        rows = [(rng.integers(0, ITEMS - 1, 20), np.ones(20, bool)) for _ in range(20)]
-        model.memory.load_counts(count_transitions(rows, ITEMS, config.memory_distances, config.memory_decay))
+    rows = [rng.integers(0, ITEMS - 1, 20).tolist() for _ in range(20)]
+    tables_of(sequences_of(rows), ITEMS, config).fill(model)
     return model.eval()
 
 
@@ -61,12 +59,15 @@ def training(histories: list[History]) -> Batch:
     return replace(batch, targets=torch.from_numpy(targets), now=torch.from_numpy(now))
 
 
-def all_logits(model: FusionModel, batch: Batch, leave_one_out: bool = False) -> torch.Tensor:
+def all_logits(model: FusionModel, batch: Batch, held_out: bool = False) -> torch.Tensor:
     vectors = model.item_vectors()
     moments = batch.mask.nonzero()
-    return model.logits_at(batch, model.interest(batch, vectors), vectors, moments, leave_one_out)
+    return model.logits_at(batch, model.interest(batch, vectors), vectors, moments, held_out=held_out)
 
 
+NOTHING_COUNTED: dict[str, Any] = dict.fromkeys(
+    ("memory", "neighbours", "text_neighbours", "popularity", "recent_popularity"), False
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "scalar gate": {"gate": "scalar"},
@@ -81,8 +82,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no text": {"text_dim": 0},
     "no ids": {"id_embeddings": False},
     "no memory": {"memory": False},
+    "no neighbours": {"neighbours": False},
+    "neighbours of a few items": {"neighbour_items": 7},
+    "no text neighbours": {"text_neighbours": False},
     "no popularity": {"popularity": False},
-    "bare": {"memory": False, "popularity": False, "use_rating": False, "use_time": False, "text_dim": 0},
+    "no recent popularity": {"recent_popularity": False},
+    "bare": NOTHING_COUNTED | {"use_rating": False, "use_time": False, "text_dim": 0},
 }
 
 
@@ -121,7 +126,7 @@ def test_the_target_itself_changes_only_its_own_logit() -> None:
     """Leave-one-out touches the target's memory, and nothing else may know the target."""
     model = build()
     batch = training([history(LENGTH, 0)])
-    plain, less = all_logits(model, batch), all_logits(model, batch, leave_one_out=True)
+    plain, less = all_logits(model, batch), all_logits(model, batch, held_out=True)
     own = F.one_hot(batch.targets[batch.mask], ITEMS).bool()
     torch.testing.assert_close(plain[~own], less[~own])
     assert (less[own] <= plain[own]).all() and (less[own] < plain[own]).any()
@@ -146,7 +151,7 @@ def test_scoring_reads_the_last_events_and_counts_the_rest() -> None:
 
 # ---------------------------------------------------------------- the loss
 def naive_loss(model: FusionModel, batch: Batch, exclude_seen: bool, smoothing: float) -> float:
-    logits = all_logits(model, batch, leave_one_out=True).detach()
+    logits = all_logits(model, batch, held_out=True).detach()
     total = 0.0
     for (row, place), scores in zip(batch.mask.nonzero().tolist(), logits, strict=True):
         target = int(batch.targets[row, place])
@@ -212,14 +217,17 @@ def test_items_that_training_never_saw_are_their_text() -> None:
 def test_id_dropout_hides_whole_rows_in_training_only() -> None:
     vectors = build(id_dropout=0.5).item_vectors.train()
     assert vectors.project is not None
-    hidden = (vectors() == vectors.project(vectors.text)).all(1)
-    assert 0.2 < hidden.float().mean() < 0.8
-    assert not (vectors.eval()() == vectors.project(vectors.text)).all(1)[:-1].any()
+    cold = vectors.draw_cold()
+    assert cold is not None and 0.2 < cold.float().mean() < 0.8
+    hidden = (vectors(cold) == vectors.project(vectors.text)).all(1)
+    assert torch.equal(hidden, cold | ~vectors.known)
+    assert vectors.eval().draw_cold() is None
+    assert not (vectors() == vectors.project(vectors.text)).all(1)[:-1].any()
 
 
 def test_without_text_ids_are_never_hidden() -> None:
     vectors = build(text_dim=0, id_dropout=0.9).item_vectors.train()
-    assert vectors.ids is not None
+    assert vectors.ids is not None and vectors.draw_cold() is None
     assert torch.equal(vectors()[:-1], vectors.ids.weight[:-1])
 
 

@@ -28,13 +28,16 @@ from springtide.model.fuse import DAY_MS, TimeDecay
 from springtide.model.fusion import FusionModel, Interest
 from springtide.presets import PRESETS
 from springtide.training.loop import make_optimizer
-from toy import toy_bundle, toy_log, toy_settings
+from toy import sequences_of, tables_of, toy_bundle, toy_log, toy_settings
 
 torch.set_num_threads(1)
 ITEMS, LENGTH = 30, 12
 ALONE = ("lstm", "gru", "dynamic_mlp", "bert_lstm", "multimodal_attention")
 # Small sizes for every part; a preset keeps its shape.
 SMALL: dict[str, Any] = {"dim": 16, "long_hidden": 12, "long_window": 20, "short_window": 4}
+NOTHING_COUNTED: dict[str, Any] = dict.fromkeys(
+    ("memory", "neighbours", "text_neighbours", "popularity", "recent_popularity"), False
+)
 SYSTEMS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in PRESETS},
     **{f"long {name}": {"long_branch": name} for name in ("lstm", "cnn_lstm", "cnn", "mlp", "transformer", "none")},
@@ -71,6 +74,8 @@ def build(system: str, heads: tuple[float, float] = (0.0, 0.0), randomise: bool 
         (3.0, 1.5),
         heads,
     )
+    rng = np.random.default_rng(3)
+    tables_of(sequences_of([rng.integers(0, ITEMS - 1, 20).tolist() for _ in range(20)]), ITEMS, config).fill(model)
     if randomise:
         for name, parameter in model.named_parameters():
             if "log_life" not in name:  # milliseconds: random ones would make every event infinitely old
@@ -114,9 +119,8 @@ def test_every_parameter_gets_a_gradient(system: str, empty: bool) -> None:
     loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert loss.isfinite() and (loss.item() == 0) is empty and count == (0 if empty else LENGTH - 1 + 4)
-    if not empty:  # the memory has no counts here
-        dead = [n for n, p in model.named_parameters() if not n.startswith(("memory", "trust")) and not p.grad.any()]  # type: ignore[union-attr]
-        assert dead == []
+    if not empty:
+        assert [name for name, p in model.named_parameters() if not p.grad.any()] == []  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -185,7 +189,7 @@ def rows_of_toy_log() -> list[History]:
 @pytest.mark.parametrize("system", [*PRESETS, "long transformer", "fusion model", "fusion attention", "fusion concat"])
 def test_a_simple_pattern_is_learned(system: str) -> None:
     """In the toy log item i is followed by i + 1 four times out of five."""
-    config = config_of(system, memory=False, popularity=False, dropout=0.0, id_dropout=0.0)
+    config = config_of(system, **NOTHING_COUNTED, dropout=0.0, id_dropout=0.0)
     text = torch.eye(ITEMS) if config.text_dim else torch.zeros(ITEMS, 0)
     torch.manual_seed(0)
     model = FusionModel(config, 3, text, torch.ones(ITEMS, dtype=torch.bool), torch.ones(ITEMS))
@@ -279,11 +283,13 @@ def test_what_is_given_beside_a_preset_wins(tmp_path: Path) -> None:
 def test_another_preset_takes_effect_on_settings_that_spell_out_everything(tmp_path: Path) -> None:
     whole = parse_settings(tree(preset="lstm", gate_hidden=8))
     changed = with_values(whole, {"model.dim": 32, "model.preset": "cnn_lstm_attention"}).model
-    assert changed == ModelConfig(preset="cnn_lstm_attention", gate_hidden=8, dim=32)
+    assert changed == ModelConfig(preset="cnn_lstm_attention", gate_hidden=8, dim=32, request_time=False)
     file = tmp_path / "best.yaml"
     file.write_text(yaml.safe_dump(whole.model_dump(mode="json")))
     assert load_settings(file).model == whole.model
-    assert load_settings(file, ["model.preset=gru"]).model == ModelConfig(preset="gru", gate_hidden=8)
+    assert load_settings(file, ["model.preset=gru"]).model == ModelConfig(
+        preset="gru", gate_hidden=8, request_time=False
+    )
 
 
 def test_lstm_and_gru_differ_in_the_cell_alone() -> None:
@@ -295,7 +301,8 @@ def test_lstm_and_gru_differ_in_the_cell_alone() -> None:
 def test_only_the_articles_own_systems_stand_alone() -> None:
     for name in PRESETS:
         model = ModelConfig(preset=name)
-        assert (model.memory, model.popularity) == ((False, False) if name in ALONE else (True, True))
+        counting = (model.memory, model.neighbours, model.text_neighbours, model.popularity, model.recent_popularity)
+        assert counting == ((False,) * 5 if name in ALONE else (True,) * 5)
 
 
 @pytest.mark.parametrize(

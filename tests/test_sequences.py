@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from springtide.schemas import SEQUENCES, TEST, TRAIN, VALID
+from springtide.training.sampling import Sampling
 from springtide.training.sequences import (
     Sequences,
     concatenate,
@@ -26,6 +27,7 @@ from toy import toy_settings
 
 ITEMS = 12
 MODEL = toy_settings(Path("none")).model
+SMALL = Sampling(4, 3, 10)
 
 
 @st.composite
@@ -82,13 +84,16 @@ def test_blocks_laid_end_to_end_equal_one(rows: list[dict[str, Any]]) -> None:
         np.testing.assert_allclose(together.ratings, merged.ratings)
 
 
-@given(users(), st.integers(1, 6), st.integers(1, 4))
+@given(users(), st.integers(1, 6), st.integers(1, 4), st.integers(1, 12))
 @settings(max_examples=80, deadline=None)
-def test_every_training_target_is_asked_for_once(rows: list[dict[str, Any]], length: int, batch_size: int) -> None:
+def test_every_training_target_is_asked_for_once(
+    rows: list[dict[str, Any]], length: int, batch_size: int, positions: int
+) -> None:
     sequences = from_table(table_of(rows), 0)
     asked: list[tuple[int, int, int]] = []  # (user, place of the target, item)
-    for batch in epoch_batches(sequences, length, batch_size, (0, 1)):
+    for batch in epoch_batches(sequences, Sampling(length, batch_size, positions), (0, 1)):
         assert batch.items.shape[1] <= length and len(batch.items) <= batch_size
+        assert batch.mask.numel() <= positions or len(batch.items) == 1
         for line in range(len(batch.items)):
             count = int(batch.mask[line].sum())
             assert batch.mask[line, :count].all() and count > 0
@@ -143,13 +148,14 @@ def test_held_out_events_are_nowhere_in_training(rows: list[dict[str, Any]], sha
             "timestamps": np.where(trained, sequences.timestamps, 7),
         }
     )
-    for one, two in zip(epoch_batches(sequences, 4, 3, (0,)), epoch_batches(other, 4, 3, (0,)), strict=True):
-        for a, b in zip(vars(one).values(), vars(two).values(), strict=True):
-            np.testing.assert_array_equal(a, b)
+    for one, two in zip(epoch_batches(sequences, SMALL, (0,)), epoch_batches(other, SMALL, (0,)), strict=True):
+        for name, value in vars(one).items():
+            np.testing.assert_array_equal(value, getattr(two, name), name)
     one_count, other_count = collect(sequences, ITEMS, MODEL), collect(other, ITEMS, MODEL)
     np.testing.assert_array_equal(one_count.popularity, other_count.popularity)
     assert (one_count.transitions != other_count.transitions).nnz == 0
     assert one_count.ratings == other_count.ratings
+    assert (one_count.taken != other_count.taken).nnz == 0
     assert one_count.popularity.sum() == trained.sum()
 
 
@@ -206,7 +212,7 @@ def test_epochs_differ_and_seeds_repeat() -> None:
     sequences = from_table(table_of(rows), 0)
 
     def order(seed: tuple[int, ...]) -> list[int]:
-        return [int(n) for batch in epoch_batches(sequences, 5, 4, seed) for n in batch.actions[:, 0]]
+        return [int(n) for batch in epoch_batches(sequences, Sampling(5, 4, 100), seed) for n in batch.actions[:, 0]]
 
     assert order((0, 1)) == order((0, 1)) != order((0, 2))
     assert sorted(order((0, 1))) == list(range(20))

@@ -21,7 +21,8 @@ from springtide.model.fusion import FusionModel
 from springtide.model.recommender import Recommender
 from springtide.schemas import SEQUENCES, TRAIN, VALID
 from springtide.training import loop
-from springtide.training.loop import Progress, fit, make_optimizer, seed_of, validate
+from springtide.training.loop import Progress, averaged, fit, make_optimizer, seed_of, validate
+from springtide.training.sampling import Sampling
 from springtide.training.sequences import (
     Sequences,
     epoch_batches,
@@ -31,6 +32,7 @@ from springtide.training.sequences import (
     validation_cases,
 )
 from springtide.training.statistics import collect
+from springtide.training.tabulate import tabulate
 from springtide.training.worker import ShardFeed, load_checkpoint, save_checkpoint
 from toy import ITEMS_IN_TOY, toy_log, toy_settings
 
@@ -63,8 +65,7 @@ def build(sequences: Sequences, **values: Any) -> FusionModel:
     model = FusionModel(
         config, 3, torch.randn(ITEMS_IN_TOY, config.text_dim), popularity > 0, popularity, statistics.rating_stats
     )
-    if model.memory is not None:
-        model.memory.load_counts(statistics.transitions)
+    tabulate(statistics, config, None).fill(model)
     return model
 
 
@@ -85,6 +86,9 @@ class Script:
         cases = validation_cases(self.sequences, 1000)
         return [cases[user] for user in self.users]
 
+    def asked_at(self) -> int | None:
+        return None
+
 
 @dataclass
 class Shuffled:
@@ -93,10 +97,13 @@ class Shuffled:
     sequences: Sequences
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        yield from epoch_batches(self.sequences, 20, 8, (1, epoch))
+        yield from epoch_batches(self.sequences, Sampling(20, 8, 10**6), (1, epoch))
 
     def cases(self) -> list[tuple[History, int]]:
         return validation_cases(self.sequences, 1000)
+
+    def asked_at(self) -> int | None:
+        return None
 
 
 def no_report(progress: Progress) -> None:
@@ -110,9 +117,12 @@ SPLITS: dict[str, list[list[list[int]]]] = {  # per rank, per step: rows
     "uneven": [[ALL[:3], ALL[3:9], ALL[9:20]], [ALL[20:]]],
     "one has nothing": [[ALL], []],
 }
+NOTHING_COUNTED: dict[str, Any] = dict.fromkeys(
+    ("memory", "neighbours", "text_neighbours", "popularity", "recent_popularity"), False
+)
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "bare": {"memory": False, "popularity": False, "text_dim": 0, "gate": "mean"},
+    "bare": NOTHING_COUNTED | {"text_dim": 0, "gate": "mean"},
 }
 EXACT = {"dropout": 0.0, "id_dropout": 0.0}
 TWO_EPOCHS = TrainConfig(epochs=2, patience=5, learning_rate=1e-3)
@@ -163,7 +173,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                     assert two["positions"] == one["positions"] and two["steps"] == one["steps"] == len(steps)
                     assert two["users"] == one["users"] == USERS
                     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-                    assert two["ndcg@10"] == pytest.approx(one["ndcg@10"], abs=1e-6)
+                    for figure in ("ndcg@10", "hr@10", "ndcg"):
+                        assert two[figure] == pytest.approx(one[figure], abs=1e-6)
 
 
 # ---------------------------------------------------------------- resume
@@ -171,15 +182,17 @@ def same_tensors(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-@pytest.mark.parametrize("values", [{}, {"memory": False}], ids=str)
-def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, values: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("values", "average"), [({}, 0.0), ({"memory": False}, 0.0), ({}, 0.8)], ids=["default", "no memory", "average"]
+)
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, values: dict[str, Any], average: float) -> None:
     sequences = from_table(table(), 0)
-    config = TrainConfig(epochs=4, patience=4, learning_rate=5e-3)
+    config = TrainConfig(epochs=4, patience=4, learning_rate=2e-3, average=average)
     model = build(sequences, **values)
     optimizer = make_optimizer(model, config)
     whole = fit(model, optimizer, Shuffled(sequences), config, True, Progress(), no_report)
     losses = [record["loss"] for record in whole.epochs]
-    assert losses == sorted(losses, reverse=True)
+    assert losses[0] == max(losses) and min(losses) < losses[0] - 0.3
 
     class Stop(Exception):
         pass
@@ -205,7 +218,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, values: dic
     done = fit(second, resumed, Shuffled(sequences), config, True, progress, no_report)
 
     assert same_tensors(model.state_dict(), second.state_dict())
-    assert same_tensors(whole.best_state, done.best_state)
+    assert same_tensors(whole.best_state, done.best_state) and same_tensors(whole.average, done.average)
+    assert bool(whole.average) is (average > 0)
     for index, state in optimizer.state_dict()["state"].items():
         assert same_tensors(state, resumed.state_dict()["state"][index])
     assert (done.best, done.best_epoch, done.epoch) == (whole.best, whole.best_epoch, whole.epoch)
@@ -214,6 +228,37 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, values: dic
             k: v for k, v in other.items() if "seconds" not in k
         }
     assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json"}
+
+
+# ---------------------------------------------------------------- the average of the weights
+def test_the_average_is_what_is_validated_and_kept_and_training_goes_on_from_the_weights() -> None:
+    sequences = from_table(table(), 0)
+    plain, kept = build(sequences), build(sequences)
+    steps: list[dict[str, torch.Tensor]] = []
+    config = TrainConfig(epochs=2, patience=5, learning_rate=5e-3, average=0)
+    optimizer = make_optimizer(plain, config)
+    optimizer.register_step_post_hook(lambda *_: steps.append({n: p.detach().clone() for n, p in named(plain)}))
+    fit(plain, optimizer, Shuffled(sequences), config, True, Progress(), no_report)
+    config = config.model_copy(update={"average": 0.8})
+    progress = fit(kept, make_optimizer(kept, config), Shuffled(sequences), config, True, Progress(), no_report)
+    assert same_tensors(plain.state_dict(), kept.state_dict())  # the weights themselves know nothing of the average
+    expected = steps[0]
+    for number, step in enumerate(steps[1 : (progress.best_epoch + 1) * len(steps) // 2], start=1):
+        kept_share = min(0.8, (1 + number) / (10 + number))  # it forgets faster at first
+        expected = {name: kept_share * value + (1 - kept_share) * step[name] for name, value in expected.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(progress.best_state[name], value, rtol=1e-5, atol=1e-6)
+    assert set(progress.average) == {*expected, loop.STEPS} and int(progress.average[loop.STEPS]) == len(steps)
+    before = {name: value.clone() for name, value in kept.state_dict().items()}
+    with pytest.raises(KeyError), averaged(kept, progress.average):
+        assert all(torch.equal(value, progress.average[name]) for name, value in named(kept))
+        assert not same_tensors(before, kept.state_dict())
+        raise KeyError
+    assert same_tensors(before, kept.state_dict())
+
+
+def named(model: FusionModel) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(model.named_parameters())
 
 
 # ---------------------------------------------------------------- when it ends
@@ -238,15 +283,16 @@ def test_it_stops_when_validation_no_longer_improves() -> None:
 def test_the_best_epoch_is_kept_not_the_last() -> None:
     sequences = from_table(table(), 0)
     model = build(sequences)
-    config = TrainConfig(epochs=12, patience=2, learning_rate=0.05)
+    config = TrainConfig(epochs=12, patience=2, learning_rate=0.05, average=0)
     states: list[dict[str, torch.Tensor]] = []
 
     def after(progress: Progress) -> None:
         states.append({name: value.clone() for name, value in model.state_dict().items()})
 
     progress = fit(model, make_optimizer(model, config), Shuffled(sequences), config, True, Progress(), after)
-    figures = [record["ndcg@10"] for record in progress.epochs]
+    figures = [record["ndcg"] for record in progress.epochs]
     assert progress.best == max(figures) and progress.best_epoch == figures.index(max(figures))
+    assert progress.best_ndcg == progress.epochs[progress.best_epoch]["ndcg@10"] and Progress().best_ndcg == -1
     assert same_tensors(progress.best_state, states[progress.best_epoch])
 
 
@@ -254,7 +300,7 @@ def test_without_validation_users_the_last_epoch_stands() -> None:
     sequences = from_table(table(6), 0)
     feed = Script(sequences, [[0, 1], [2]], [])
     model = build(sequences)
-    config = TrainConfig(epochs=4, patience=1)
+    config = TrainConfig(epochs=4, patience=1, average=0)
     progress = fit(model, make_optimizer(model, config), feed, config, True, Progress(), no_report)
     assert progress.epoch == 4 and progress.best_epoch == 3
     assert same_tensors(progress.best_state, model.state_dict())
@@ -269,15 +315,21 @@ def test_batches_without_targets_are_no_steps() -> None:
             yield replace(batch, targets=torch.full_like(batch.targets, -1))
             yield batch
 
-    record = loop.train_epoch(model, make_optimizer(model, TWO_EPOCHS), batches(), TWO_EPOCHS, True, 0, CPU)
+    record = loop.train_epoch(model, make_optimizer(model, TWO_EPOCHS), batches(), TWO_EPOCHS, True, 0, CPU, {})
     assert record["steps"] == 2 and record["positions"] == int((sequences.train_end - sequences.start - 1)[:3].sum())
+
+
+NOT_FINITE = (
+    r"loss is not finite in epoch 1, step 1 \(worker 0: loss nan over 4 sequences of up to \d+ events, items \d+ to "
+    r"\d+, times \d+ to \d+ ms, ratings 1 to inf\); lower train.learning_rate"
+)
 
 
 def test_a_loss_that_is_not_finite_is_told_in_a_sentence() -> None:
     sequences = from_table(table(4), 0)
     sequences.ratings[3] = np.inf
     model = build(sequences)
-    with pytest.raises(SpringtideError, match="loss is not finite in epoch 1, step 1; lower train.learning_rate"):
+    with pytest.raises(SpringtideError, match=NOT_FINITE):
         fit(model, make_optimizer(model, TWO_EPOCHS), Shuffled(sequences), TWO_EPOCHS, True, Progress(), no_report)
 
 
@@ -289,7 +341,7 @@ def test_validation_ranks_like_the_recommender(exclude_seen: bool, monkeypatch: 
     model = build(sequences, text_dim=0)
     known = model.item_vectors.known
     known[:3] = False  # neither trained nor described: never recommended
-    popularity = model.log_popularity.numpy() - float(model.log_popularity.min())
+    popularity = collect(sequences, ITEMS_IN_TOY, model.config).popularity
     popularity[:3] = 0
     cases = validation_cases(sequences, 1000)
     cases.append((cases[0][0], int(cases[0][0].items[0])))  # a target that was seen before
@@ -302,7 +354,13 @@ def test_validation_ranks_like_the_recommender(exclude_seen: bool, monkeypatch: 
         1 / np.log2(list(row).index(target) + 2) if target in row else 0.0
         for row, (_, target) in zip(best, cases, strict=True)
     ]
+    everything, _ = recommender.top_k(logits, ITEMS_IN_TOY, exclude)
+    full = [
+        1 / np.log2(list(row).index(target) + 2) if target in row else 0.0
+        for row, (_, target) in zip(everything, cases, strict=True)
+    ]
     measured = validate(model, cases, exclude_seen, CPU)
+    assert measured["ndcg"] == pytest.approx(np.mean(full), abs=1e-9) and measured["ndcg"] > measured["ndcg@10"]
     assert measured["users"] == len(cases) == USERS + 1
     assert measured["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-9)
     assert measured["hr@10"] == pytest.approx(np.mean([gain > 0 for gain in gains]), abs=1e-9)
@@ -311,7 +369,7 @@ def test_validation_ranks_like_the_recommender(exclude_seen: bool, monkeypatch: 
 
 def test_ties_are_broken_by_catalogue_row() -> None:
     sequences = from_table(table(), 0)
-    model = build(sequences, text_dim=0, memory=False, popularity=False)
+    model = build(sequences, text_dim=0, **NOTHING_COUNTED)
     model.item_vectors.known[:] = True
     for parameter in model.item_vectors.parameters():
         torch.nn.init.zeros_(parameter)  # every item has the same score
@@ -344,8 +402,8 @@ def test_a_feed_gives_every_window_in_every_epoch(cache_mb: int, passes: int) ->
     whole = table()
     shard = Shard([whole.slice(0, 10), whole.slice(10, 0), whole.slice(10)])
     config = TrainConfig(batch_size=5, cache_mb=cache_mb, validation_users=13)
-    feed = ShardFeed(shard, 20, config, 0.0)
-    expected = windows_of(epoch_batches(from_table(whole, 0), 20, 5, (0,)))
+    feed = ShardFeed(shard, 20, config, 0.0, False, None)
+    expected = windows_of(epoch_batches(from_table(whole, 0), Sampling(20, 5, 10**6), (0,)))
     for epoch in range(3):
         assert windows_of(feed.epoch(epoch)) == expected
     first, again, other = ([b.items.tolist() for b in feed.epoch(e)] for e in (0, 0, 1))
@@ -354,8 +412,28 @@ def test_a_feed_gives_every_window_in_every_epoch(cache_mb: int, passes: int) ->
     assert shard.passes == (passes if cache_mb else passes + 3)
 
 
+def test_a_feed_that_refits_learns_from_validation_events_and_validates_on_nobody() -> None:
+    feed = ShardFeed(Shard([table()]), 20, TrainConfig(), 0.3, True, 7)
+    targets = sum(int((batch.targets >= 0).sum()) for batch in feed.epoch(0))
+    assert targets == sum(len(row) - 1 for row in table()["items"].to_pylist())
+    assert feed.cases() == [] and feed.asked_at() == 7
+
+
+def test_validation_asks_at_the_time_it_is_told() -> None:
+    sequences = from_table(table(), 0)
+    model = build(sequences, request_time=True)
+    asked: list[torch.Tensor] = []
+    interest = model.interest
+    model.interest = lambda batch, vectors: asked.append(batch.now) or interest(batch, vectors)  # type: ignore
+    cases = validation_cases(sequences, 5)
+    validate(model, cases, True, CPU, 10**15)
+    validate(model, cases, True, CPU)
+    assert (asked[0] == 10**15).all()
+    assert asked[1][:, 0].tolist() == [int(history.timestamps[-1]) for history, _ in cases]
+
+
 def test_a_feed_without_data() -> None:
-    feed = ShardFeed(Shard([]), 20, TrainConfig(), 0.0)
+    feed = ShardFeed(Shard([]), 20, TrainConfig(), 0.0, False, None)
     assert list(feed.epoch(0)) == [] and feed.cases() == []
 
 

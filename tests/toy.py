@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pyarrow as pa
 import torch
 
 from springtide.bundle import write_bundle
-from springtide.config import Settings, parse_settings
+from springtide.config import ModelConfig, Settings, parse_settings
 from springtide.model.fusion import FusionModel
-from springtide.model.memory import count_transitions
-from springtide.schemas import ITEMS
+from springtide.model.tables import Tables
+from springtide.schemas import ITEMS, SEQUENCES, TRAIN
+from springtide.training.sequences import Sequences, from_table
+from springtide.training.statistics import collect
+from springtide.training.tabulate import tabulate
 
 ITEMS_IN_TOY = 40
 ACTIONS = ["<unknown>", "purchase", "view"]
@@ -73,6 +77,37 @@ def toy_items(items: int = ITEMS_IN_TOY) -> pa.Table:
     )
 
 
+def sequences_of(rows: list[list[int]], **columns: list[list[Any]]) -> Sequences:
+    """Histories given as items, all of them training targets a second apart, unless `columns` say otherwise."""
+    plain = {
+        "user_id": [f"u{number:06d}" for number in range(len(rows))],
+        "items": rows,
+        "actions": [[1] * len(row) for row in rows],
+        "ratings": [[3.0] * len(row) for row in rows],
+        "timestamps": [[10**12 + 1000 * place for place in range(len(row))] for row in rows],
+        "parts": [[TRAIN] * len(row) for row in rows],
+        "targets": [[True] * len(row) for row in rows],
+    }
+    return from_table(pa.Table.from_pydict(plain | columns, SEQUENCES), 0)
+
+
+def toy_sequences(seed: int = 0) -> Sequences:
+    """The toy log as training histories."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for event in toy_log(seed=seed):
+        rows.setdefault(event["user_id"], []).append(event)
+    return sequences_of(
+        [[int(event["item_id"][1:]) for event in row] for row in rows.values()],
+        timestamps=[[event["timestamp"] for event in row] for row in rows.values()],
+        ratings=[[event["rating"] for event in row] for row in rows.values()],
+    )
+
+
+def tables_of(sequences: Sequences, items: int, config: ModelConfig, share: float | None = None) -> Tables:
+    """What is counted of a log before training."""
+    return tabulate(collect(sequences, items, config), config, share)
+
+
 def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
     """Write a bundle with random weights below `folder` and return its path."""
     settings = toy_settings(folder, **values)
@@ -81,11 +116,7 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
     text = rng.normal(size=(len(items), 384)).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     events = items["events"].to_numpy()
-    rows: dict[str, list[int]] = {}
-    for event in toy_log(seed=seed):
-        rows.setdefault(event["user_id"], []).append(int(event["item_id"][1:]))
-    pairs = [(np.array(row), np.ones(len(row), bool)) for row in rows.values()]
-    counts = count_transitions(pairs, len(items), settings.model.memory_distances, settings.model.memory_decay)
+    tables = replace(tables_of(toy_sequences(seed), len(items), settings.model), popularity=events)
     torch.manual_seed(seed)
     model = FusionModel(
         settings.model,
@@ -96,8 +127,7 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
         (3.0, 1.0),
         settings.train.heads,
     )
-    if model.memory is not None:
-        model.memory.load_counts(counts)
+    tables.fill(model)
     path = folder / "bundle"
-    write_bundle(path, model, settings, items, ACTIONS, counts, text, {"validation": {"ndcg@10": 0.1}}, "toy")
+    write_bundle(path, model, settings, items, ACTIONS, tables, text, {"validation": {"ndcg@10": 0.1}}, "toy")
     return path

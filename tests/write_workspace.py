@@ -40,7 +40,8 @@ def write_workspace(folder: Path) -> Path:
     pq.write_table(toy_items(), prepared / "items" / "part-0.parquet")
     write_json(prepared / "vocabulary.json", {"actions": ACTIONS})
     write_json(
-        prepared / "report.json", {"users": USERS, "split": {"valid": USERS}, "catalogue": {"with_text": ITEMS_IN_TOY}}
+        prepared / "report.json",
+        {"users": USERS, "split": {"valid": USERS, "cuts_ms": []}, "catalogue": {"with_text": ITEMS_IN_TOY}},
     )
     write_manifest(prepared, {"content_hash": "toy"})
     vectors = np.random.default_rng(0).normal(size=(ITEMS_IN_TOY, 32)).astype(np.float32)

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import scipy.sparse as sp
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
@@ -24,9 +23,10 @@ from springtide.errors import SpringtideError
 from springtide.files import publish_directory, verify_manifest, write_json, write_manifest
 from springtide.model.fusion import FusionModel
 from springtide.model.recommender import Recommender
+from springtide.model.tables import Tables, from_arrays
 from springtide.schemas import ITEMS, check_schema
 
-FORMAT = 1
+FORMAT = 2
 FILES = (
     "model.safetensors",
     "config.json",
@@ -55,30 +55,25 @@ def write_bundle(
     settings: Settings,
     items: pa.Table,
     actions: list[str],
-    counts: sp.csr_matrix,
+    tables: Tables,
     text_vectors: np.ndarray | None,
     metrics: dict[str, Any],
     log: str | None = None,
 ) -> None:
     """Write a bundle beside `path` and rename it into place.
 
-    items: schemas.ITEMS; counts: [I, I] transition counts; text_vectors: [I, D] float32 normalised, zero row = no text;
+    items: schemas.ITEMS; tables: the counts in it; text_vectors: [I, D] float32 normalised, zero row = no text;
     log: content hash of the prepared log. Raises SpringtideError if the disk refuses.
     """
     with publish_directory(path) as out:
         save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors")
-        counts = counts.tocsr()
-        save_arrays(
-            {
-                "data": counts.data.astype(np.float32),
-                "indices": counts.indices.astype(np.int64),
-                "indptr": counts.indptr.astype(np.int64),
-            },
-            out / "memory.safetensors",
-        )
+        save_arrays(tables.arrays(), out / "memory.safetensors")
         vectors = np.zeros((len(items), 0), np.float32) if text_vectors is None else text_vectors.astype(np.float32)
         save_arrays({"text": vectors}, out / "vectors.safetensors")
-        pq.write_table(check_schema(items, ITEMS, "items"), out / "items.parquet")
+        counted = items.set_column(
+            items.schema.get_field_index("events"), ITEMS.field("events"), pa.array(tables.popularity, pa.int64())
+        )
+        pq.write_table(check_schema(counted, ITEMS, "items"), out / "items.parquet")
         write_json(
             out / "config.json",
             {
@@ -113,9 +108,10 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
                 f"bundle {path} has format {config['format']}, this version reads {FORMAT}; train it again"
             )
         settings = Settings.model_validate(config["settings"])
+        wanted = settings.data.target_actions
         items = check_schema(pq.read_table(path / "items.parquet"), ITEMS, str(path / "items.parquet"))
         state = load_tensors(path / "model.safetensors")
-        memory = load_arrays(path / "memory.safetensors")
+        tables = from_arrays(load_arrays(path / "memory.safetensors"))
         vectors = load_arrays(path / "vectors.safetensors")["text"]
         popularity = items["events"].to_numpy()
         model = FusionModel(
@@ -128,11 +124,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
             settings.train.heads,
         )
         model.load_state_dict(state)
-        if model.memory is not None:
-            size = len(items)
-            model.memory.load_counts(
-                sp.csr_matrix((memory["data"], memory["indices"], memory["indptr"]), shape=(size, size))
-            )
+        tables.fill(model)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pa.ArrowException) as error:
         raise SpringtideError(
             f"cannot load the bundle {path}: {' '.join(str(error).split())[:300]}; train it again"
@@ -145,6 +137,8 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         config["actions"],
         popularity,
         vectors if vectors.shape[1] else None,
+        tables,
+        np.array([wanted is None or action in wanted for action in config["actions"]]),
     )
     version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
     return Bundle(path, version, settings, metrics, recommender, config.get("log"))

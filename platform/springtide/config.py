@@ -35,8 +35,8 @@ class TextConfig(Section):
 class ModelConfig(Section):
     # A named system: other defaults for this section. What is given beside it wins. See presets.py.
     preset: str = "gated_fusion"
-    dim: int = Field(64, ge=4)  # width of item vectors, branches and gate
-    text_dim: int = Field(64, ge=0)  # kept principal components of the text vectors; 0 = ID only
+    dim: int = Field(64, ge=4)  # width of item vectors, branches and gate; where absent, training fits it to the log
+    text_dim: int = Field(128, ge=0)  # kept principal components of the text vectors; 0 = ID only
     id_embeddings: bool = True  # off: items are their text alone
     id_dropout: float = Field(0.1, ge=0, lt=1)  # share of items whose ID row is hidden in a training step
     dropout: float = Field(0.3, ge=0, lt=1)
@@ -55,15 +55,22 @@ class ModelConfig(Section):
     gate_hidden: int = Field(0, ge=0)  # width of the gate's hidden layer; 0 = linear
     use_rating: bool = True
     use_time: bool = True  # log-bucketed gap to the event before
-    # Tell the gate the gap from the last event to the request. Validation and evaluation take the request to come with
-    # the last event, as the peers do, so what this is worth shows online only.
-    request_time: bool = False
+    # Tell the gate the gap from the last event to the request. Absent: where the split is temporal, because there the
+    # request is known to come at the cut or later; in leave-one-out nothing is known of when the last item was wanted.
+    request_time: bool | None = None
+    # The counting channels, each with a weight per user and moment.
     memory: bool = True  # transition memory
     memory_distances: int = Field(10, ge=1)  # an item counts as a successor up to this many events later
     memory_decay: float = Field(0.8, gt=0, le=1)  # weight of distance d is decay^(d-1)
     memory_recent: int = Field(10, ge=1)  # history events that the memory is asked about
     memory_neighbours: int = Field(256, ge=1)  # successors kept for each item
+    neighbours: bool = True  # long-term neighbours: a linear item-item model (EASE)
+    neighbour_items: int = Field(5000, ge=1)  # most items in it, the most popular ones: its size is their square
+    neighbour_l2: float = Field(500.0, gt=0)  # its regularisation
+    text_neighbours: bool = True  # how near an item's text is to those of the history
     popularity: bool = True  # a learned multiple of log popularity
+    recent_popularity: bool = True  # the same of the popularity at the time of the request
+    recent_half_life: float = Field(0.1, gt=0)  # of recent popularity, as a share of the log's span
 
     @model_validator(mode="before")
     @classmethod
@@ -101,12 +108,24 @@ class TrainConfig(Section):
     use_gpu: bool = False
     threads_per_worker: int = Field(1, ge=1)
     epochs: int = Field(30, ge=1)
-    patience: int = Field(4, ge=1)  # epochs without a better validation NDCG@10 before stopping
-    batch_size: int = Field(16, ge=1)  # sequences in a step, over all workers together
+    patience: int = Field(5, ge=1)  # epochs without a better validation NDCG (over all ranks) before stopping
+    batch_positions: int = Field(1500, ge=1)  # events in a step, over all workers together
+    batch_size: int = Field(512, ge=1)  # most sequences in a step, over all workers together
     learning_rate: float = Field(5e-3, gt=0)
     memory_learning_rate: float = Field(2e-2, gt=0)  # for the few scalars that weigh memory and popularity
     weight_decay: float = Field(1e-4, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    average: float = Field(0.98, ge=0, lt=1)  # decay per step of the weights' moving average, which is kept; 0 = off
+    full_softmax_items: int = Field(10_000, ge=1)  # up to this catalogue the softmax is over all items,
+    negatives: int = Field(2048, ge=1)  # above it over this many draws, corrected for how they were drawn
+    # Share of the moments within a session that are learned from (its start always is). Absent: 1, or 0.1 where the
+    # split is temporal, because a cut in time falls between sessions.
+    within_session: float | None = Field(None, ge=0, le=1)
+    crop: float = Field(0.0, ge=0, le=1)  # share of the sequences cut to a random stretch,
+    mask: float = Field(0.0, ge=0, lt=1)  # of the events hidden from the network,
+    reorder: float = Field(0.0, ge=0, le=1)  # of the sequences in which it sees a short stretch turned round
+    # Train once more on training and validation events together, for as many epochs as were best.
+    refit: bool = True
     # Beside the next item, learn what it will be rated (squared error of standardised ratings, where there is one) and
     # whether it will be taken (against random others), with these weights. 0 = no such head.
     rating_weight: float = Field(0.0, ge=0)
@@ -190,6 +209,17 @@ class Settings(Section):
     compare: CompareConfig = CompareConfig()
     recommend: RecommendConfig = RecommendConfig()
     serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _follow_the_split(self) -> Settings:
+        """Fill in what is absent and depends on the split. The sections are frozen, so they are replaced."""
+        temporal = self.data.split == "temporal"
+        if self.model.request_time is None:
+            object.__setattr__(self, "model", self.model.model_copy(update={"request_time": temporal}))
+        if self.train.within_session is None:
+            share = 0.1 if temporal else 1.0
+            object.__setattr__(self, "train", self.train.model_copy(update={"within_session": share}))
+        return self
 
 
 # ---------------------------------------------------------------- loading

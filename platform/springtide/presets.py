@@ -10,7 +10,9 @@ import difflib
 from typing import Any
 
 # The network alone: no counting model beside it.
-_ALONE: dict[str, Any] = {"memory": False, "popularity": False}
+_ALONE: dict[str, Any] = dict.fromkeys(
+    ("memory", "neighbours", "text_neighbours", "popularity", "recent_popularity"), False
+)
 # Two recurrent layers of 50 over what users did; `lstm` and `gru` differ in nothing but the cell.
 _RECURRENT: dict[str, Any] = _ALONE | {
     "dim": 50, "text_dim": 0, "dropout": 0.2, "long_hidden": 50, "long_layers": 2, "long_pool": "last",
@@ -19,7 +21,7 @@ _RECURRENT: dict[str, Any] = _ALONE | {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gated_fusion": {},
-    # Convolution -> two LSTM layers of 128 -> attention over time, beside collaborative filtering (the memory).
+    # Convolution -> two LSTM layers of 128 -> attention over time, beside collaborative filtering (memory, neighbours).
     "cnn_lstm_attention": {
         "long_branch": "cnn_lstm", "long_hidden": 128, "long_layers": 2, "long_pool": "attention",
         "short_branch": "none",

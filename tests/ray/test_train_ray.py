@@ -92,6 +92,11 @@ def test_two_workers_train_a_bundle(undisturbed: tuple[Path, dict[str, Any]]) ->
     assert result["validation"]["ndcg@10"] == max(e["ndcg@10"] for e in result["epochs"]) > 0.2
     bundle = load_bundle(result["bundle"])
     assert bundle.metrics["validation"] == result["validation"]
+    # What is deployed has learned from the validation events too, for as many epochs as were best.
+    assert result["refit"] and len(result["refit_epochs"]) == result["validation"]["epoch"] + 1
+    assert {e["positions"] for e in result["refit_epochs"]} == {trained + USERS}
+    assert {e["users"] for e in result["refit_epochs"]} == {0}
+    assert bundle.recommender.popularity.sum() == trained + 2 * USERS
     past = History(np.array([3, 4, 5]), np.ones(3, np.int64), np.full(3, np.nan, np.float32), np.arange(3) * 10**6)
     best = bundle.recommender.top_k(bundle.recommender.score([past]).logits, 3)[0][0]
     assert 6 in best  # item i is usually followed by i + 1
@@ -135,7 +140,7 @@ def test_a_rerun_goes_on_where_a_broken_run_stopped(undisturbed: tuple[Path, dic
     # Trained to the end, but the driver died before it wrote the bundle: nothing is trained again.
     Path(result["run"], "finished").unlink()
     again = run(settings)
-    assert again["epochs"] == result["epochs"]
+    assert again["epochs"] == result["epochs"] and again["refit_epochs"] == result["refit_epochs"]
 
 
 def test_a_loss_that_is_not_finite_ends_in_a_sentence(ray_session: Any, tmp_path: Path) -> None:
@@ -162,4 +167,4 @@ def test_what_can_never_run_is_refused_at_once(undisturbed: tuple[Path, dict[str
         )
     with pytest.raises(SpringtideError, match="no sequence to learn from"):
         run(settings_of(short))
-    assert json.loads((workspace / "bundle" / "config.json").read_text())["format"] == 1
+    assert json.loads((workspace / "bundle" / "config.json").read_text())["format"] == 2

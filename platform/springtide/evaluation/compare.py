@@ -22,7 +22,7 @@ from springtide.evaluation.ranking import WARM, Cases, Ranking, Score, build_cas
 from springtide.files import write_json, write_text
 from springtide.model.recommender import Recommender
 from springtide.schemas import PARTS, TRAIN, VALID
-from springtide.training.job import fingerprint, train, write_trained
+from springtide.training.job import fingerprint, sized, train, write_trained
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +89,7 @@ def settings_of(settings: Settings, preset: str, rated: bool = True) -> Settings
 
 def trained(settings: Settings, prepared: Prepared, folder: Path) -> Bundle:
     """The bundle of these settings in `folder`, trained if it is not there yet."""
+    settings = sized(settings, prepared)
     wanted, note = fingerprint(settings, prepared), folder / "trained.json"
     there = note.exists() and (folder / "bundle" / "manifest.json").exists()
     if there and json.loads(note.read_text(encoding="utf-8"))["fingerprint"] == wanted:

@@ -46,6 +46,10 @@ class Batch:
     now: Tensor  # [B, L] int64 ms: when the item after event t is asked for
     targets: Tensor  # [B, L] int64 the next item, -1 = nothing to predict here
     target_ratings: Tensor | None = None  # [B, L] float32 what the next item was rated, NaN = none; None: no ratings
+    shown: Tensor | None = None  # [B, L] int64 what the network sees instead of `items`, -1 = nothing; None: `items`
+    # The owner's training items, -1 = pad, and when each was taken: what to leave out of item-item models.
+    owned: Tensor | None = None  # [B, K] int64
+    owned_at: Tensor | None = None  # [B, K] int64 ms
 
     def to(self, device: torch.device) -> Batch:
         moved = {name: None if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}

@@ -68,7 +68,7 @@ class TimeDecay(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.window, self.request_time = config.short_window, config.request_time
+        self.window, self.request_time = config.short_window, bool(config.request_time)
         self.log_life = nn.Parameter(torch.tensor([math.log(7 * DAY_MS), math.log(DAY_MS)]))  # of an event, of "now"
         self.most = nn.Parameter(torch.ones(config.dim))
 

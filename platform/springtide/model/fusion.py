@@ -1,16 +1,14 @@
-"""The fusion model: long branch, short branch, a gate between them, transition memory and popularity beside them.
+"""The fusion model: long and short branch, a gate between them, and counting channels beside them.
 
     event input = item vector + action + rating + time gap           [B, L, dim]
     long, short = long branch(events), short branch(events)          [B, L, dim]
     g           = sigmoid(W [long; short; context])                  [B, L, dim]
     u           = g * short + (1 - g) * long
-    logit       = u . v / T + beta(u) * memory + lambda * log popularity
+    w           = weights of the counting channels from [u; context] [B, L, C]
+    logit       = u . v / T + sum of w_c * score_c
 
-That is the default; `branches` and `fuse` hold the others by name, and `presets` whole systems made of them. Two more
-objectives, the ratings and the clicks of next events, can be trained beside the next item itself (`heads`).
-
-Nothing about the candidate enters u, so one matrix product scores the whole catalogue. All positions of a sequence are
-trained in one pass; prefixes are never materialised. After SDM (arXiv 1909.00385) for the gate.
+Nothing about the candidate enters u or w, so one matrix product scores the whole catalogue. All positions of a sequence
+are trained in one pass; prefixes are never materialised. After SDM (arXiv 1909.00385) for the gate.
 """
 
 from __future__ import annotations
@@ -25,10 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from springtide.config import ModelConfig
 from springtide.model.batch import Batch
 from springtide.model.branches import make_long_branch, make_short_branch
+from springtide.model.channels import Channels
 from springtide.model.fuse import make_fusion
 from springtide.model.heads import PairHead, click_loss, rating_loss
-from springtide.model.inputs import CONTEXT, ItemVectors, context_features, make_event_input, time_bucket
-from springtide.model.memory import TransitionMemory
+from springtide.model.inputs import ItemVectors, context_features, make_event_input, time_bucket
+from springtide.model.losses import draw_negatives, full_softmax, sampled_softmax
 
 LOGIT_BLOCK = 24_000_000  # most logits held at once; above it, blocks are recomputed in the backward pass
 
@@ -41,7 +40,7 @@ class Interest:
     long: Tensor  # [B, L, dim], 0 without a long branch
     short: Tensor  # [B, L, dim], 0 without a short branch
     gate: Tensor  # [B, L, dim] weight of the short branch, 0.5 where the fusion has none
-    trust: Tensor  # [B, L] beta, the weight of the memory, 0 without one
+    weights: Tensor  # [B, L, C] of the counting channels, in the order of Channels.names
     attention_long: Tensor  # [B, L, L]
     attention_short: Tensor  # [B, L, window]
 
@@ -54,7 +53,6 @@ class FusionModel(nn.Module):
     of the rating and the click loss beside the next-item loss, 0 = no such head.
     """
 
-    log_popularity: Tensor  # [I], centred
     rating_stats: Tensor  # [2]
 
     def __init__(
@@ -75,18 +73,7 @@ class FusionModel(nn.Module):
         self.short = make_short_branch(config)
         self.fuse = make_fusion(config)
         self.log_temperature = nn.Parameter(torch.tensor(0.0))
-        self.memory = None
-        if config.memory:
-            self.memory = TransitionMemory(
-                len(known), config.memory_distances, config.memory_decay, config.memory_recent, config.memory_neighbours
-            )
-        self.trust = nn.Linear(config.dim + CONTEXT, 1) if config.memory else None
-        if self.trust is not None:
-            nn.init.zeros_(self.trust.weight)
-            nn.init.zeros_(self.trust.bias)
-        self.popularity_weight = nn.Parameter(torch.tensor(0.0)) if config.popularity else None
-        log_popularity = torch.log1p(popularity.float())
-        self.register_buffer("log_popularity", log_popularity - log_popularity.mean())
+        self.channels = Channels(config, text, popularity)
         self.register_buffer("rating_stats", torch.tensor(rating_stats, dtype=torch.float32))
         self.head_weights = heads
         self.rating_head, self.click_head = (
@@ -98,63 +85,100 @@ class FusionModel(nn.Module):
         gap = time_bucket(batch.timestamps - F.pad(batch.timestamps, (1, 0))[:, :-1])
         gap = torch.cat([torch.zeros_like(gap[:, :1]), gap[:, 1:]], 1)
         ratings = (batch.ratings - self.rating_stats[0]) / self.rating_stats[1]
-        events = self.event_input(vectors[batch.items], batch.actions, ratings, gap)
-        context = context_features(batch.timestamps, batch.now, batch.offset, self.config.request_time)
+        items = vectors[batch.items]
+        if batch.shown is not None:
+            items = vectors[batch.shown.clamp(min=0)] * (batch.shown >= 0)[..., None]
+        events = self.event_input(items, batch.actions, ratings, gap)
+        context = context_features(batch.timestamps, batch.now, batch.offset, bool(self.config.request_time))
         long, attention_long = self.long(events, batch.timestamps, context)
         short, attention_short = self.short(events, batch.timestamps)
         user, gate = self.fuse(long, short, context, batch)
-        trust = torch.zeros_like(user[..., 0])
-        if self.trust is not None:
-            trust = F.softplus(self.trust(torch.cat([user, context], -1))[..., 0])
-        return Interest(user, long, short, gate, trust, attention_long, attention_short)
+        return Interest(user, long, short, gate, self.channels.weights(user, context), attention_long, attention_short)
 
-    def logits_at(
-        self, batch: Batch, interest: Interest, vectors: Tensor, moments: Tensor, leave_one_out: bool = False
-    ) -> Tensor:
-        """Catalogue logits [P, I] at `moments` [P, 2] of histories that have been read.
+    def scores_at(self, batch: Batch, interest: Interest, vectors: Tensor, moments: Tensor) -> dict[str, Tensor]:
+        """What the network and each channel add to the logits [P, I] at `moments` [P, 2]; their sum is the logits."""
+        scores = self.channels.counted(batch, interest.weights, moments)
+        for name, (query, keys) in self._products(batch, interest, vectors, moments, None).items():
+            scores[name] = query @ keys.T
+        return scores
 
-        leave_one_out: take the transition into `batch.targets` out of the memory's counts, as training must.
-        """
+    def _products(
+        self, batch: Batch, interest: Interest, vectors: Tensor, moments: Tensor, cold: Tensor | None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
         row, place = moments.unbind(1)
         user = F.dropout(interest.user[row, place], self.config.dropout, self.training)
-        logits = user @ vectors.T * torch.exp(self.log_temperature) * self.config.dim**-0.5
-        if self.memory is not None:
-            depth = max(self.memory.recent, self.memory.distances) if leave_one_out else self.memory.recent
-            back = place[:, None] - torch.arange(depth, device=place.device)  # [P, J]
-            recent = batch.items[row[:, None], back.clamp(min=0)]
-            targets = batch.targets[row, place] if leave_one_out else None
-            logits = logits + interest.trust[row, place, None] * self.memory(recent, back >= 0, targets)
-        if self.popularity_weight is not None:
-            logits = logits + self.popularity_weight * self.log_popularity
-        return logits
+        network = {"network": (user * (torch.exp(self.log_temperature) * self.config.dim**-0.5), vectors)}
+        return network | self.channels.products(batch, interest.weights, moments, cold)
 
-    def forward(self, batch: Batch, exclude_seen: bool, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
-        """Summed full-softmax cross-entropy over every position that has a target, and how many there are.
+    def logits_at(
+        self,
+        batch: Batch,
+        interest: Interest,
+        vectors: Tensor,
+        moments: Tensor,
+        *,
+        held_out: bool = False,
+        repeats: bool = True,
+        cold: Tensor | None = None,
+        columns: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [P, N] at `moments` [P, 2] of histories that have been read, of the catalogue or `columns` [N] of it.
 
+        held_out, repeats: see Channels; training must hold out what the moments themselves added to the counts.
+        cold: [I] bool, items to be scored as if never counted.
+        """
+        products = self._products(batch, interest, vectors, moments, cold).values()
+        keys = torch.cat([key for _, key in products], 1)  # one matrix product for all of them
+        logits = torch.cat([query for query, _ in products], 1) @ (keys if columns is None else keys[columns]).T
+        counted = self.channels.counted(
+            batch, interest.weights, moments, held_out=held_out, repeats=repeats, columns=columns
+        )
+        if not counted:
+            return logits
+        total = sum(counted.values(), start=torch.zeros((), device=logits.device))
+        if cold is None:
+            return logits + total
+        warm = (~(cold if columns is None else cold[columns])).float()
+        return torch.addcmul(logits, total, warm)
+
+    def forward(
+        self, batch: Batch, exclude_seen: bool, label_smoothing: float = 0.0, negatives: int = 0
+    ) -> tuple[Tensor, int]:
+        """Summed softmax cross-entropy over every position that has a target, and how many there are.
+
+        The softmax is over the whole catalogue, or over `negatives` items drawn from it (0 = all); see losses.py.
         The losses of the heads, summed over the same positions, are added with their weights.
         Items that training never saw are left out of the softmax: as eternal negatives they would be pushed below
         everything, and their text could never bring them back. With `exclude_seen`, so are the items that the row
         already holds, because they will not be candidates when the model is used either.
         """
-        vectors = self.item_vectors()
+        cold = self.item_vectors.draw_cold()
+        vectors = self.item_vectors(cold)
         interest = self.interest(batch, vectors)
         moments = (batch.targets >= 0).nonzero()
-        unseen = ~self.item_vectors.known
-        first = _first_place(batch, len(vectors)) if exclude_seen else None
+        known = self.item_vectors.known
+        sample = None
+        if negatives and len(moments):
+            sample = draw_negatives(self.channels.log_popularity, known, batch.targets[batch.targets >= 0], negatives)
+        columns = None if sample is None else sample.items
+        barred_from = _barred_from(batch, known, exclude_seen, columns)
 
         def part(some: Tensor) -> Tensor:
             targets = batch.targets[some[:, 0], some[:, 1]]
-            barred = unseen.expand(len(some), -1)
-            if first is not None:
-                barred = barred | (first[some[:, 0]] <= some[:, 1:]).scatter(1, targets[:, None], False)
-            logits = self.logits_at(batch, interest, vectors, some, leave_one_out=True).masked_fill(barred, -1e4)
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            if label_smoothing:  # spread over the items that take part
-                log_p = logits.log_softmax(-1).masked_fill(barred, 0).sum(1) / (~barred).sum(1)
-                loss = (1 - label_smoothing) * loss - label_smoothing * log_p.sum()
-            return loss
+            own = targets if columns is None else torch.searchsorted(columns, targets)
+            barred = barred_from[some[:, 0]] <= some[:, 1:]
+            # A target that the row already holds is a candidate all the same, so it must be scored right.
+            repeats = not exclude_seen or bool(barred.gather(1, own[:, None]).any())
+            barred = barred.scatter(1, own[:, None], False)
+            logits = self.logits_at(
+                batch, interest, vectors, some, held_out=True, repeats=repeats, cold=cold, columns=columns
+            )
+            if sample is not None:
+                return sampled_softmax(logits, sample, targets, barred, label_smoothing)
+            return full_softmax(logits, targets, barred, label_smoothing)
 
-        blocks = moments.split(max(1, LOGIT_BLOCK // len(vectors)))
+        width = len(vectors) if columns is None else len(columns)
+        blocks = moments.split(max(1, LOGIT_BLOCK // width))
         if len(blocks) == 1:
             total = part(moments)
         else:
@@ -173,7 +197,7 @@ class FusionModel(nn.Module):
                 ratings = (batch.target_ratings[row, place] - self.rating_stats[0]) / self.rating_stats[1]
             total = total + self.head_weights[0] * rating_loss(self.rating_head, user, targets, ratings, vectors)
         if self.click_head is not None:
-            seen = _first_place(batch, len(vectors)) < batch.items.shape[1]
+            seen = _first_place(batch, None, len(vectors)) < batch.items.shape[1]
             known = self.item_vectors.known
             clicks = click_loss(self.click_head, user, targets, vectors, known, seen, row)
             total = total + self.head_weights[1] * clicks
@@ -199,9 +223,25 @@ class FusionModel(nn.Module):
         return torch.sigmoid(self.click_head(user, items, self.item_vectors() if vectors is None else vectors))
 
 
-def _first_place(batch: Batch, items: int) -> Tensor:
-    """[B, I] position at which each row first holds each item; the row's length where it never does."""
+def _barred_from(batch: Batch, known: Tensor, exclude_seen: bool, columns: Tensor | None) -> Tensor:
+    """[B, N] int32: the place in each row from which an item, of the catalogue or `columns`, is no candidate any more.
+
+    That is where the row first holds it, with `exclude_seen`; -1 for an item that training never saw.
+    """
+    known = known if columns is None else known[columns]
+    if not exclude_seen:
+        return torch.where(known, batch.items.shape[1], -1).to(torch.int32).expand(len(batch.items), -1)
+    return _first_place(batch, columns, len(known)).masked_fill(~known, -1)
+
+
+def _first_place(batch: Batch, columns: Tensor | None, width: int) -> Tensor:
+    """[B, N] int32 position at which each row first holds each item; the row's length where it never does."""
     rows, length = batch.items.shape
-    place = torch.arange(length, device=batch.items.device).expand(rows, length)
-    first = torch.full((rows, items), length, device=batch.items.device)
-    return first.scatter_reduce(1, batch.items, place.masked_fill(~batch.mask, length), "amin")
+    items = batch.items
+    if columns is not None:
+        found = torch.searchsorted(columns, items).clamp(max=width - 1)
+        items = torch.where(columns[found] == items, found, width)  # one column more, for what is not asked for
+    place = torch.arange(length, device=items.device, dtype=torch.int32).expand(rows, length)
+    first = torch.full((rows, width + (columns is not None)), length, device=items.device, dtype=torch.int32)
+    first = first.scatter_reduce(1, items, place.masked_fill(~batch.mask, length), "amin")
+    return first[:, :width]

@@ -23,7 +23,7 @@ class ItemVectors(nn.Module):
     """v = ID embedding + projection of the frozen, whitened text vector.
 
     An item that training never saw (`known` False) has no trained ID row, so its vector is its text alone; ID dropout
-    shows the model such items in training.
+    shows the model such items in training: items drawn as `cold` lose their row for one step.
     """
 
     text: Tensor  # [I, text_dim] float32 whitened
@@ -41,13 +41,19 @@ class ItemVectors(nn.Module):
         if self.project is not None:
             nn.init.normal_(self.project.weight, std=0.5 * config.dim**-0.5)
 
-    def forward(self) -> Tensor:
+    def draw_cold(self) -> Tensor | None:
+        """[I] bool: the items that one training step treats as new; None if there are none to be."""
+        if not (self.training and self.id_dropout):
+            return None
+        return torch.rand(len(self.known), device=self.known.device) < self.id_dropout
+
+    def forward(self, cold: Tensor | None = None) -> Tensor:
         """All item vectors [I, dim]."""
         vectors = torch.zeros((), device=self.known.device)
         if self.ids is not None:
             shown = self.known.float()
-            if self.training and self.id_dropout:
-                shown = shown * (torch.rand_like(shown) >= self.id_dropout)
+            if cold is not None:
+                shown = shown * ~cold
             vectors = vectors + self.ids.weight * shown[:, None]
         if self.project is not None:
             vectors = vectors + self.project(self.text)

@@ -87,13 +87,15 @@ class TransitionMemory(nn.Module):
         for name, value in arrays.items():
             self.register_buffer(name, torch.from_numpy(value).to(self.log_tau.device), persistent=False)
 
-    def forward(self, recent: Tensor, valid: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Score all items.
+    def forward(
+        self, recent: Tensor, valid: Tensor, targets: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
+        """Score all items, or `columns` [N] of them, ascending and with the targets among them.
 
         recent: [P, J] int64, the last J items before each of P moments, newest first; valid: [P, J] bool. The first
         `recent` of them are asked about; own transitions are looked for in the first `distances`.
         targets: [P] int64, the item that really came next, whose own transitions are then taken out of the counts.
-        Returns [P, I] float32, zero where no recent event was ever followed by the item.
+        Returns [P, I] or [P, N] float32, zero where no recent event was ever followed by the item.
         """
         scale = self.items * torch.exp(-self.log_tau)
         own = None if targets is None else self._own_counts(recent, valid)
@@ -101,14 +103,21 @@ class TransitionMemory(nn.Module):
         weight = torch.exp(self.log_weight[: recent.shape[1]]) * valid  # [P, J]
         # A few moments take the logarithms of what they ask about; a batch of training takes those of all items once.
         table = torch.log1p(self.counts * scale)[self.slots] if recent.numel() > self.items else None  # [I, N]
-        score = weight.new_zeros(len(recent), self.items)
+        width = self.items if columns is None else len(columns) + 1  # one more for what is not asked for
+        successors = self.successors
+        if columns is not None:
+            column_of = torch.full((self.items,), len(columns), device=columns.device)
+            column_of[columns] = torch.arange(len(columns), device=columns.device)
+            successors = column_of[successors]
+        score = weight.new_zeros(len(recent), width)
         for j in range(recent.shape[1]):  # one event at a time keeps the peak at [P, N]
             of = recent[:, j]
             value = torch.log1p(self.counts[self.slots[of]] * scale) if table is None else table[of]  # [P, N]
-            score.scatter_add_(1, self.successors[of], weight[:, j, None] * value)
+            score.scatter_add_(1, successors[of], weight[:, j, None] * value)
         if targets is not None and own is not None:
-            score.scatter_add_(1, targets[:, None], self._own_share(recent, weight, own, targets, scale)[:, None])
-        return score
+            own_share = self._own_share(recent, weight, own, targets, scale)[:, None]
+            score.scatter_add_(1, (targets if columns is None else column_of[targets])[:, None], own_share)
+        return score if columns is None else score[:, :-1]
 
     def _own_counts(self, recent: Tensor, valid: Tensor) -> Tensor:
         """[P, J]: what each moment itself added to the count from each of its recent items to what came next."""

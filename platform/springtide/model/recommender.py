@@ -14,6 +14,8 @@ import torch
 
 from springtide.model.batch import EMPTY, History, scoring_batch
 from springtide.model.fusion import FusionModel, Interest
+from springtide.model.memory import count_transitions
+from springtide.model.tables import Tables
 from springtide.model.top_k import top_k
 
 QUERY_TEMPERATURE = 0.05  # cosines of sentence encoders differ by hundredths; this spreads them like logits
@@ -59,11 +61,17 @@ class Recommender:
         actions: list[str],
         popularity: np.ndarray,
         text_vectors: np.ndarray | None,
+        tables: Tables | None = None,
+        predictable: np.ndarray | None = None,
     ) -> None:
+        """tables: what `observe` adds to, and when the log ended; predictable: [actions] bool, absent = all."""
         self.model = model.eval()
         self.item_ids, self.titles, self.categories, self.actions = item_ids, titles, categories, actions
         self.popularity = popularity
         self.text_vectors = text_vectors
+        self._transitions = None if tables is None else tables.transitions
+        self._log_end = None if tables is None else tables.end
+        self._predictable = np.ones(len(actions), bool) if predictable is None else predictable
         self.index = {item_id: row for row, item_id in enumerate(item_ids)}
         self._action_index = {action: number for number, action in enumerate(actions)}
         self._device = torch.device("cpu")
@@ -114,8 +122,9 @@ class Recommender:
     ) -> Scores:
         """Logits of the whole catalogue for each request.
 
-        queries: [B, D] float32 normalised encoder vectors, NaN row = no query; now: [B] int64 ms, time of the request.
-        A request with neither history nor query gets log popularity.
+        queries: [B, D] float32 normalised encoder vectors, NaN row = no query; now: [B] int64 ms, time of the request,
+        absent: with the last event of each, or for a model that is told the time, when its log ended. A request with
+        neither history nor query gets log popularity.
         """
         logits = np.tile(np.log1p(self.popularity).astype(np.float32), (len(histories), 1))
         gate = np.full(len(histories), np.nan, np.float32)
@@ -143,6 +152,8 @@ class Recommender:
         return logits.cpu().numpy(), gate.cpu().numpy()
 
     def _read(self, histories: list[History], now: np.ndarray | None) -> tuple[Any, Interest, torch.Tensor]:
+        if now is None and self.model.config.request_time and self._log_end is not None:
+            now = np.array([max(self._log_end, history.timestamps[-1]) for history in histories], np.int64)
         batch = scoring_batch(histories, self.model.config.long_window, now).to(self._device)
         interest = self.model.interest(batch, self._vectors)
         last = torch.stack([torch.arange(len(histories), device=self._device), batch.mask.sum(1) - 1], 1)
@@ -163,6 +174,34 @@ class Recommender:
         values = np.take_along_axis(scores, best.clip(min=0), axis=1).astype(np.float32)
         values[best < 0] = -np.inf
         return best, values
+
+    @torch.inference_mode()
+    def observe(self, histories: Sequence[History], events: Sequence[History]) -> None:
+        """Count new events without training: transitions, popularity, recent popularity. The network stays as it is.
+
+        events: what each of B users did after histories[b], in time order.
+        """
+        channels = self.model.channels
+        items = np.concatenate([new.items for new in events]) if events else np.zeros(0, np.int64)
+        if not len(items):
+            return
+        self.popularity = self.popularity + np.bincount(items, minlength=len(self.popularity))
+        channels.observe_popularity(self.popularity)
+        if channels.recent is not None:
+            counted = self._predictable[np.concatenate([new.actions for new in events])]
+            channels.recent.observe(items[counted], np.concatenate([new.timestamps for new in events])[counted])
+        if channels.memory is not None and self._transitions is not None:
+            reach = channels.memory.distances
+            pieces = []
+            for history, new in zip(histories, events, strict=True):
+                before = history.items[-reach:]
+                successors = np.concatenate([np.zeros(len(before), bool), self._predictable[new.actions]])
+                pieces.append((np.concatenate([before, new.items]), successors))
+            added = count_transitions(pieces, len(self.popularity), reach, channels.memory.decay)
+            self._transitions = self._transitions + added
+            channels.memory.load_counts(self._transitions)
+        self.recommendable |= self.popularity > 0
+        self._found_by_query |= self.popularity > 0
 
     @torch.inference_mode()
     def interests(self, history: History) -> Interests:

@@ -11,18 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from springtide.bundle import write_bundle
 from springtide.cluster import connect
-from springtide.config import Settings
+from springtide.config import Settings, with_values
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
+from springtide.files import write_json
+from springtide.model.batch import History
 from springtide.text.embed import load_vectors, whiten
 from springtide.training.loop import Progress
+from springtide.training.sampling import Sampling
+from springtide.training.sequences import epoch_batches, from_table, validation_cases
 from springtide.training.statistics import collect_file, merge
+from springtide.training.tabulate import JUDGED_USERS, choose_share, tabulate
 from springtide.training.worker import build_model, read_progress, train_worker, write_inputs
 
 log = logging.getLogger(__name__)
+WIDTHS = ((20_000, 32), (5_000_000, 64), (float("inf"), 128))  # events of a log below which a model is so wide
+CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -33,6 +41,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     submitted = time.time()
     prepared = load_prepared(settings.workspace)
+    settings = sized(settings, prepared)
     run_folder = Path(settings.workspace) / "runs" / f"train-{fingerprint(settings, prepared)}"
     if (run_folder / "finished").exists():
         log.info("these settings were trained before; training them again from the start")
@@ -40,8 +49,20 @@ def run(settings: Settings) -> dict[str, Any]:
     progress = train(settings, prepared, run_folder, submitted)
     metrics = write_trained(settings, prepared, run_folder, progress, Path(settings.workspace) / "bundle")
     (run_folder / "finished").touch()
-    log.info("best validation NDCG@10 %.4f in epoch %d of %d", progress.best, progress.best_epoch + 1, progress.epoch)
+    where = (progress.best_ndcg, progress.best_epoch + 1, progress.epoch)
+    log.info("validation NDCG@10 %.4f in epoch %d, the best of %d", *where)
     return {"bundle": str(Path(settings.workspace) / "bundle"), "run": str(run_folder), **metrics}
+
+
+def sized(settings: Settings, prepared: Prepared) -> Settings:
+    """`model.dim` by the size of the log, unless it was given.
+
+    A small log must not be learned by heart, and a large one has more to say than a narrow model can hold.
+    """
+    if "dim" in settings.model.model_fields_set:
+        return settings
+    events = prepared.report["totals"]["kept"]
+    return with_values(settings, {"model.dim": next(dim for limit, dim in WIDTHS if events < limit)})
 
 
 def fingerprint(settings: Settings, prepared: Prepared) -> str:
@@ -55,9 +76,17 @@ def fingerprint(settings: Settings, prepared: Prepared) -> str:
 
 
 def train(
-    settings: Settings, prepared: Prepared, run_folder: Path, submitted: float, callbacks: list[Any] | None = None
+    settings: Settings,
+    prepared: Prepared,
+    run_folder: Path,
+    submitted: float,
+    callbacks: list[Any] | None = None,
+    refit: bool = False,
 ) -> Progress:
-    """Run Ray Train in `run_folder` and return the final progress, best weights included."""
+    """Run Ray Train in `run_folder` and return the final progress, best weights included.
+
+    refit: learn from validation events too, and validate on nothing.
+    """
     connect()
     import ray
     from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -71,7 +100,8 @@ def train(
             "data.partitions"
         )
     _check_resources(settings)
-    inputs = write_statistics(settings, prepared, run_folder)
+    inputs = write_statistics(settings, prepared, run_folder, refit)
+    cuts = prepared.report["split"]["cuts_ms"]
     shards = {
         # Each worker has its own files, so the share of a worker is the same in every run and no row is dropped.
         f"train-{worker}": ray.data.read_parquet([str(file) for file in files[worker :: config.workers]])
@@ -84,6 +114,8 @@ def train(
             "actions": len(prepared.actions),
             "inputs": str(inputs),
             "holdout_share": holdout_share(settings, prepared),
+            "refit": refit,
+            "asked_at": cuts[0] if cuts else None,
             "submitted": submitted,
         },
         torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
@@ -115,7 +147,7 @@ def holdout_share(settings: Settings, prepared: Prepared) -> float:
     return 0.0 if prepared.report["split"]["valid"] else settings.train.validation_share
 
 
-def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path) -> Path:
+def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, refit: bool = False) -> Path:
     """Count the training events, a Ray task per file, and leave the result with the text vectors for the workers.
 
     Raises SpringtideError if there is no training target with an event before it, or if text is asked for and `embed`
@@ -129,8 +161,9 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path) -
     # Outside any placement group: a Tune trial's own holds its driver and nothing else.
     anywhere = PlacementGroupSchedulingStrategy(placement_group=None)
     collect = ray.remote(num_cpus=0.5, scheduling_strategy=anywhere)(collect_file)
-    parts = ray.get([collect.remote(file, len(items), settings.model, share) for file in prepared.sequence_files])
-    statistics = merge(parts)
+    statistics = merge(
+        ray.get([collect.remote(f, len(items), settings.model, share, refit) for f in prepared.sequence_files])
+    )
     users = prepared.report["users"]
     if not statistics.transitions.nnz and not _can_train(prepared, share):
         raise SpringtideError(
@@ -138,18 +171,29 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path) -
             "learn from; use a longer log, or widen data.target_actions"
         )
     run_folder.mkdir(parents=True, exist_ok=True)
+    chosen = run_folder.parent / CHOICES if refit else run_folder / CHOICES
+    if not refit:
+        hide = settings.data.exclude_seen
+        decay = choose_share(statistics, settings.model, _some_cases(prepared, share), hide)
+        write_json(chosen, {"neighbour_half_life": decay})
+    decay = json.loads(chosen.read_text(encoding="utf-8"))["neighbour_half_life"]
     path = run_folder / "inputs.safetensors"
-    write_inputs(path, statistics, text_features(settings, prepared))
+    write_inputs(path, tabulate(statistics, settings.model, decay), text_features(settings, prepared))
     return path
 
 
-def _can_train(prepared: Prepared, share: float) -> bool:
-    import pyarrow.parquet as pq
-
-    from springtide.training.sequences import epoch_batches, from_table
-
+def _some_cases(prepared: Prepared, share: float) -> list[tuple[History, int]]:
+    """Validation cases enough to choose a setting by, from the first files on."""
+    cases: list[tuple[History, int]] = []
     for file in prepared.sequence_files:
-        batches = epoch_batches(from_table(pq.read_table(file), share), 200, 256, (0,))
+        if len(cases) < JUDGED_USERS:
+            cases += validation_cases(from_table(pq.read_table(file), share), JUDGED_USERS - len(cases))
+    return cases
+
+
+def _can_train(prepared: Prepared, share: float) -> bool:
+    for file in prepared.sequence_files:
+        batches = epoch_batches(from_table(pq.read_table(file), share), Sampling(200, 256, 50_000), (0,))
         if any(bool((batch.targets >= 0).any()) for batch in batches):
             return True
     return False
@@ -177,13 +221,25 @@ def text_features(settings: Settings, prepared: Prepared) -> np.ndarray:
 def write_trained(
     settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress, bundle: Path
 ) -> dict[str, Any]:
-    """Write the best epoch as a bundle. Returns the run's metrics."""
-    model, counts = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
-    model.load_state_dict(progress.best_state)
+    """Fit once more on training and validation events, if asked to, and write a bundle. Returns the run's metrics.
+
+    The refit takes as many epochs as were best, from fresh weights: what is deployed must have seen everything, and
+    what chose the number of epochs cannot also be what it is judged by.
+    """
+    final, folder = progress, run_folder
+    validated = any(record["users"] for record in progress.epochs)
+    if settings.train.refit and validated:
+        folder = run_folder / "refit"
+        again = with_values(settings, {"train.epochs": progress.best_epoch + 1})
+        log.info("fitting again on training and validation events, %d epochs", progress.best_epoch + 1)
+        final = train(again, prepared, folder, time.time(), refit=True)
+    model, tables = build_model(settings, len(prepared.actions), folder / "inputs.safetensors")
+    model.load_state_dict(final.best_state)
     metrics = summarise(progress, sum(p.numel() for p in model.parameters()))
+    metrics |= {"refit": final is not progress, "refit_epochs": final.epochs if final is not progress else []}
     vectors = load_vectors(settings, prepared.items)
     write_bundle(
-        bundle, model, settings, prepared.items, prepared.actions, counts, vectors, metrics, prepared.content_hash
+        bundle, model, settings, prepared.items, prepared.actions, tables, vectors, metrics, prepared.content_hash
     )
     return metrics
 
@@ -194,7 +250,7 @@ def summarise(progress: Progress, parameters: int) -> dict[str, Any]:
     loop = sum(e["seconds"] + e["report_seconds"] for e in running)
     around = sum(e["wait_seconds"] + e["report_seconds"] for e in running)
     return {
-        "validation": {"ndcg@10": progress.best, "epoch": progress.best_epoch},
+        "validation": {"ndcg@10": progress.best_ndcg, "epoch": progress.best_epoch},
         "epochs": progress.epochs,
         "parameters": parameters,
         "positions_per_cpu_second": sum(e["positions"] for e in running)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from springtide.model.batch import Batch, History, scoring_batch
 from springtide.model.fusion import FusionModel
 
 RANK_BATCH = 128
+STEPS = "steps"  # how many steps are in the average, beside the weights in it
+FAST = ("log_temperature", "channels.text_scale", "channels.weigh.bias")
 
 
 class Feed(Protocol):
@@ -32,16 +35,24 @@ class Feed(Protocol):
 
     def cases(self) -> list[tuple[History, int]]: ...
 
+    def asked_at(self) -> int | None: ...
+
 
 @dataclass
 class Progress:
     """Where a run stands between two epochs; with the model's and the optimizer's tensors, all that a resume needs."""
 
     epoch: int = 0  # epochs done
-    best: float = -1.0  # best validation NDCG@10
+    best: float = -1.0  # best validation score: NDCG without a cut-off, as every rank tells and not the first ten alone
     best_epoch: int = -1
     epochs: list[dict[str, float]] = field(default_factory=list)  # one record each
     best_state: dict[str, Tensor] = field(default_factory=dict)
+    average: dict[str, Tensor] = field(default_factory=dict)  # moving average of the weights, if it is kept
+
+    @property
+    def best_ndcg(self) -> float:
+        """Validation NDCG@10 of the best epoch; -1 before there is one."""
+        return self.epochs[self.best_epoch]["ndcg@10"] if self.epochs else -1.0
 
     def finished(self, config: TrainConfig) -> bool:
         waited = self.epoch - 1 - self.best_epoch
@@ -49,11 +60,9 @@ class Progress:
 
 
 def make_optimizer(model: FusionModel, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; the few numbers that weigh memory and popularity move faster and are not decayed."""
+    """AdamW; the few numbers that shape the channels' scores move faster and are not decayed."""
     fast = [
-        p
-        for n, p in model.named_parameters()
-        if n.startswith(("memory", "trust", "popularity_weight", "log_temperature"))
+        p for n, p in model.named_parameters() if n in FAST or n.startswith(("channels.memory", "channels.neighbours"))
     ]
     fast_ids = {id(p) for p in fast}
     slow = [p for p in model.parameters() if id(p) not in fast_ids]
@@ -84,16 +93,19 @@ def fit(
     while not progress.finished(config):
         started, cpu = time.perf_counter(), time.process_time()
         torch.manual_seed(seed_of(config.seed, progress.epoch, rank()))
-        record = train_epoch(model, optimizer, feed.epoch(progress.epoch), config, exclude_seen, progress.epoch, device)
+        batches = feed.epoch(progress.epoch)
+        record = train_epoch(model, optimizer, batches, config, exclude_seen, progress.epoch, device, progress.average)
         trained = time.perf_counter()
-        record |= validate(inner, feed.cases(), exclude_seen, device)
+        with averaged(inner, progress.average):
+            record |= validate(inner, feed.cases(), exclude_seen, device, feed.asked_at())
+            state = {name: value.detach().cpu().clone() for name, value in inner.state_dict().items()}
         record["validate_seconds"] = time.perf_counter() - trained
         record["seconds"] = time.perf_counter() - started
         record["cpu_seconds"] = float(all_sum(torch.tensor(time.process_time() - cpu, dtype=torch.float64)))
         record["epoch"] = progress.epoch
-        if record["ndcg@10"] > progress.best or not record["users"]:  # nobody to validate on: the last epoch stands
-            progress.best, progress.best_epoch = record["ndcg@10"], progress.epoch
-            progress.best_state = {name: value.detach().cpu().clone() for name, value in inner.state_dict().items()}
+        if record["ndcg"] > progress.best or not record["users"]:  # nobody to validate on: the last epoch stands
+            progress.best, progress.best_epoch = record["ndcg"], progress.epoch
+            progress.best_state = state
         progress.epochs.append(record)
         progress.epoch += 1
         after_epoch(progress)
@@ -108,9 +120,16 @@ def train_epoch(
     exclude_seen: bool,
     epoch: int,
     device: torch.device,
+    average: dict[str, Tensor],
 ) -> dict[str, float]:
-    """One pass over all workers' batches. Returns loss per position, positions, steps and seconds spent waiting."""
+    """One pass over all workers' batches. Returns loss per position, positions, steps and seconds spent waiting.
+
+    average: the moving average of the weights, updated in place after every step.
+    """
     model.train()
+    inner = bare(model)
+    catalogue = len(inner.item_vectors.known)
+    negatives = config.negatives if catalogue > max(config.full_softmax_items, config.negatives) else 0
     loss_sum, positions, steps, waited = 0.0, 0, 0, 0.0
     last: Batch | None = None
     while True:
@@ -126,21 +145,68 @@ def train_epoch(
         last = batch
         if not count:
             continue
-        loss, _ = model(batch.to(device), exclude_seen, config.label_smoothing)
+        loss, _ = model(batch.to(device), exclude_seen, config.label_smoothing, negatives)
         optimizer.zero_grad(set_to_none=True)
         (loss * (world_size() / count)).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         if not torch.isfinite(norm):
             raise SpringtideError(
-                f"the loss is not finite in epoch {epoch + 1}, step {steps + 1}; lower train.learning_rate or look "
-                "for extreme ratings in the log (the last checkpoint is kept)"
+                f"the loss is not finite in epoch {epoch + 1}, step {steps + 1} ({describe(batch, loss)}); lower "
+                "train.learning_rate or look for extreme ratings in the log (the last checkpoint is kept)"
             )
         optimizer.step()
+        if config.average:
+            update_average(average, inner, config.average)
         loss_sum += loss.item()
         positions += count
         steps += 1
     total = float(all_sum(torch.tensor(loss_sum, dtype=torch.float64)))
     return {"loss": total / max(1, positions), "positions": positions, "steps": steps, "wait_seconds": waited}
+
+
+def describe(batch: Batch, loss: Tensor) -> str:
+    """A batch in words, to find it in the log by."""
+    real = batch.mask
+    if not real.any():
+        return "an empty batch"
+    ratings = batch.ratings[real]
+    given = ratings[~ratings.isnan()]
+    rated = f", ratings {float(given.min()):g} to {float(given.max()):g}" if len(given) else ""
+    return (
+        f"worker {rank()}: loss {float(loss.detach()):g} over {len(real)} sequences of up to {real.shape[1]} events, items "
+        f"{int(batch.items[real].min())} to {int(batch.items[real].max())}, times {int(batch.timestamps[real].min())} "
+        f"to {int(batch.timestamps[real].max())} ms{rated}"
+    )
+
+
+def update_average(average: dict[str, Tensor], model: FusionModel, decay: float) -> None:
+    """Move the average towards the weights; faster in the first steps, or it would remember where they began."""
+    steps = average.setdefault(STEPS, torch.zeros((), dtype=torch.int64))
+    decay = min(decay, (1 + int(steps)) / (10 + int(steps)))
+    steps += 1
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in average:
+                average[name].lerp_(weight, 1 - decay)
+            else:
+                average[name] = weight.detach().clone()
+
+
+@contextmanager
+def averaged(model: FusionModel, average: dict[str, Tensor]) -> Iterator[None]:
+    """The model with its averaged weights, where there are any, for as long as the block lasts."""
+    current = {name: weight.detach().clone() for name, weight in model.named_parameters() if name in average}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name in average:
+                weight.copy_(average[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name in current:
+                    weight.copy_(current[name])
 
 
 def _nothing_to_learn(last: Batch | None) -> Batch:
@@ -155,18 +221,26 @@ def _nothing_to_learn(last: Batch | None) -> Batch:
 
 @torch.no_grad()
 def validate(
-    model: FusionModel, cases: list[tuple[History, int]], exclude_seen: bool, device: torch.device
+    model: FusionModel,
+    cases: list[tuple[History, int]],
+    exclude_seen: bool,
+    device: torch.device,
+    asked_at: int | None = None,
 ) -> dict[str, float]:
-    """NDCG@10 and HR@10 over the whole catalogue, of all workers' cases together."""
+    """NDCG without a cut-off, NDCG@10 and HR@10 over the whole catalogue, of all workers' cases together.
+
+    asked_at: ms when all of them are asked; None = with the last event of each.
+    """
     model.eval()
     vectors = model.item_vectors()
     # As in Recommender, an item that was neither trained nor described is no candidate.
     nameless = ~(model.item_vectors.known | model.item_vectors.text.any(1)).cpu().numpy()
-    sums = torch.zeros(3, dtype=torch.float64)  # NDCG, hits, cases
+    sums = torch.zeros(4, dtype=torch.float64)  # NDCG@10, hits, cases, NDCG
     for begin in range(0, len(cases), RANK_BATCH):
         some = cases[begin : begin + RANK_BATCH]
         histories = [history for history, _ in some]
-        batch = scoring_batch(histories, model.config.long_window).to(device)
+        now = None if asked_at is None else np.full(len(some), asked_at, np.int64)
+        batch = scoring_batch(histories, model.config.long_window, now).to(device)
         last = torch.stack([torch.arange(len(some), device=device), batch.mask.sum(1) - 1], 1)
         logits = model.logits_at(batch, model.interest(batch, vectors), vectors, last).cpu().numpy()
         logits[:, nameless] = -np.inf
@@ -177,12 +251,13 @@ def validate(
         own = logits[np.arange(len(some)), targets][:, None]
         ahead = (logits > own).sum(1) + ((logits == own) & (np.arange(logits.shape[1]) < targets[:, None])).sum(1)
         # A target that was excluded above cannot be hit.
-        hit = (ahead < 10) & np.isfinite(own[:, 0])
-        gain = (hit / np.log2(ahead + 2)).sum()
-        sums += torch.tensor([gain, hit.sum(), len(some)], dtype=torch.float64)
+        found = np.isfinite(own[:, 0])
+        gain, hit = found / np.log2(ahead + 2), found & (ahead < 10)
+        sums += torch.tensor([gain[hit].sum(), hit.sum(), len(some), gain.sum()], dtype=torch.float64)
     all_sum(sums)
     count = max(1.0, float(sums[2]))
-    return {"ndcg@10": float(sums[0]) / count, "hr@10": float(sums[1]) / count, "users": float(sums[2])}
+    means = {"ndcg@10": float(sums[0]), "hr@10": float(sums[1]), "ndcg": float(sums[3])}
+    return {**{name: total / count for name, total in means.items()}, "users": float(sums[2])}
 
 
 # ---------------------------------------------------------------- processes

@@ -13,8 +13,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from springtide.model.batch import Batch, History
+from springtide.model.batch import Batch, History, pad_rows
 from springtide.schemas import TRAIN, VALID
+from springtide.training.sampling import Sampling, crop, disturb
+
+BUCKET = 1024  # windows that are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,11 @@ class Sequences:
         return History(self.items[part], self.actions[part], self.ratings[part], self.timestamps[part])
 
 
-def from_table(table: pa.Table, holdout_share: float) -> Sequences:
+def from_table(table: pa.Table, holdout_share: float, refit: bool = False) -> Sequences:
     """Flatten a SEQUENCES table, users in user_id order so that the order of arrival does not matter.
 
     holdout_share: in a log without a validation part, this share of the users with 3 targets or more (chosen by a hash
-    of the id) has its last target held out. 0 = none.
+    of the id) has its last target held out. 0 = none. refit: validation events are training events too.
     """
     table = table.combine_chunks().sort_by("user_id")
     lengths = pa.compute.list_value_length(table["items"]).to_numpy().astype(np.int64)
@@ -54,6 +57,8 @@ def from_table(table: pa.Table, holdout_share: float) -> Sequences:
         return pa.compute.list_flatten(table[name]).to_numpy(zero_copy_only=False).astype(dtype)
 
     parts, targets = flat("parts", np.int8), flat("targets", np.bool_)
+    if refit:
+        parts, holdout_share = np.where(parts == VALID, np.int8(TRAIN), parts), 0.0
     user = np.repeat(np.arange(len(lengths)), lengths)
     train_end = start + np.bincount(user[parts == TRAIN], minlength=len(lengths))
     valid_target = np.full(len(lengths), -1, np.int64)
@@ -109,6 +114,7 @@ def training_batch(sequences: Sequences, windows: np.ndarray) -> Batch:
     def gather(array: np.ndarray, fill: float) -> torch.Tensor:
         return torch.from_numpy(np.where(mask, array[place], np.array(fill, array.dtype)))
 
+    owned, owned_at = _owned(sequences, np.searchsorted(sequences.start, first, side="right") - 1)
     return Batch(
         items=gather(sequences.items, 0),
         actions=gather(sequences.actions, 0),
@@ -119,15 +125,47 @@ def training_batch(sequences: Sequences, windows: np.ndarray) -> Batch:
         now=torch.from_numpy(np.where(mask, sequences.timestamps[place + 1], 0)),
         targets=torch.from_numpy(np.where(wanted, sequences.items[place + 1], -1)),
         target_ratings=torch.from_numpy(np.where(wanted, sequences.ratings[place + 1], np.float32(np.nan))),
+        owned=torch.from_numpy(owned),
+        owned_at=torch.from_numpy(owned_at),
     )
 
 
-def epoch_batches(sequences: Sequences, length: int, batch_size: int, seed: tuple[int, ...]) -> Iterator[Batch]:
-    """All training windows once, in an order drawn from `seed`."""
-    windows = training_windows(sequences, length)
-    order = np.random.default_rng(seed).permutation(len(windows))
-    for begin in range(0, len(order), batch_size):
-        yield training_batch(sequences, windows[order[begin : begin + batch_size]])
+def _owned(sequences: Sequences, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each user's training targets, once each, and when last taken, as in Statistics.taken: two [B, K], -1 = pad."""
+    rows, times = [], []
+    for user in users:
+        part = slice(int(sequences.start[user]), int(sequences.train_end[user]))
+        wanted = sequences.targets[part]
+        items, first = np.unique(sequences.items[part][wanted][::-1], return_index=True)
+        rows.append(items)
+        times.append(sequences.timestamps[part][wanted][::-1][first])
+    return pad_rows(rows, np.int64, -1), pad_rows(times, np.int64)
+
+
+def epoch_batches(sequences: Sequences, sampling: Sampling, seed: tuple[int, ...]) -> Iterator[Batch]:
+    """All training windows once, in an order drawn from `seed`, cut into batches of about equal size.
+
+    Windows of like length share a batch, as far as BUCKET random windows allow: padding costs as much as events do.
+    """
+    rng = np.random.default_rng(seed)
+    windows = training_windows(sequences, sampling.length)
+    windows = crop(windows[rng.permutation(len(windows))], sampling.crop, rng)
+    sizes = windows[:, 1] - windows[:, 0]
+    order = np.lexsort((sizes, np.arange(len(windows)) // BUCKET))
+    batches = list(_cut(sizes[order], sampling))
+    for number in rng.permutation(len(batches)):
+        yield disturb(training_batch(sequences, windows[order[slice(*batches[number])]]), sampling, rng)
+
+
+def _cut(sizes: np.ndarray, sampling: Sampling) -> Iterator[tuple[int, int]]:
+    """(begin, end) of batches with at most so many windows and padded events, each with one window or more."""
+    begin = 0
+    while begin < len(sizes):
+        longest = np.maximum.accumulate(sizes[begin : begin + sampling.sequences])
+        area = longest * np.arange(1, len(longest) + 1)
+        end = begin + max(1, int(np.searchsorted(area, sampling.positions, side="right")))
+        yield begin, end
+        begin = end
 
 
 def validation_cases(sequences: Sequences, limit: int) -> list[tuple[History, int]]:

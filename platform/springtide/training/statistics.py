@@ -1,4 +1,7 @@
-"""What the model knows of the catalogue before it is trained: popularity, transition counts, the scale of ratings."""
+"""Counting a log before training: popularity, transitions, who took what and when, the scale of ratings.
+
+Files are counted one by one, wherever they are, and merged; what needs the whole log at once is in tabulate.py.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,14 @@ from springtide.training.sequences import Sequences, from_table
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts over training events only."""
+    """Counts over training events only; those of disjoint users add up."""
 
     popularity: np.ndarray  # [I] int64
     transitions: sp.csr_matrix  # [I, I] float32
     ratings: tuple[float, float, float]  # number, sum, sum of squares
+    taken: sp.csr_matrix  # [U, I] int64: the time in ms at which a user last took an item, plus one
+    wanted: np.ndarray  # [E] int64 items of the events that may be predicted,
+    wanted_at: np.ndarray  # [E] int64 and their times in ms
 
     @property
     def rating_stats(self) -> tuple[float, float]:
@@ -33,25 +39,41 @@ class Statistics:
 
 
 def collect(sequences: Sequences, items: int, config: ModelConfig) -> Statistics:
-    """Statistics of some users' training events; those of several blocks add up (`merge`)."""
+    """Statistics of some users' training events."""
     spans = [slice(int(a), int(b)) for a, b in zip(sequences.start, sequences.train_end, strict=True)]
-    trained = np.concatenate([sequences.items[s] for s in spans]) if spans else np.zeros(0, np.int64)
-    ratings = np.concatenate([sequences.ratings[s] for s in spans]).astype(np.float64) if spans else np.zeros(0)
+
+    def trained(array: np.ndarray) -> np.ndarray:
+        return np.concatenate([array[s] for s in spans]) if spans else array[:0]
+
+    ratings = trained(sequences.ratings).astype(np.float64)
     ratings = ratings[~np.isnan(ratings)]
-    pairs = ((sequences.items[s], sequences.targets[s]) for s in spans)
+    rows, targets, times = trained(sequences.items), trained(sequences.targets), trained(sequences.timestamps)
     transitions = sp.csr_matrix((items, items), dtype=np.float32)
     if config.memory:
+        pairs = ((sequences.items[s], sequences.targets[s]) for s in spans)
         transitions = count_transitions(pairs, items, config.memory_distances, config.memory_decay)
+    user = np.repeat(np.arange(len(spans)), [s.stop - s.start for s in spans])
     return Statistics(
-        np.bincount(trained, minlength=items),
+        np.bincount(rows, minlength=items),
         transitions,
         (len(ratings), float(ratings.sum()), float((ratings**2).sum())),
+        _last_taken(user[targets], rows[targets], times[targets], (len(spans), items)),
+        rows[targets],
+        times[targets],
     )
 
 
-def collect_file(path: Path, items: int, config: ModelConfig, holdout_share: float) -> Statistics:
+def _last_taken(user: np.ndarray, item: np.ndarray, at: np.ndarray, shape: tuple[int, int]) -> sp.csr_matrix:
+    order = np.lexsort((at, item, user))
+    user, item, at = user[order], item[order], at[order]
+    last = np.ones(len(user), bool)
+    last[:-1] = (user[1:] != user[:-1]) | (item[1:] != item[:-1])
+    return sp.csr_matrix((at[last] + 1, (user[last], item[last])), shape=shape, dtype=np.int64)
+
+
+def collect_file(path: Path, items: int, config: ModelConfig, holdout_share: float, refit: bool) -> Statistics:
     """`collect` over one Parquet file of sequences."""
-    return collect(from_table(pq.read_table(path), holdout_share), items, config)
+    return collect(from_table(pq.read_table(path), holdout_share, refit), items, config)
 
 
 def merge(parts: list[Statistics]) -> Statistics:
@@ -64,4 +86,7 @@ def merge(parts: list[Statistics]) -> Statistics:
             ratings + part.ratings,
         )
     transitions.sort_indices()
-    return Statistics(popularity, transitions, (float(ratings[0]), float(ratings[1]), float(ratings[2])))
+    taken = sp.vstack([part.taken for part in parts], format="csr")
+    wanted, wanted_at = (np.concatenate([getattr(part, name) for part in parts]) for name in ("wanted", "wanted_at"))
+    totals = (float(ratings[0]), float(ratings[1]), float(ratings[2]))
+    return Statistics(popularity, transitions, totals, taken, wanted, wanted_at)

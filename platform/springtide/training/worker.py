@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import scipy.sparse as sp
 import torch
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
@@ -24,51 +23,38 @@ from springtide.config import Settings, TrainConfig
 from springtide.errors import SpringtideError
 from springtide.model.batch import Batch, History
 from springtide.model.fusion import FusionModel
+from springtide.model.tables import Tables, from_arrays
 from springtide.schemas import SEQUENCES, check_schema
 from springtide.training.loop import Progress, bare, fit, make_optimizer, rank, seed_of, world_size
+from springtide.training.sampling import Sampling
 from springtide.training.sequences import Sequences, concatenate, epoch_batches, from_table, validation_cases
-from springtide.training.statistics import Statistics
 
 log = logging.getLogger(__name__)
 PLACEMENT_GROUP = "placement_group"  # file in the run's folder
 
 
 # ---------------------------------------------------------------- inputs that the driver leaves for the workers
-def write_inputs(path: Path, statistics: Statistics, text: np.ndarray) -> None:
-    """Save statistics and whitened text vectors [I, text_dim] where every worker can read them."""
-    counts = statistics.transitions
-    save_arrays(
-        {
-            "popularity": statistics.popularity.astype(np.int64),
-            "rating_stats": np.array(statistics.rating_stats),
-            "text": np.ascontiguousarray(text, np.float32),
-            "counts": counts.data.astype(np.float32),
-            "indices": counts.indices.astype(np.int64),
-            "indptr": counts.indptr.astype(np.int64),
-        },
-        path,
-    )
+def write_inputs(path: Path, tables: Tables, text: np.ndarray) -> None:
+    """Save the counts and the whitened text vectors [I, text_dim] where every worker can read them."""
+    save_arrays(tables.arrays() | {"text": np.ascontiguousarray(text, np.float32)}, path)
 
 
-def build_model(settings: Settings, actions: int, inputs: Path) -> tuple[FusionModel, sp.csr_matrix]:
-    """A fresh model with its statistics filled in, weights drawn from train.seed; and the full transition counts."""
+def build_model(settings: Settings, actions: int, inputs: Path) -> tuple[FusionModel, Tables]:
+    """A fresh model with its counts filled in, weights drawn from train.seed; and those counts."""
     arrays = load_arrays(inputs)
-    popularity = arrays["popularity"]
-    counts = sp.csr_matrix((arrays["counts"], arrays["indices"], arrays["indptr"]), shape=(len(popularity),) * 2)
-    mean, deviation = arrays["rating_stats"].tolist()
+    tables = from_arrays(arrays)
     torch.manual_seed(seed_of(settings.train.seed))
     model = FusionModel(
         settings.model,
         actions,
         torch.from_numpy(arrays["text"]),
-        torch.from_numpy(popularity > 0),
-        torch.from_numpy(popularity),
-        (mean, deviation),
+        torch.from_numpy(tables.popularity > 0),
+        torch.from_numpy(tables.popularity),
+        tables.rating_stats,
         settings.train.heads,
     )
-    if model.memory is not None:
-        model.memory.load_counts(counts)
-    return model, counts
+    tables.fill(model)
+    return model, tables
 
 
 # ---------------------------------------------------------------- data
@@ -80,16 +66,25 @@ class ShardFeed:
     same blocks, that is on a cluster of the same shape.
     """
 
-    def __init__(self, shard: Any, window: int, config: TrainConfig, holdout_share: float) -> None:
-        self._shard, self._window, self._config, self._holdout = shard, window, config, holdout_share
-        self._batch_size = max(1, -(-config.batch_size // world_size()))
+    def __init__(
+        self, shard: Any, window: int, config: TrainConfig, holdout_share: float, refit: bool, asked_at: int | None
+    ) -> None:
+        self._shard, self._config, self._holdout, self._refit = shard, config, holdout_share, refit
+        self._asked_at = asked_at
+        workers = world_size()
+        self._sampling = Sampling(
+            window, -(-config.batch_size // workers), -(-config.batch_positions // workers),
+            1.0 if config.within_session is None else config.within_session, config.crop, config.mask, config.reorder,
+        )  # fmt: skip
         self._cached: Sequences | None = None
         self._cases: list[tuple[History, int]] | None = None
 
     def _stream(self) -> Iterator[Sequences]:
         for table in self._shard.iter_batches(batch_size=None, batch_format="pyarrow"):
             if isinstance(table, pa.Table) and len(table):
-                yield from_table(check_schema(table.cast(SEQUENCES), SEQUENCES, "sequences"), self._holdout)
+                yield from_table(
+                    check_schema(table.cast(SEQUENCES), SEQUENCES, "sequences"), self._holdout, self._refit
+                )
 
     def _blocks(self) -> Iterator[Sequences]:
         if self._cached is not None:
@@ -121,7 +116,7 @@ class ShardFeed:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Every training window of the shard once, in an order that depends on seed, epoch and rank only."""
         for number, block in enumerate(self._blocks()):
-            yield from epoch_batches(block, self._window, self._batch_size, (self._config.seed, epoch, rank(), number))
+            yield from epoch_batches(block, self._sampling, (self._config.seed, epoch, rank(), number))
 
     def cases(self) -> list[tuple[History, int]]:
         """This worker's validation users; known after the first epoch has run."""
@@ -130,19 +125,24 @@ class ShardFeed:
                 pass
         return self._cases or []
 
+    def asked_at(self) -> int | None:
+        """When validation users are asked, if all at once."""
+        return self._asked_at
+
 
 # ---------------------------------------------------------------- checkpoints
 def save_checkpoint(folder: Path, model: FusionModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Model, optimizer, best weights so far and the record of the epochs. Tensors and JSON only."""
     save_tensors(_owned(model.state_dict()), folder / "model.safetensors")
     save_tensors(_owned(progress.best_state), folder / "best.safetensors")
+    save_tensors(_owned(progress.average), folder / "average.safetensors")
     moments = {
         f"{index}.{name}": torch.as_tensor(value).clone().contiguous()
         for index, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
     }
     save_tensors(moments, folder / "optimizer.safetensors")
-    record = {name: value for name, value in vars(progress).items() if name != "best_state"}
+    record = {name: value for name, value in vars(progress).items() if name not in ("best_state", "average")}
     (folder / "progress.json").write_text(json.dumps(record), encoding="utf-8")
 
 
@@ -158,13 +158,16 @@ def load_checkpoint(folder: Path, model: FusionModel, optimizer: torch.optim.Opt
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return read_progress(folder)
+    progress, weights = read_progress(folder), dict(model.named_parameters())
+    progress.average = {n: v.to(weights[n].device) if n in weights else v for n, v in progress.average.items()}
+    return progress
 
 
 def read_progress(folder: Path) -> Progress:
     """The record of a checkpoint with its best weights."""
     record = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    return Progress(**record, best_state=load_tensors(folder / "best.safetensors"))
+    states = {name: load_tensors(folder / f"{name}.safetensors") for name in ("best", "average")}
+    return Progress(**record, best_state=states["best"], average=states["average"])
 
 
 # ---------------------------------------------------------------- the worker
@@ -197,7 +200,7 @@ def train_worker(job: dict[str, Any]) -> None:
         # Where a search finds the group to remove, if it stops this run from outside.
         Path(job["inputs"]).with_name(PLACEMENT_GROUP).write_text(group.id.hex(), encoding="utf-8")
     shard = ray.train.get_dataset_shard(f"train-{ray.train.get_context().get_world_rank()}")
-    feed = ShardFeed(shard, settings.model.long_window, config, job["holdout_share"])
+    feed = ShardFeed(shard, settings.model.long_window, config, job["holdout_share"], job["refit"], job["asked_at"])
     clock = {"first_step": 0.0, "report": 0.0}
 
     class FirstStep:
@@ -211,12 +214,15 @@ def train_worker(job: dict[str, Any]) -> None:
         def cases(self) -> list[tuple[History, int]]:
             return feed.cases()
 
+        def asked_at(self) -> int | None:
+            return feed.asked_at()
+
     def after_epoch(progress: Progress) -> None:
         started = time.perf_counter()
         record = progress.epochs[-1]
         record["first_step_seconds"] = clock["first_step"]
         record["report_seconds"] = clock["report"]  # of the epoch before: this one's report is still to come
-        metrics = {key: record[key] for key in ("loss", "ndcg@10", "hr@10", "epoch")} | {"best": progress.best}
+        metrics = {key: record[key] for key in ("loss", "ndcg@10", "hr@10", "epoch")} | {"best": progress.best_ndcg}
         with tempfile.TemporaryDirectory() as folder:
             if rank() == 0:
                 save_checkpoint(Path(folder), bare(wrapped), optimizer, progress)
@@ -240,7 +246,7 @@ def _line(progress: Progress, config: TrainConfig) -> str:
     better = (
         " *"
         if progress.best_epoch == progress.epoch - 1
-        else f" (best {progress.best:.4f} in epoch {progress.best_epoch + 1})"
+        else f" (best {progress.best_ndcg:.4f} in epoch {progress.best_epoch + 1})"
     )
     return (
         f"epoch {progress.epoch}/{config.epochs}  loss {record['loss']:.4f}  "

@@ -19,7 +19,7 @@ from springtide.config import Settings, parse_settings, with_values
 from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json, write_text
-from springtide.training.job import fingerprint, train, write_trained
+from springtide.training.job import fingerprint, sized, train, write_trained
 from springtide.training.worker import read_progress
 from springtide.tuning.space import check_space, concurrent_trials, param_space
 
@@ -36,6 +36,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     check_space(settings)
     prepared = load_prepared(settings.workspace)
+    settings = sized(settings, prepared)
     connect()
     import ray
     from ray import tune

@@ -1,0 +1,170 @@
+"""The scores beside the neural one: transitions, neighbours, text, popularity and recent popularity.
+
+Each is a counting model with a weight of its own for every user and moment, from one small layer that reads the user
+vector and the context. So a log, a user or a moment for which counts say more than a network is served by counts.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from springtide.config import ModelConfig
+from springtide.model.batch import Batch
+from springtide.model.inputs import CONTEXT
+from springtide.model.memory import TransitionMemory
+from springtide.model.neighbours import SHORT_DECAY, Neighbours
+from springtide.model.running import running_sum
+
+
+class RecentPopularity(nn.Module):
+    """log(1 + events before a moment, each weighing half after a half-life, as multiples of the mean item's)."""
+
+    table: Tensor  # [T, I] float32
+    edges: Tensor  # [T] int64 ms: row k counts the events before edges[k]
+
+    def __init__(self, catalogue: int) -> None:
+        super().__init__()
+        self.load(np.zeros((1, catalogue)), np.zeros(1, np.int64), float("inf"))
+
+    def load(self, counts: np.ndarray, edges: np.ndarray, half_life: float) -> None:
+        """Take decayed counts [T, I] before `edges` [T] ms. half_life: ms."""
+        self._latest, self._end, self._half_life = counts[-1].astype(np.float64), int(edges[-1]), half_life
+        self.register_buffer("table", torch.from_numpy(_in_means(counts)), persistent=False)
+        self.register_buffer("edges", torch.from_numpy(edges.astype(np.int64)), persistent=False)
+
+    def observe(self, items: np.ndarray, times: np.ndarray) -> None:
+        """Add events of after the last edge: catalogue rows and ms."""
+        end = max(self._end, int(times.max(initial=self._end)))
+        self._latest *= 0.5 ** ((end - self._end) / self._half_life)
+        np.add.at(self._latest, items, 0.5 ** ((end - times) / self._half_life))
+        self._end = end
+        self.table[-1] = torch.from_numpy(_in_means(self._latest)).to(self.table.device)
+
+    def forward(self, now: Tensor) -> tuple[Tensor, Tensor]:
+        """now: [P] int64 ms -> ([P, I], [P] bool: whether anything is known of that time, which is after an edge)."""
+        bucket = torch.searchsorted(self.edges, now, right=True) - 1
+        return self.table[bucket.clamp(min=0)], bucket >= 0
+
+
+def _in_means(counts: np.ndarray) -> np.ndarray:
+    return np.log1p(counts / np.maximum(counts.mean(-1, keepdims=True), 1e-9)).astype(np.float32)
+
+
+class Channels(nn.Module):
+    """See the module docstring. text: [I, text_dim] whitened; popularity: [I] training events."""
+
+    log_popularity: Tensor  # [I], centred
+    text: Tensor  # [I, text_dim] unit rows
+
+    def __init__(self, config: ModelConfig, text: Tensor, popularity: Tensor) -> None:
+        super().__init__()
+        catalogue = len(popularity)
+        self.memory = (
+            TransitionMemory(
+                catalogue, config.memory_distances, config.memory_decay, config.memory_recent, config.memory_neighbours
+            )
+            if config.memory
+            else None
+        )
+        self.neighbours = Neighbours(catalogue) if config.neighbours else None
+        self.recent = RecentPopularity(catalogue) if config.recent_popularity else None
+        self.by_text = config.text_neighbours and text.shape[1] > 0
+        self.by_popularity = config.popularity
+        # What a weight of the layer below stands for; popularity may count against an item, the others never do.
+        self.names: list[str] = (
+            ["transitions"] * (self.memory is not None)
+            + ["neighbours_short", "neighbours_long"] * (self.neighbours is not None)
+            + ["text_short", "text_long"] * self.by_text
+            + ["recent_popularity"] * (self.recent is not None)
+            + ["popularity"] * self.by_popularity
+        )
+        self.weigh = nn.Linear(config.dim + CONTEXT, len(self.names)) if self.names else None
+        if self.weigh is not None:
+            nn.init.zeros_(self.weigh.weight)
+            nn.init.zeros_(self.weigh.bias)
+            with torch.no_grad():
+                self.weigh.bias[[n for n, name in enumerate(self.names) if name.startswith("neighbours")]] = -1.0
+        self.text_scale = nn.Parameter(torch.tensor(1.0)) if self.by_text else None
+        self.register_buffer("text", F.normalize(text, dim=1) if self.by_text else text[:, :0], persistent=False)
+        self.register_buffer("log_popularity", _centred_log(popularity))
+
+    def observe_popularity(self, popularity: np.ndarray) -> None:
+        """Take new counts [I]."""
+        self.log_popularity.copy_(_centred_log(torch.from_numpy(popularity)))
+
+    def weights(self, user: Tensor, context: Tensor) -> Tensor:
+        """user [B, L, dim], context [B, L, CONTEXT] -> [B, L, C], in the order of `names`."""
+        if self.weigh is None:
+            return user.new_zeros(*user.shape[:2], 0)
+        raw = self.weigh(torch.cat([user, context], -1))
+        signed = 1 * self.by_popularity + (self.recent is not None)
+        kept = raw.shape[-1] - signed
+        return torch.cat([F.softplus(raw[..., :kept]), raw[..., kept:]], -1)
+
+    def counted(
+        self,
+        batch: Batch,
+        weights: Tensor,
+        moments: Tensor,
+        *,
+        held_out: bool = False,
+        repeats: bool = True,
+        columns: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted scores of the channels that are looked up: [P, N], of the catalogue or of `columns` [N] of it.
+
+        weights: [B, L, C]; moments: [P, 2]; held_out: take what each moment and its owner added to the counts out of
+        them, as training must; repeats: items of the history are candidates too.
+        """
+        row, at = moments.unbind(1)
+        weight = dict(zip(self.names, weights[row, at].unbind(-1), strict=True))
+        out: dict[str, Tensor] = {}
+        if self.memory is not None:
+            depth = max(self.memory.recent, self.memory.distances) if held_out else self.memory.recent
+            back = at[:, None] - torch.arange(depth, device=at.device)  # [P, J]
+            recent = batch.items[row[:, None], back.clamp(min=0)]
+            targets = batch.targets[row, at] if held_out else None
+            out["transitions"] = weight["transitions"][:, None] * self.memory(recent, back >= 0, targets, columns)
+        if self.neighbours is not None and len(self.neighbours.items):
+            pair = torch.stack([weight["neighbours_short"], weight["neighbours_long"]], 1)
+            owned = None
+            if held_out and batch.owned is not None and batch.owned_at is not None:
+                owned = (batch.owned, batch.owned_at)
+            out["neighbours"] = self.neighbours(batch.items, moments, pair, owned, repeats, columns)
+        if self.recent is not None:
+            table, there = self.recent(batch.now[row, at])
+            score = table if columns is None else table[:, columns]
+            out["recent_popularity"] = (weight["recent_popularity"] * there)[:, None] * score
+        return out
+
+    def products(
+        self, batch: Batch, weights: Tensor, moments: Tensor, cold: Tensor | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """The channels that are a product of a query [P, K] and keys [I, K], weights included.
+
+        cold: [I] bool, items to be scored as if never counted.
+        """
+        row, at = moments.unbind(1)
+        weight = dict(zip(self.names, weights[row, at].unbind(-1), strict=True))
+        out: dict[str, tuple[Tensor, Tensor]] = {}
+        if self.by_text and self.text_scale is not None:
+            events = self.text[batch.items]
+            length = (at + 1).float()[:, None]
+            short = running_sum(events, SHORT_DECAY)[row, at] * (1 - SHORT_DECAY) / (1 - SHORT_DECAY**length)
+            long = events.cumsum(1)[row, at] / length
+            wanted = weight["text_short"][:, None] * short + weight["text_long"][:, None] * long
+            out["text"] = torch.exp(self.text_scale) * wanted, self.text
+        if self.by_popularity:
+            level = self.log_popularity
+            if cold is not None:
+                level = torch.where(cold, level.min(), level)
+            out["popularity"] = weight["popularity"][:, None], level[:, None]
+        return out
+
+
+def _centred_log(popularity: Tensor) -> Tensor:
+    logs = torch.log1p(popularity.float())
+    return logs - logs.mean()

@@ -1,0 +1,70 @@
+"""What was counted in a log before any training, as arrays: the fixed half of a model, and how it is saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+
+from springtide.model.fusion import FusionModel
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Counts over the events that a model may learn from, over I catalogue items."""
+
+    popularity: np.ndarray  # [I] int64 events
+    rating_stats: tuple[float, float]  # mean, standard deviation
+    transitions: sp.csr_matrix  # [I, I] float32, see memory.count_transitions
+    inverse: np.ndarray  # [M, M] float32, see neighbours.Neighbours
+    neighbour_items: np.ndarray  # [M] int64
+    end: int  # ms, time of the last event
+    half_life: float  # ms, inf = every event weighs alike
+    recent: np.ndarray  # [T, I] float32 decayed counts, see channels.RecentPopularity
+    recent_edges: np.ndarray  # [T] int64 ms
+    recent_half_life: float  # ms
+
+    def fill(self, model: FusionModel) -> None:
+        """Put the counts into the channels that the model has."""
+        channels = model.channels
+        if channels.memory is not None:
+            channels.memory.load_counts(self.transitions)
+        if channels.neighbours is not None:
+            channels.neighbours.load(self.inverse, self.neighbour_items, self.end, self.half_life)
+        if channels.recent is not None:
+            channels.recent.load(self.recent, self.recent_edges, self.recent_half_life)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything as plain arrays, for a safetensors file."""
+        return {
+            "popularity": self.popularity.astype(np.int64),
+            "rating_stats": np.array(self.rating_stats, np.float64),
+            "counts": self.transitions.data.astype(np.float32),
+            "indices": self.transitions.indices.astype(np.int64),
+            "indptr": self.transitions.indptr.astype(np.int64),
+            "inverse": np.ascontiguousarray(self.inverse, np.float32),
+            "neighbour_items": self.neighbour_items.astype(np.int64),
+            "times": np.array([self.end, self.half_life, self.recent_half_life], np.float64),
+            "recent": np.ascontiguousarray(self.recent, np.float32),
+            "recent_edges": self.recent_edges.astype(np.int64),
+        }
+
+
+def from_arrays(arrays: dict[str, np.ndarray]) -> Tables:
+    """The Tables that `arrays` came from."""
+    size = len(arrays["popularity"])
+    end, half_life, recent_half_life = arrays["times"].tolist()
+    mean, deviation = arrays["rating_stats"].tolist()
+    return Tables(
+        arrays["popularity"],
+        (mean, deviation),
+        sp.csr_matrix((arrays["counts"], arrays["indices"], arrays["indptr"]), shape=(size, size)),
+        arrays["inverse"],
+        arrays["neighbour_items"],
+        int(end),
+        half_life,
+        arrays["recent"],
+        arrays["recent_edges"],
+        recent_half_life,
+    )

@@ -1,0 +1,125 @@
+"""From merged statistics to the tables that a model starts from: what can be counted of the whole log only."""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.linalg
+import scipy.sparse as sp
+import torch
+
+from springtide.config import ModelConfig
+from springtide.model.batch import History, scoring_batch
+from springtide.model.neighbours import Neighbours
+from springtide.model.tables import Tables
+from springtide.training.statistics import Statistics
+
+RECENT_ROWS = 64  # moments at which recent popularity is tabulated
+TRIED_SHARES = (None, 0.4)  # half-lives of the neighbours' log, as shares of its span; None = every event alike
+JUDGED_USERS = 1000
+
+
+def tabulate(statistics: Statistics, config: ModelConfig, share: float | None) -> Tables:
+    """The Tables of a log. share: half-life of the neighbours' log as a share of its span; None = no decay."""
+    times = statistics.taken.data - 1
+    start, end = (int(times.min()), int(times.max())) if len(times) else (0, 0)
+    half_life = float("inf") if share is None or end == start else share * (end - start)
+    items = np.zeros(0, np.int64)
+    if config.neighbours:
+        ranked = np.argsort(-statistics.popularity, kind="stable")[: config.neighbour_items]
+        items = np.sort(ranked[statistics.popularity[ranked] > 0])
+    recent, edges = np.zeros((1, len(statistics.popularity)), np.float32), np.array([end + 1])
+    if config.recent_popularity:
+        recent, edges = recent_popularity(
+            statistics.wanted, statistics.wanted_at, len(statistics.popularity), config.recent_half_life
+        )
+    return Tables(
+        statistics.popularity,
+        statistics.rating_stats,
+        statistics.transitions,
+        regularised_inverse(statistics.taken, items, end, half_life, config.neighbour_l2),
+        items,
+        end,
+        half_life,
+        recent,
+        edges,
+        config.recent_half_life * (end - start) or float("inf"),
+    )
+
+
+def regularised_inverse(taken: sp.csr_matrix, items: np.ndarray, end: int, half_life: float, l2: float) -> np.ndarray:
+    """(X'X + l2)^-1 over `items` [M], where X weighs an event by its age at `end`: [M, M] float32."""
+    if not len(items):
+        return np.zeros((0, 0), np.float32)
+    chosen = taken[:, items]
+    weight = 0.5 ** ((end + 1 - chosen.data) / half_life)
+    rows = sp.csr_matrix((weight, chosen.indices, chosen.indptr), shape=chosen.shape)
+    gram = (rows.T @ rows).toarray()
+    gram[np.diag_indices_from(gram)] += l2
+    factor, info = scipy.linalg.lapack.dpotrf(gram, lower=1, overwrite_a=1)
+    assert info == 0, "a Gram matrix with l2 above 0 is positive definite"
+    inverse, info = scipy.linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
+    inverse = np.tril(inverse)
+    return (inverse + np.tril(inverse, -1).T).astype(np.float32)
+
+
+def recent_popularity(
+    items: np.ndarray, times: np.ndarray, catalogue: int, share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(table [T, I] float32, edges [T] int64 ms) of channels.RecentPopularity, from events (items, times in ms).
+
+    share: half-life over the log's span.
+    """
+    start, end = (int(times.min()), int(times.max())) if len(times) else (0, 0)
+    if end == start:
+        return np.zeros((1, catalogue), np.float32), np.array([end + 1])
+    half_life = share * (end - start)
+    edges = np.unique(np.append(np.quantile(times, np.linspace(0, 1, RECENT_ROWS)[1:-1]).astype(np.int64), end + 1))
+    bucket = np.searchsorted(edges, times, side="right")  # an event at an edge is not before it
+    # Each bucket's events, weighed as they count at its own edge; then carried on from edge to edge.
+    weight = 0.5 ** ((edges[bucket] - times) / half_life)
+    fresh = sp.csr_matrix((weight, (bucket, items)), shape=(len(edges), catalogue)).toarray()
+    for row in range(1, len(edges)):
+        fresh[row] += fresh[row - 1] * 0.5 ** ((edges[row] - edges[row - 1]) / half_life)
+    return fresh.astype(np.float32), edges
+
+
+def choose_share(
+    statistics: Statistics, config: ModelConfig, cases: list[tuple[History, int]], exclude_seen: bool
+) -> float | None:
+    """The half-life of the neighbours' log, of those tried, that ranks the validation targets best on its own.
+
+    cases: (history, item that came next). A log with a trend wants old events to count less; one that was gathered user
+    by user does not.
+    """
+    if not config.neighbours or not cases or not len(statistics.taken.data):
+        return None
+    found = {share: _judge(statistics, config, share, cases[:JUDGED_USERS], exclude_seen) for share in TRIED_SHARES}
+    return max(TRIED_SHARES, key=lambda share: found[share])
+
+
+@torch.no_grad()
+def _judge(
+    statistics: Statistics, config: ModelConfig, share: float | None, cases: list[tuple[History, int]], hide: bool
+) -> float:
+    """NDCG@10 of the better of the two readings."""
+    tables = tabulate(statistics, config, share)
+    catalogue = len(statistics.popularity)
+    model = Neighbours(catalogue)
+    model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
+    gains = np.zeros(2)
+    for begin in range(0, len(cases), 64):
+        some = cases[begin : begin + 64]
+        batch = scoring_batch([history for history, _ in some], config.long_window)
+        last = torch.stack([torch.arange(len(some)), batch.mask.sum(1) - 1], 1)
+        target = torch.tensor([target for _, target in some])
+        for reading in range(2):
+            weights = torch.zeros(len(some), 2)
+            weights[:, reading] = 1
+            scores = model(batch.items, last, weights)
+            if hide:
+                for row, (history, _) in enumerate(some):
+                    scores[row, torch.from_numpy(history.items.copy())] = -1e9
+            own = scores.gather(1, target[:, None])
+            rank = (scores > own).sum(1)
+            gains[reading] += float((((rank < 10) & (own[:, 0] > -1e9)) / torch.log2(rank + 2.0)).sum())
+    return float(gains.max())
