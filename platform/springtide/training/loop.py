@@ -172,10 +172,10 @@ def describe(batch: Batch, loss: Tensor) -> str:
     ratings = batch.ratings[real]
     given = ratings[~ratings.isnan()]
     rated = f", ratings {float(given.min()):g} to {float(given.max()):g}" if len(given) else ""
+    items, times = batch.items[real], batch.timestamps[real]
     return (
-        f"worker {rank()}: loss {float(loss.detach()):g} over {len(real)} sequences of up to {real.shape[1]} events, items "
-        f"{int(batch.items[real].min())} to {int(batch.items[real].max())}, times {int(batch.timestamps[real].min())} "
-        f"to {int(batch.timestamps[real].max())} ms{rated}"
+        f"worker {rank()}: loss {float(loss.detach()):g} over {len(real)} sequences of up to {real.shape[1]} events, "
+        f"items {int(items.min())} to {int(items.max())}, times {int(times.min())} to {int(times.max())} ms{rated}"
     )
 
 
