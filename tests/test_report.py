@@ -20,7 +20,7 @@ from springtide.config import Settings, parse_settings
 from springtide.errors import SpringtideError
 from springtide.evaluation import job, report, series
 from springtide.files import write_json
-from springtide.model.batch import EMPTY, History
+from springtide.model.batch import History
 from springtide.schemas import ITEMS, SEQUENCES
 
 ITEM_COUNT, USERS, END = 25, 60, 1_000_000
@@ -105,7 +105,8 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any],
 def test_the_job_writes_figures_with_intervals(evaluated: tuple[dict[str, Any], dict[str, Any], str]) -> None:
     result, metrics, _ = evaluated
     assert metrics["model"]["ndcg@10"]["value"] == 1 and metrics["model"]["precision@10"]["value"] == pytest.approx(0.1)
-    assert set(metrics["baselines"]) == {"popularity", "item_knn", "transitions"}
+    counting = {"popularity", "recent_popularity", "item_knn", "item_knn_recency", "ease", "transitions"}
+    assert set(metrics["baselines"]) == counting
     for values in (metrics["model"], *metrics["baselines"].values()):
         assert {"hr@5", "ndcg@10", "mrr@20", "recall@20", "coverage@10"} <= set(values)
         assert values["ndcg@10"]["lo"] <= values["ndcg@10"]["value"] <= values["ndcg@10"]["hi"]
@@ -149,7 +150,7 @@ def test_the_same_figures_make_the_same_page(evaluated: tuple[dict[str, Any], di
 
 def test_the_table_is_aligned_and_model_first(evaluated: tuple[dict[str, Any], dict[str, Any], str]) -> None:
     lines = job.table(evaluated[1]).splitlines()
-    assert len(lines) == 6 and lines[2].startswith("Springtide model") and "1.0000" in lines[2]
+    assert len(lines) == 9 and lines[2].startswith("Springtide model") and "1.0000" in lines[2]
     assert len({len(line) for line in lines}) == 1
 
 
@@ -217,21 +218,6 @@ def test_temporal_is_replayed_in_time_order(tmp_path: Path, monkeypatch: pytest.
     job.run(off)
     assert json.loads((tmp_path / "metrics.json").read_text())["prequential"] is None
     assert "Replayed in time order" not in (tmp_path / "report.html").read_text()
-
-
-def test_a_baseline_that_asks_when_is_told() -> None:
-    class Timeless:
-        def score(self, histories: Sequence[History]) -> np.ndarray:
-            return np.zeros((len(histories), 1), np.float32)
-
-    class Timely:
-        def score(self, histories: Sequence[History], now: np.ndarray | None = None) -> np.ndarray:
-            assert now is not None
-            return now[:, None].astype(np.float32)
-
-    asked = [EMPTY, EMPTY]
-    assert job._in_time(Timely())(asked, np.array([7, 8])).ravel().tolist() == [7, 8]
-    assert job._in_time(Timeless())(asked, np.array([7, 8])).ravel().tolist() == [0, 0]
 
 
 def test_leave_one_out_tells_of_new_items_and_ties(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,11 +136,12 @@ class Judge:
         if recommender.text_vectors is not None:
             self.text = recommender.text_vectors
         epochs = bundle.metrics["epochs"]
+        run = [*epochs, *bundle.metrics["refit_epochs"]]
         return {
             **self._heads(recommender),
             **self._ranking(lambda histories: recommender.score(histories).logits, recommender.item_vectors),
-            "cpu_seconds": sum(epoch["cpu_seconds"] for epoch in epochs),
-            "wall_seconds": sum(epoch["seconds"] + epoch["report_seconds"] for epoch in epochs),
+            "cpu_seconds": sum(epoch["cpu_seconds"] for epoch in run),
+            "wall_seconds": sum(epoch["seconds"] + epoch["report_seconds"] for epoch in run),
             "parameters": bundle.metrics["parameters"],
             "epochs": len(epochs),
         }
@@ -148,7 +149,8 @@ class Judge:
     def baselines(self) -> list[Row]:
         """What counting alone achieves, and what predicting the mean rating does."""
         hide = self.settings.data.exclude_seen
-        fitted = fit_baselines(self.events, build_cases(self.events, VALID, self.settings.data.split), hide)
+        valid = build_cases(self.events, VALID, self.settings.data.split)
+        fitted = fit_baselines(self.events, valid, hide, self.settings.train.refit)
         rows = [{"name": name.replace("_", " "), **self._ranking(fit.baseline.score)} for name, fit in fitted.items()]
         mean = beyond.mean_absolute_error(np.full(len(self.asked), self.mean_rating), self.ratings)
         return [*rows, {"name": MEAN_RATING, "mae": mean}] if self.rated else rows

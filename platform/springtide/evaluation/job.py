@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.evaluation import leakage, prequential, report, slices, ties
 from springtide.evaluation import metrics as measure
-from springtide.evaluation.baselines import Baseline, Fitted, fit_baselines
+from springtide.evaluation.baselines import Fitted, fit_baselines
 from springtide.evaluation.comparison import Catalogue, beyond_accuracy, compare, gate_histogram, pack_categories
 from springtide.evaluation.notes import notes_on
 from springtide.evaluation.ranking import (
@@ -82,6 +81,12 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
     """The body of metrics.json. Writes nothing."""
     config, split, hide = settings.evaluate, settings.data.split, settings.data.exclude_seen
     events = flatten(prepared.sequences(), prepared.items.num_rows)
+    refit = bool(bundle.metrics.get("refit"))
+    if refit and config.part == "valid":
+        raise SpringtideError(
+            "the bundle was fitted on the validation events too, so it cannot be judged by them; evaluate the test "
+            "part, or train with train.refit=false"
+        )
     seconds: dict[str, float] = {}
     with _timed(seconds, "leakage"):
         found = leakage.check(events, split)
@@ -93,7 +98,7 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
         )
     ks = sorted({*config.ks, 10})
     with _timed(seconds, "fit_baselines"):
-        fitted = fit_baselines(events, build_cases(events, VALID, split), hide)
+        fitted = fit_baselines(events, build_cases(events, VALID, split), hide, refit)
 
     recommender, gates = bundle.recommender, []
 
@@ -136,6 +141,7 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
         "part": config.part,
         "split": split,
         "exclude_seen": hide,
+        "refit": refit,
         "catalogue": events.catalogue,
         "gate": gate,
         "diversity_of": "vectors" if catalogue.categories is None else "categories",
@@ -195,7 +201,7 @@ def _prequential(
     plan = prequential.make_plan(events, PARTS[config.part], config.prequential_events, settings.data.exclude_seen)
     if plan is None:
         return None
-    ask, counting = Answering(recommender).score, _in_time(baseline.baseline)
+    ask, counting = Answering(recommender).score, baseline.baseline.score
     modes = {
         "frozen": prequential.replay_frozen(plan, ask, config.batch_size),
         "history": prequential.replay_history(plan, ask, config.batch_size),
@@ -229,14 +235,6 @@ class Answering:
 
     def observe(self, histories: Sequence[History], events: Sequence[History]) -> None:
         self.recommender.observe(histories, events)
-
-
-def _in_time(baseline: Baseline) -> prequential.Ask:
-    """A baseline as a replay asks it: most do not care when."""
-    score: Any = baseline.score
-    if "now" in inspect.signature(score).parameters:
-        return lambda histories, now: score(histories, now=now)
-    return lambda histories, now: score(histories)
 
 
 @contextmanager

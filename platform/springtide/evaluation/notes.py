@@ -14,11 +14,12 @@ def notes_on(body: Mapping[str, Any]) -> list[str]:
     part = body["part"]
     seen = "items already in the history are left out" if body["exclude_seen"] else "items already seen may come again"
     asked = "training and validation events" if part == "test" else "training events"
+    fitted = "training and validation events" if body["refit"] else "the training part alone"
     notes = [
         f"Every scorer ranks the whole catalogue of {body['catalogue']:,} items, without sampling; {seen}; equal "
         "scores rank in catalogue order.",
-        "The baselines are fitted on the training part alone, as the model is, and all scorers are asked with the same "
-        f"histories: {asked}.",
+        f"The baselines are fitted on {fitted}, as the model is, and all scorers are asked with the same histories: "
+        f"{asked}.",
         "Baseline settings are chosen on the validation part (NDCG@10). The best baseline is the one with the highest "
         f"NDCG@10 on the {part} part itself, which favours the baselines.",
         f"Intervals are percentile bootstraps over users with {body['bootstrap']:,} resamples; ratios and differences "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import scipy.sparse as sp
 import torch
 
 from springtide.config import ModelConfig
 from springtide.model.batch import History, scoring_batch
+from springtide.model.counting.ease import regularised_inverse
 from springtide.model.neighbours import Neighbours
 from springtide.model.tables import Tables
 from springtide.training.statistics import Statistics
@@ -36,7 +36,7 @@ def tabulate(statistics: Statistics, config: ModelConfig, share: float | None) -
         statistics.popularity,
         statistics.rating_stats,
         statistics.transitions,
-        regularised_inverse(statistics.taken, items, end, half_life, config.neighbour_l2),
+        _inverse(statistics.taken, items, end, half_life, config.neighbour_l2),
         items,
         end,
         half_life,
@@ -46,20 +46,14 @@ def tabulate(statistics: Statistics, config: ModelConfig, share: float | None) -
     )
 
 
-def regularised_inverse(taken: sp.csr_matrix, items: np.ndarray, end: int, half_life: float, l2: float) -> np.ndarray:
+def _inverse(taken: sp.csr_matrix, items: np.ndarray, end: int, half_life: float, l2: float) -> np.ndarray:
     """(X'X + l2)^-1 over `items` [M], where X weighs an event by its age at `end`: [M, M] float32."""
     if not len(items):
         return np.zeros((0, 0), np.float32)
     chosen = taken[:, items]
     weight = 0.5 ** ((end + 1 - chosen.data) / half_life)
-    rows = sp.csr_matrix((weight, chosen.indices, chosen.indptr), shape=chosen.shape)
-    gram = (rows.T @ rows).toarray()
-    gram[np.diag_indices_from(gram)] += l2
-    factor, info = scipy.linalg.lapack.dpotrf(gram, lower=1, overwrite_a=1)
-    assert info == 0, "a Gram matrix with l2 above 0 is positive definite"
-    inverse, info = scipy.linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
-    inverse = np.tril(inverse)
-    return (inverse + np.tril(inverse, -1).T).astype(np.float32)
+    rows = sp.csr_array((weight, chosen.indices, chosen.indptr), shape=chosen.shape)
+    return regularised_inverse(rows, l2).astype(np.float32)
 
 
 def recent_popularity(
