@@ -43,7 +43,8 @@ def train(rank: int, world: int, settings: Settings, inputs: Path, epochs: int) 
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
     sampling = Sampling(
         settings.model.long_window, -(-config.batch_size // world), -(-config.batch_positions // world),
-        1.0 if config.within_session is None else config.within_session, config.crop, config.mask, config.reorder,
+        bool(settings.model.request_time), 1.0 if config.within_session is None else config.within_session,
+        config.crop, config.mask, config.reorder,
     )  # fmt: skip
     catalogue = len(model.item_vectors.known)
     negatives = config.negatives if catalogue > max(config.full_softmax_items, config.negatives) else 0

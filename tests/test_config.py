@@ -223,7 +223,8 @@ def test_what_is_absent_follows_from_the_split(minimal: Path) -> None:
 def test_a_model_is_as_wide_as_its_log_is_long_unless_told(minimal: Path) -> None:
     def width(kept: int, *overrides: str) -> int:
         report = {"totals": {"kept": kept}}
-        return sized(load_settings(minimal, list(overrides)), SimpleNamespace(report=report)).model.dim  # type: ignore
+        settings = with_values(load_settings(minimal, list(overrides)), {"name": "written out"})  # as every job does
+        return sized(settings, SimpleNamespace(report=report)).model.dim  # type: ignore
 
     assert width(1000) < width(1_000_000) < width(10**9)
     assert width(1000, "model.dim=48") == width(10**9, "model.dim=48") == 48

@@ -115,7 +115,7 @@ def test_about_a_share_of_the_rest_is_learned_from() -> None:
 @given(st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
 def test_requests_come_between_the_events_they_lie_between(seed: int) -> None:
-    batch, after = disturbed(log(seed), seed)
+    batch, after = disturbed(log(seed), seed, request_time=True)
     same(batch, after, {"now"})
     real = batch.mask
     assert (after.now >= batch.timestamps)[real].all() and (after.now <= batch.now)[real].all()
@@ -124,11 +124,16 @@ def test_requests_come_between_the_events_they_lie_between(seed: int) -> None:
 
 
 def test_requests_between_sessions_come_at_any_time_of_the_pause() -> None:
-    batch, after = disturbed(log(0, users=600), 0)
+    batch, after = disturbed(log(0, users=600), 0, request_time=True)
     pause = batch.now - batch.timestamps
     between = batch.mask & (pause > SESSION_MS)
     share = ((after.now - batch.timestamps)[between] / pause[between]).numpy()
     assert abs(share.mean() - 0.5) < 0.03 and share.min() < 0.02 and share.max() > 0.98
+
+
+def test_a_model_that_is_not_told_the_time_is_asked_with_the_last_event() -> None:
+    batch, after = disturbed(log(1), 1)
+    assert torch.equal(after.now, batch.timestamps) and not torch.equal(batch.now, batch.timestamps)
 
 
 # ---------------------------------------------------------------- cropping

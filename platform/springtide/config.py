@@ -35,7 +35,7 @@ class TextConfig(Section):
 class ModelConfig(Section):
     # A named system: other defaults for this section. What is given beside it wins. See presets.py.
     preset: str = "gated_fusion"
-    dim: int = Field(64, ge=4)  # width of item vectors, branches and gate; where absent, training fits it to the log
+    dim: int = Field(0, ge=0)  # width of item vectors, branches and gate; 0 = by the size of the log
     text_dim: int = Field(128, ge=0)  # kept principal components of the text vectors; 0 = ID only
     id_embeddings: bool = True  # off: items are their text alone
     id_dropout: float = Field(0.1, ge=0, lt=1)  # share of items whose ID row is hidden in a training step
@@ -94,6 +94,8 @@ class ModelConfig(Section):
                 f"a transformer's long_hidden ({self.long_hidden or self.dim}) must be a multiple of short_heads "
                 f"({self.short_heads})"
             )
+        if 0 < self.dim < 4:
+            raise ValueError(f"dim ({self.dim}) must be 4 or more, or 0 to let the size of the log decide")
         if self.dim % self.short_heads:
             raise ValueError(f"dim ({self.dim}) must be a multiple of short_heads ({self.short_heads})")
         if not self.id_embeddings and not self.text_dim:

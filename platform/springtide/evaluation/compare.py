@@ -50,6 +50,11 @@ def run(settings: Settings) -> dict[str, Any]:
             "split: none has nothing to test on; set data.split to leave_one_out or temporal, then run prepare again"
         )
     workspace = Path(settings.workspace)
+    if settings.evaluate.part == "valid" and settings.train.refit:
+        raise SpringtideError(
+            "the presets are fitted on the validation events too, so they cannot be judged by them; set "
+            "evaluate.part=test or train.refit=false"
+        )
     prepared = load_prepared(workspace)
     judge = Judge(settings, prepared)
     rows: list[Row] = []

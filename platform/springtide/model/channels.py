@@ -43,10 +43,11 @@ class RecentPopularity(nn.Module):
         self._end = end
         self.table[-1] = torch.from_numpy(_in_means(self._latest)).to(self.table.device)
 
-    def forward(self, now: Tensor) -> tuple[Tensor, Tensor]:
-        """now: [P] int64 ms -> ([P, I], [P] bool: whether anything is known of that time, which is after an edge)."""
+    def forward(self, now: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """now: [P] int64 ms -> ([P, I] or [P, N] of `columns`, [P] bool: is that time after an edge?)."""
         bucket = torch.searchsorted(self.edges, now, right=True) - 1
-        return self.table[bucket.clamp(min=0)], bucket >= 0
+        table = self.table if columns is None else self.table[:, columns]
+        return table[bucket.clamp(min=0)], bucket >= 0
 
 
 def _in_means(counts: np.ndarray) -> np.ndarray:
@@ -73,7 +74,7 @@ class Channels(nn.Module):
         self.recent = RecentPopularity(catalogue) if config.recent_popularity else None
         self.by_text = config.text_neighbours and text.shape[1] > 0
         self.by_popularity = config.popularity
-        # What a weight of the layer below stands for; popularity may count against an item, the others never do.
+        # What a weight of the layer below stands for; the popularities may count against an item, the others never do.
         self.names: list[str] = (
             ["transitions"] * (self.memory is not None)
             + ["neighbours_short", "neighbours_long"] * (self.neighbours is not None)
@@ -135,8 +136,7 @@ class Channels(nn.Module):
                 owned = (batch.owned, batch.owned_at)
             out["neighbours"] = self.neighbours(batch.items, moments, pair, owned, repeats, columns)
         if self.recent is not None:
-            table, there = self.recent(batch.now[row, at])
-            score = table if columns is None else table[:, columns]
+            score, there = self.recent(batch.now[row, at], columns)
             out["recent_popularity"] = (weight["recent_popularity"] * there)[:, None] * score
         return out
 

@@ -29,6 +29,7 @@ from springtide.model.heads import PairHead, click_loss, rating_loss
 from springtide.model.inputs import ItemVectors, context_features, make_event_input, time_bucket
 from springtide.model.losses import draw_negatives, full_softmax, sampled_softmax
 
+DEFAULT_DIM = 64  # where nothing has chosen a width
 LOGIT_BLOCK = 24_000_000  # most logits held at once; above it, blocks are recomputed in the backward pass
 
 
@@ -66,6 +67,7 @@ class FusionModel(nn.Module):
         heads: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         super().__init__()
+        config = config if config.dim else config.model_copy(update={"dim": DEFAULT_DIM})
         self.config = config
         self.item_vectors = ItemVectors(config, text, known)
         self.event_input = make_event_input(config, actions)
@@ -128,8 +130,9 @@ class FusionModel(nn.Module):
         cold: [I] bool, items to be scored as if never counted.
         """
         products = self._products(batch, interest, vectors, moments, cold).values()
-        keys = torch.cat([key for _, key in products], 1)  # one matrix product for all of them
-        logits = torch.cat([query for query, _ in products], 1) @ (keys if columns is None else keys[columns]).T
+        # One matrix product for all of them.
+        keys = torch.cat([key if columns is None else key[columns] for _, key in products], 1)
+        logits = torch.cat([query for query, _ in products], 1) @ keys.T
         counted = self.channels.counted(
             batch, interest.weights, moments, held_out=held_out, repeats=repeats, columns=columns
         )

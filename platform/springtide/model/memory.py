@@ -104,16 +104,15 @@ class TransitionMemory(nn.Module):
         # A few moments take the logarithms of what they ask about; a batch of training takes those of all items once.
         table = torch.log1p(self.counts * scale)[self.slots] if recent.numel() > self.items else None  # [I, N]
         width = self.items if columns is None else len(columns) + 1  # one more for what is not asked for
-        successors = self.successors
         if columns is not None:
             column_of = torch.full((self.items,), len(columns), device=columns.device)
             column_of[columns] = torch.arange(len(columns), device=columns.device)
-            successors = column_of[successors]
         score = weight.new_zeros(len(recent), width)
         for j in range(recent.shape[1]):  # one event at a time keeps the peak at [P, N]
             of = recent[:, j]
             value = torch.log1p(self.counts[self.slots[of]] * scale) if table is None else table[of]  # [P, N]
-            score.scatter_add_(1, successors[of], weight[:, j, None] * value)
+            to = self.successors[of] if columns is None else column_of[self.successors[of]]
+            score.scatter_add_(1, to, weight[:, j, None] * value)
         if targets is not None and own is not None:
             own_share = self._own_share(recent, weight, own, targets, scale)[:, None]
             score.scatter_add_(1, (targets if columns is None else column_of[targets])[:, None], own_share)

@@ -19,7 +19,7 @@ class Tables:
     transitions: sp.csr_matrix  # [I, I] float32, see memory.count_transitions
     inverse: np.ndarray  # [M, M] float32, see neighbours.Neighbours
     neighbour_items: np.ndarray  # [M] int64
-    end: int  # ms, time of the last event
+    end: int  # ms, time of the last event that may be predicted
     half_life: float  # ms, inf = every event weighs alike
     recent: np.ndarray  # [T, I] float32 decayed counts, see channels.RecentPopularity
     recent_edges: np.ndarray  # [T] int64 ms

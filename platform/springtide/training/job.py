@@ -55,11 +55,11 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def sized(settings: Settings, prepared: Prepared) -> Settings:
-    """`model.dim` by the size of the log, unless it was given.
+    """`model.dim` by the size of the log, unless it was given (not 0).
 
     A small log must not be learned by heart, and a large one has more to say than a narrow model can hold.
     """
-    if "dim" in settings.model.model_fields_set:
+    if settings.model.dim:
         return settings
     events = prepared.report["totals"]["kept"]
     return with_values(settings, {"model.dim": next(dim for limit, dim in WIDTHS if events < limit)})

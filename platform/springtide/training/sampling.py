@@ -20,6 +20,7 @@ class Sampling:
     length: int  # most inputs of a window
     sequences: int  # most windows in a batch
     positions: int  # most events in a batch, padding included, unless a single window has more
+    request_time: bool = False  # the model is told when it is asked; else each moment is asked with its last event
     within_session: float = 1.0  # share of the moments within a session that are learned from; its starts always are
     crop: float = 0.0  # share of the windows cut to a random stretch of at least half
     mask: float = 0.0  # share of the events that the network does not see
@@ -41,14 +42,15 @@ def crop(windows: np.ndarray, share: float, rng: np.random.Generator) -> np.ndar
 def disturb(batch: Batch, sampling: Sampling, rng: np.random.Generator) -> Batch:
     """Choose the moments to learn from, say when each is asked, and hide or turn round what the network sees.
 
-    A moment between two sessions is asked at a random time in the pause, because that is when a request would come; one
-    within a session is asked when the next event comes. Counting channels always read the true history: what a moment
-    must hold out of the counts depends on it.
+    If the model is told the time, a moment between two sessions is asked at a random time in the pause, because that is
+    when a request would come, and one within a session when the next event comes. Counting channels always read the
+    true history: what a moment must hold out of the counts depends on it.
     """
     shape = tuple(batch.items.shape)
     pause = batch.now - batch.timestamps
     between = pause > SESSION_MS
-    now = torch.where(between, batch.timestamps + (pause * torch.from_numpy(rng.random(shape))).long(), batch.now)
+    asked = batch.timestamps + (pause * torch.from_numpy(rng.random(shape))).long()
+    now = torch.where(between, asked, batch.now) if sampling.request_time else batch.timestamps
     targets, shown = batch.targets, None
     if sampling.within_session < 1:
         drawn = torch.from_numpy(rng.random(shape) < sampling.within_session)

@@ -67,13 +67,20 @@ class ShardFeed:
     """
 
     def __init__(
-        self, shard: Any, window: int, config: TrainConfig, holdout_share: float, refit: bool, asked_at: int | None
+        self,
+        shard: Any,
+        window: int,
+        config: TrainConfig,
+        holdout_share: float,
+        refit: bool,
+        asked_at: int | None,
+        request_time: bool = False,
     ) -> None:
         self._shard, self._config, self._holdout, self._refit = shard, config, holdout_share, refit
         self._asked_at = asked_at
         workers = world_size()
         self._sampling = Sampling(
-            window, -(-config.batch_size // workers), -(-config.batch_positions // workers),
+            window, -(-config.batch_size // workers), -(-config.batch_positions // workers), request_time,
             1.0 if config.within_session is None else config.within_session, config.crop, config.mask, config.reorder,
         )  # fmt: skip
         self._cached: Sequences | None = None
@@ -200,7 +207,15 @@ def train_worker(job: dict[str, Any]) -> None:
         # Where a search finds the group to remove, if it stops this run from outside.
         Path(job["inputs"]).with_name(PLACEMENT_GROUP).write_text(group.id.hex(), encoding="utf-8")
     shard = ray.train.get_dataset_shard(f"train-{ray.train.get_context().get_world_rank()}")
-    feed = ShardFeed(shard, settings.model.long_window, config, job["holdout_share"], job["refit"], job["asked_at"])
+    feed = ShardFeed(
+        shard,
+        settings.model.long_window,
+        config,
+        job["holdout_share"],
+        job["refit"],
+        job["asked_at"],
+        bool(settings.model.request_time),
+    )
     clock = {"first_step": 0.0, "report": 0.0}
 
     class FirstStep:
