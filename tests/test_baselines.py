@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from scipy import sparse
 
 from springtide.evaluation import baselines as b
 from springtide.evaluation.ranking import build_cases, flatten, target_ranks
@@ -66,11 +67,15 @@ def test_only_what_may_be_predicted_is_a_destination() -> None:
     assert transition_counts(log, 1, 1.0, INF).toarray().tolist() == [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
     pairs = co_occurrence(log).pairs.toarray()
     assert pairs[:, 0].tolist() == [0, 0, 1] and not pairs[1].any() and pairs[:, 1].tolist() == [1, 0, 1]  # [b, a]
-    assert np.argsort(-fit_popularity(log, PopularitySettings()).score([history()])[0], kind="stable").tolist() == [
-        0,
-        2,
-        1,
-    ]
+    scores = fit_popularity(log, PopularitySettings()).score([history()])[0]
+    assert np.argsort(-scores, kind="stable").tolist() == [0, 2, 1]
+
+
+def test_transitions_of_long_ago_count_less() -> None:
+    log = TrainingLog(np.zeros(3, int), np.array([0, 1, 2]), np.ones(3, bool), np.array([0, 500, 1000]), 3)
+    # 1 came half the log before its end, which is one half-life; 2 is the end
+    assert transition_counts(log, 2, 1.0, 0.5).toarray().tolist() == [[0, 0.5, 0.5], [0, 0, 1], [0, 0, 0]]
+    assert log.incidence(log.targets, 0.5).toarray().tolist() == [[0.25, 0.5, 1]]
 
 
 def test_transition_scores_by_hand() -> None:
@@ -165,6 +170,37 @@ def test_ease_equals_its_formula_and_leaves_the_diagonal_out() -> None:
     np.testing.assert_allclose(regularised_inverse(log.incidence(log.within_bounds), 3.0), inverse, atol=1e-6)
 
 
+def test_ease_predicts_only_what_may_be_predicted_and_never_from_itself() -> None:
+    """Each column against a ridge regression of its own, on all events of all other items."""
+    rng = np.random.default_rng(5)
+    rows = [rng.choice(7, 4, replace=False).tolist() for _ in range(30)]
+    log = log_of(rows, 7, [rng.random(4).round().astype(bool).tolist() for _ in rows])
+    x, y = np.zeros((30, 7)), np.zeros((30, 7))
+    x[log.users, log.items] = 1
+    y[log.users[log.targets], log.items[log.targets]] = 1
+    weights = fit_ease(gram(log, INF), EaseSettings(l2=2.0)).weights
+    for item in range(7):
+        others = np.delete(np.arange(7), item)
+        of = x[:, others]
+        expected = np.linalg.solve(of.T @ of + 2 * np.eye(6), of.T @ y[:, item])
+        np.testing.assert_allclose(weights[others, item], expected, atol=1e-5)
+        assert weights[item, item] == 0
+
+
+def test_ease_halves_old_history_events() -> None:
+    model = fit_ease(gram(log_of([[0, 1, 2], [0, 1], [1, 2]], 3), INF), EaseSettings(l2=1.0, half_life=1.0))
+    expected = model.weights[2] + model.weights[1] / 2 + model.weights[0] / 4
+    np.testing.assert_allclose(model.score([history(0, 1, 2)])[0], expected, atol=1e-6)
+
+
+def test_the_inverse_is_exact_across_blocks_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ease, "_BLOCK", 4)
+    x = (np.random.default_rng(6).random((20, 11)) < 0.3).astype(np.float32)
+    found = regularised_inverse(sparse.csr_array(x), 0.5)
+    np.testing.assert_allclose(found @ (x.T @ x + 0.5 * np.eye(11)), np.eye(11), atol=1e-9)
+    assert (found == found.T).all() and found.flags.c_contiguous
+
+
 def test_ease_of_a_large_catalogue_is_over_its_popular_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ease, "LARGEST", 3)
     model = fit_ease(gram(log_of([[0, 2, 4], [0, 2, 4], [1, 3, 4]], 6), INF), EaseSettings())
@@ -194,3 +230,19 @@ def test_a_refit_counts_validation_events_and_never_test_events() -> None:
         assert np.flatnonzero(counted).tolist() == taken
         follows = fitted["transitions"].baseline.score([history(0)])[0]
         assert (follows[1] > follows[4]) == refit  # 0 -> 1 ends in validation; what ends in the test is never counted
+
+
+@pytest.mark.parametrize("refit", [False, True])
+def test_no_score_depends_on_test_events(refit: bool) -> None:
+    rng = np.random.default_rng(7)
+    rows = [rng.integers(0, 12, 9).tolist() for _ in range(40)]
+    parts = [[0] * 6 + [1, 2, 2]] * 40
+    scores = []
+    for shift in (0, 5):
+        changed = [[*row[:7], *((item + shift) % 12 for item in row[7:])] for row in rows]
+        events = flatten(table(changed, parts), 12)
+        fitted = b.fit_baselines(events, build_cases(events, VALID, "temporal"), exclude_seen=False, refit=refit)
+        asked = [history(0, 3, 5), history()]
+        scores.append({name: found.baseline.score(asked) for name, found in fitted.items()})
+    for name, values in scores[0].items():
+        assert (values == scores[1][name]).all(), name

@@ -137,6 +137,12 @@ def rows_of(workspace: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in json.loads((workspace / "compare.json").read_text())["rows"]}
 
 
+def test_models_are_not_judged_by_what_they_were_fitted_on(workspace: Path) -> None:
+    with pytest.raises(SpringtideError, match="cannot be judged by them"):
+        compare.run(settings_of(workspace, evaluate__part="valid", train__refit=True))
+    assert TRAINED == []
+
+
 def test_every_preset_gets_a_line(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = compare.run(settings_of(workspace))
     rows, said = rows_of(workspace), capsys.readouterr().out

@@ -82,11 +82,19 @@ class RingRecommender:
 
 
 def with_bundle(
-    monkeypatch: pytest.MonkeyPatch, recommender: RingRecommender, settings: Settings, log: str = "abc"
+    monkeypatch: pytest.MonkeyPatch,
+    recommender: RingRecommender,
+    settings: Settings,
+    log: str = "abc",
+    refit: bool = False,
 ) -> None:
     epochs = [{"epoch": e, "loss": 3 / e, "ndcg@10": 0.1 * e} for e in (1, 2, 3)]
     bundle = SimpleNamespace(
-        recommender=recommender, settings=settings, version="0123456789ab", metrics={"epochs": epochs}, log=log
+        recommender=recommender,
+        settings=settings,
+        version="0123456789ab",
+        metrics={"epochs": epochs, "refit": refit},
+        log=log,
     )
     monkeypatch.setattr(job, "load_bundle", lambda path: bundle)
 
@@ -277,6 +285,24 @@ def test_a_model_that_knows_the_validation_part_is_not_tested_on_it(
     assert not ties["swapped_with_validation"] and ties["changed_targets"] == 0
 
 
+def test_baselines_are_fitted_on_what_the_model_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_for(tmp_path)
+    write_prepared(tmp_path)
+    with_bundle(monkeypatch, RingRecommender(), settings, refit=True)
+    fitted_on, fit = [], job.fit_baselines
+    monkeypatch.setattr(job, "fit_baselines", lambda *args: fitted_on.append(args[3]) or fit(*args))
+    job.run(settings)
+    notes = json.loads((tmp_path / "metrics.json").read_text())["notes"]
+    assert any("fitted on training and validation events, as the model is" in note for note in notes)
+    assert fitted_on == [True]
+    asked = parse_settings({**settings.model_dump(), "evaluate": {"part": "valid"}})
+    with pytest.raises(SpringtideError, match="cannot be judged by them"):
+        job.run(asked)
+    with_bundle(monkeypatch, RingRecommender(), settings)
+    job.run(asked)
+    assert fitted_on == [True, False]
+
+
 def test_a_leak_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_for(tmp_path)
     write_prepared(tmp_path)
@@ -295,14 +321,14 @@ def test_a_leak_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_page_with_many_baselines_stays_readable(evaluated: tuple[dict[str, Any], dict[str, Any], str]) -> None:
     metrics = copy.deepcopy(evaluated[1])
     like = metrics["best_baseline"]
-    more = ["recent_popularity", "item_knn_recency", "ease", "ease_recency", "somebody_elses"]
+    more = ["recent_popularity", "item_knn_recency", "ease", "somebody_elses"]
     for name in more:
         for table in (metrics["baselines"], metrics["paired"], metrics["curves"]):
             table[name] = table[like]
         for group in (g for key in ("by_history_length", "by_target_popularity") for g in metrics[key]):
             group["ndcg@10"][name] = group["ndcg@10"][like]
     page = report.render(metrics, PREPARED)
-    for label in (*(series.label_of(name) for name in more), "EASE (recency)", "somebody elses"):
+    for label in (*(series.label_of(name) for name in more), "Item-KNN, recency", "somebody elses"):
         assert label in page
     curve = next(part for part in page.split("<section>") if "Hit rate by list length" in part)
     lines = {colour for colour in re.findall(r"stroke: var\((--[\w-]+)\)", curve)} - {"--grid", "--soft"}
@@ -370,9 +396,9 @@ def verdict_of(model: float, base: float, ratio: dict[str, float] | None) -> dic
 @pytest.mark.parametrize(
     ("value", "low", "high", "kind", "words"),
     [
-        (1.2, 1.1, 1.3, "better", "beats the best counting baseline, item-KNN (recency), by 20.0 %"),
+        (1.2, 1.1, 1.3, "better", "beats the best counting baseline, item-KNN with recency, by 20.0 %"),
         (0.8, 0.7, 0.9, "worse", "loses to the best counting baseline"),
-        (1.05, 0.95, 1.2, "even", "5.0 % ahead of the best counting baseline, item-KNN (recency), a"),
+        (1.05, 0.95, 1.2, "even", "5.0 % ahead of the best counting baseline, item-KNN with recency, a"),
         (0.95, 0.9, 1.01, "even", "5.0 % behind"),
         (1.0, 0.9, 1.1, "even", "The model is level with"),
     ],

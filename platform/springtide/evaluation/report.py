@@ -64,7 +64,7 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _in_sentence(name: str) -> str:
-    return label_of(name).lower().replace("knn", "KNN").replace("ease", "EASE")
+    return label_of(name).lower().replace("knn", "KNN").replace("ease", "EASE").replace(",", " with")
 
 
 def _facts(metrics: Mapping[str, Any], prepared: Mapping[str, Any]) -> list[tuple[str, str]]:

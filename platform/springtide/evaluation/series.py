@@ -25,9 +25,8 @@ class Series:
 SERIES = {
     "model": Series("Springtide model", "Model", "#2f6bf2", "#4a80ff"),
     "transitions": Series("Transition counts", "Transitions", "#d06c0c", "#e97f11", "--"),
-    "item_knn_recency": Series("Item-KNN (recency)", "KNN, recency", "#00a05c", "#00a862", "-."),
+    "item_knn_recency": Series("Item-KNN, recency", "KNN, recency", "#00a05c", "#00a862", "-."),
     "item_knn": Series("Item-KNN", "Item-KNN", "#0a5f3b", "#6cf5b6", (0, (5, 1))),
-    "ease_recency": Series("EASE (recency)", "EASE, recency", "#5a1470", "#9a4cae", (0, (3, 1, 1, 1, 1, 1))),
     "ease": Series("EASE", "EASE", "#ad63c0", "#e9a6f9", (0, (1, 1))),
     "recent_popularity": Series("Recent popularity", "Recent pop.", "#2a2e38", "#6d7178", (0, (6, 2, 1, 2, 1, 2))),
     "popularity": Series("Popularity", "Popularity", "#828d97", "#dce0eb", ":"),
