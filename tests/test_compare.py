@@ -47,25 +47,6 @@ def test_errors_count_rated_targets_only() -> None:
     assert beyond.mean_absolute_error(np.zeros(1), np.array([np.nan])) is None
 
 
-def test_novelty_and_diversity_equal_loops() -> None:
-    rng = np.random.default_rng(0)
-    lists = np.stack([rng.permutation(12)[:6] for _ in range(5)])
-    lists[1, 3:] = -1
-    lists[2, 1:] = -1
-    popularity, vectors = rng.integers(0, 9, 12), rng.normal(size=(12, 4))
-    vectors[3] = 0  # an item without text
-    bits = [-np.log2(max(1, popularity[i]) / popularity.sum()) for row in lists for i in row[:4] if i >= 0]
-    assert beyond.novelty(lists, popularity, 4) == pytest.approx(np.mean(bits))
-    spread = []
-    for row in lists:
-        found = [vectors[i] / np.linalg.norm(vectors[i]) for i in row[:4] if i >= 0 and i != 3]
-        if len(found) > 1:
-            spread.append(np.mean([1 - a @ b for n, a in enumerate(found) for b in found[n + 1 :]]))
-    assert beyond.diversity(lists, vectors, 4) == pytest.approx(np.mean(spread))
-    assert beyond.novelty(np.full((2, 3), -1), popularity, 3) is None
-    assert beyond.diversity(lists[2:3], vectors, 4) is None
-
-
 def test_negatives_are_what_the_user_never_takes(tmp_path: Path) -> None:
     table = Prepared(write_workspace(tmp_path) / "prepared", "toy").sequences()
     events = flatten(table, ITEMS_IN_TOY)

@@ -211,3 +211,20 @@ def test_yardstick_agrees(yardstick: ModuleType, tmp_path: Path, kind: str) -> N
                 (against[name]["ratio"], against[name]["ratio_lo"], against[name]["ratio_hi"]), rel=1e-9
             )
     assert m.coverage(lists, len(split.items), 10) == pytest.approx(expected["coverage@10"], abs=1e-12)
+
+
+def test_novelty_and_diversity_equal_loops() -> None:
+    rng = np.random.default_rng(0)
+    lists = np.stack([rng.permutation(12)[:6] for _ in range(5)])
+    lists[1, 3:] = -1
+    lists[2, 1:] = -1
+    popularity, vectors = rng.integers(0, 9, 12), rng.normal(size=(12, 4))
+    vectors[3] = 0  # an item without text
+    novel, varied = m.novelty(lists, popularity, 4), m.vector_diversity(lists, vectors, 4)
+    for user, row in enumerate(lists):
+        bits = [-np.log2(max(1, popularity[i]) / popularity.sum()) for i in row[:4] if i >= 0]
+        assert novel[user] == pytest.approx(np.mean(bits))
+        found = [vectors[i] / np.linalg.norm(vectors[i]) for i in row[:4] if i >= 0 and i != 3]
+        pairs = [1 - a @ b for n, a in enumerate(found) for b in found[n + 1 :]]
+        assert varied[user] == pytest.approx(np.mean(pairs) if pairs else np.nan, nan_ok=True)
+    assert np.isnan(m.novelty(np.full((2, 3), -1), popularity, 3)).all()

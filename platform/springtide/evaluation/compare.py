@@ -18,7 +18,8 @@ from springtide.errors import SpringtideError
 from springtide.evaluation import compare_metrics as beyond
 from springtide.evaluation import metrics as measure
 from springtide.evaluation.baselines import fit_baselines
-from springtide.evaluation.ranking import WARM, Cases, Ranking, Score, build_cases, flatten, rank_cases
+from springtide.evaluation.comparison import Catalogue, beyond_accuracy
+from springtide.evaluation.ranking import Cases, Ranking, Score, build_cases, flatten, headline_mask, rank_cases
 from springtide.files import write_json, write_text
 from springtide.model.recommender import Recommender
 from springtide.schemas import PARTS, TRAIN, VALID
@@ -127,8 +128,7 @@ class Judge:
         training_ratings = self.events.ratings[in_train]
         self.rated = not np.isnan(training_ratings).all()
         self.mean_rating = float(np.nanmean(training_ratings)) if self.rated else float("nan")
-        warm = self.cases.slices == WARM
-        self.headline = warm if warm.any() else np.ones(len(self.cases), bool)
+        self.headline, _ = headline_mask(self.cases)
         negatives = beyond.draw_negatives(self.cases)
         self.asked = np.flatnonzero(self.headline & (negatives >= 0))
         self.pairs = np.stack([self.cases.targets, negatives], 1)[self.asked]  # [n, 2] taken, refused
@@ -196,12 +196,12 @@ class Judge:
         gains = users["ndcg@10"][:, None]
         low, high = measure.interval(measure.resampled_means(gains, settings.evaluate.bootstrap)[:, 0])
         vectors = self.text if self.text is not None else item_vectors
+        lists = beyond_accuracy(ranking.lists, Catalogue(self.popularity, None, vectors))
         return {
             **{name: float(users[name].mean()) for name in ("hr@10", "ndcg@10", "mrr@20")},
             "ndcg@10_interval": [low, high],
             "coverage@10": measure.coverage(ranking.lists, self.events.catalogue, K),
-            "diversity@10": None if vectors is None else beyond.diversity(ranking.lists, vectors, K),
-            "novelty@10": beyond.novelty(ranking.lists, self.popularity, K),
+            **{name: lists[name]["value"] if name in lists else None for name in ("diversity@10", "novelty@10")},
         }
 
 

@@ -1,4 +1,4 @@
-"""Figures of the comparison of presets beyond ranking: clicks, ratings, and how varied and unusual the lists are.
+"""Figures of the comparison of presets beyond ranking: clicks and ratings.
 
 Arrays in, arrays out; no files, no Ray.
 """
@@ -55,32 +55,3 @@ def mean_absolute_error(predicted: np.ndarray, ratings: np.ndarray) -> float | N
     """Over the cases with a rating [C]; None if there is none."""
     given = ~np.isnan(ratings)
     return float(np.abs(predicted[given] - ratings[given]).mean()) if given.any() else None
-
-
-def novelty(lists: np.ndarray, popularity: np.ndarray, k: int) -> float | None:
-    """Mean of -log2(share of the training events) over the first k of every list; None without any list.
-
-    lists: [U, K] catalogue rows, -1 = no more; popularity: [I] training events. An item without any counts as one.
-    """
-    shown = lists[:, :k]
-    bits = -np.log2(np.maximum(popularity, 1) / max(1, popularity.sum()))
-    return float(bits[shown[shown >= 0]].mean()) if (shown >= 0).any() else None
-
-
-def diversity(lists: np.ndarray, vectors: np.ndarray, k: int) -> float | None:
-    """1 - the mean cosine between two items of a list, over the first k of every list; None without any pair.
-
-    vectors: [I, d]. Lists of fewer than two items with a vector do not count.
-    """
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-9)
-    shown = lists[:, :k]
-    there = (shown >= 0) & (np.abs(unit).sum(1) > 0)[shown]  # [U, k]
-    total = np.zeros((len(lists), unit.shape[1]))
-    for column in range(shown.shape[1]):  # |sum of unit vectors|^2 = n + twice the sum over pairs
-        total += unit[shown[:, column]] * there[:, column, None]
-    count = there.sum(1)
-    pairs = count > 1
-    if not pairs.any():
-        return None
-    n = count[pairs]
-    return float(1 - (((total[pairs] ** 2).sum(1) - n) / (n * (n - 1))).mean())

@@ -20,13 +20,8 @@ JUDGED_USERS = 1000
 
 def tabulate(statistics: Statistics, config: ModelConfig, share: float | None) -> Tables:
     """The Tables of a log. share: half-life of the neighbours' log as a share of its span; None = no decay."""
-    times = statistics.taken.data - 1
-    start, end = (int(times.min()), int(times.max())) if len(times) else (0, 0)
-    half_life = float("inf") if share is None or end == start else share * (end - start)
-    items = np.zeros(0, np.int64)
-    if config.neighbours:
-        ranked = np.argsort(-statistics.popularity, kind="stable")[: config.neighbour_items]
-        items = np.sort(ranked[statistics.popularity[ranked] > 0])
+    start, end = _span(statistics)
+    items, inverse, half_life = _neighbours(statistics, config, share)
     recent, edges = np.zeros((1, len(statistics.popularity)), np.float32), np.array([end + 1])
     if config.recent_popularity:
         recent, edges = recent_popularity(
@@ -36,7 +31,7 @@ def tabulate(statistics: Statistics, config: ModelConfig, share: float | None) -
         statistics.popularity,
         statistics.rating_stats,
         statistics.transitions,
-        _inverse(statistics.taken, items, end, half_life, config.neighbour_l2),
+        inverse,
         items,
         end,
         half_life,
@@ -46,14 +41,28 @@ def tabulate(statistics: Statistics, config: ModelConfig, share: float | None) -
     )
 
 
-def _inverse(taken: sp.csr_matrix, items: np.ndarray, end: int, half_life: float, l2: float) -> np.ndarray:
-    """(X'X + l2)^-1 over `items` [M], where X weighs an event by its age at `end`: [M, M] float32."""
+def _span(statistics: Statistics) -> tuple[int, int]:
+    """Times in ms of the first and the last event that a user's row holds; (0, 0) without any."""
+    times = statistics.taken.data - 1
+    return (int(times.min()), int(times.max())) if len(times) else (0, 0)
+
+
+def _neighbours(
+    statistics: Statistics, config: ModelConfig, share: float | None
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The M most popular items [M], (X'X + l2)^-1 over them [M, M] float32, X's half-life in ms. See Neighbours."""
+    start, end = _span(statistics)
+    half_life = float("inf") if share is None or end == start else share * (end - start)
+    if not config.neighbours:
+        return np.zeros(0, np.int64), np.zeros((0, 0), np.float32), half_life
+    ranked = np.argsort(-statistics.popularity, kind="stable")[: config.neighbour_items]
+    items = np.sort(ranked[statistics.popularity[ranked] > 0])
     if not len(items):
-        return np.zeros((0, 0), np.float32)
-    chosen = taken[:, items]
+        return items, np.zeros((0, 0), np.float32), half_life
+    chosen = statistics.taken[:, items]
     weight = 0.5 ** ((end + 1 - chosen.data) / half_life)
     rows = sp.csr_array((weight, chosen.indices, chosen.indptr), shape=chosen.shape)
-    return regularised_inverse(rows, l2).astype(np.float32)
+    return items, regularised_inverse(rows, config.neighbour_l2).astype(np.float32), half_life
 
 
 def recent_popularity(
@@ -96,10 +105,9 @@ def _judge(
     statistics: Statistics, config: ModelConfig, share: float | None, cases: list[tuple[History, int]], hide: bool
 ) -> float:
     """NDCG@10 of the better of the two readings."""
-    tables = tabulate(statistics, config, share)
-    catalogue = len(statistics.popularity)
-    model = Neighbours(catalogue)
-    model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
+    items, inverse, half_life = _neighbours(statistics, config, share)
+    model = Neighbours(len(statistics.popularity))
+    model.load(inverse, items, _span(statistics)[1], half_life)
     gains = np.zeros(2)
     for begin in range(0, len(cases), 64):
         some = cases[begin : begin + 64]
