@@ -6,6 +6,8 @@ import asyncio
 import json
 import re
 import sqlite3
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +15,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from starlette.testclient import TestClient
 
 from springtide.errors import SpringtideError
 from springtide.serving.app import create_app
 from springtide.serving.engine import Engine, ScoreRequest, diversify
-from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, HistoryEvent
+from springtide.serving.popular import PopularItems
+from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, HistoryEvent, RecommendRequest
 from springtide.serving.service import Service, recent_events
 from springtide.serving.store import SQLiteStore
 
@@ -138,7 +142,31 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
 
 @pytest.fixture
 def service(parts: Parts) -> Service:
-    return Service(parts.store, parts.encode, parts.call, encoder_timeout_s=0.2, scorer_timeout_s=0.3)
+    made = Service(
+        parts.store,
+        parts.encode,
+        parts.call,
+        encoder_timeout_s=0.2,
+        scorer_timeout_s=0.3,
+        store_timeout_s=0.2,
+        other_timeout_s=0.5,
+        breaker_pause_s=0.4,
+    )
+    made.popular = PopularItems(toy_popularity(), "films@abc", exclude_seen=True)
+    return made
+
+
+def toy_popularity() -> pa.Table:
+    """As FakeRecommender: item n was taken n times."""
+    recommender = FakeRecommender
+    return pa.table(
+        {
+            "item_id": recommender.item_ids,
+            "title": recommender.titles,
+            "categories": recommender.categories,
+            "events": range(ITEMS),
+        }
+    )
 
 
 @pytest.fixture
@@ -412,15 +440,78 @@ def test_without_an_encoder_the_history_answers(client: TestClient, parts: Parts
 
 
 @pytest.mark.parametrize("state", ["slow", "dead"])
-def test_without_a_scorer_there_is_a_503(client: TestClient, parts: Parts, state: str) -> None:
+def test_without_a_scorer_there_are_popular_items(client: TestClient, parts: Parts, state: str) -> None:
     parts.scorer = state
-    answer = recommend(client, user_id="u")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "scorer_unavailable")
-    assert answer.headers["Retry-After"] == "1"
-    assert "10.0.0.1" not in answer.text
+    filters = {"categories": ["even"], "exclude_items": ["i10"]}
+    answer = recommend(client, history=[{"item_id": "i8"}], query="love", k=3, filters=filters)
+    assert answer.status_code == 200
+    assert answer.json() == {
+        "items": [
+            {"item_id": "i6", "score": pytest.approx(np.log1p(6)), "title": "Title 6"},
+            {"item_id": "i4", "score": pytest.approx(np.log1p(4)), "title": "Title 4"},
+            {"item_id": "i2", "score": pytest.approx(np.log1p(2)), "title": "Title 2"},
+        ],
+        "model": "films@abc",
+        "source": "popular",
+        "gate": {"long": None, "short": None},
+        "degraded": True,
+    }
     assert client.get("/readyz").status_code == 503
     assert client.get("/healthz").status_code == 200
     assert client.post("/v1/events", json={"user_id": "u", "item_id": "i1"}).status_code == 202
+
+
+@pytest.mark.parametrize("state", ["slow", "dead"])
+def test_what_has_no_degraded_form_is_a_503(client: TestClient, parts: Parts, service: Service, state: str) -> None:
+    parts.scorer, service.popular = state, None
+    for answer in (recommend(client, user_id="u"), client.get("/v1/items/i1/similar")):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "scorer_unavailable")
+        assert answer.headers["Retry-After"] == "1"
+        assert "10.0.0.1" not in answer.text
+
+
+def test_a_refusal_of_the_model_is_no_fault_of_it(client: TestClient) -> None:
+    """Callers who ask for a model that is not there must not open the circuit for the others."""
+    for _ in range(10):
+        assert recommend(client, user_id="u", model="no such").status_code == 404
+    assert "degraded" not in recommend(client, user_id="u").json()
+
+
+def test_a_hanging_scorer_is_not_waited_for_by_everyone(parts: Parts, service: Service) -> None:
+    """After the failures in a row that open the circuit, requests are answered at once; it closes again by itself."""
+    parts.scorer = "slow"
+    request = RecommendRequest(user_id="u", k=1)
+
+    async def ask(times: int) -> list[Any]:
+        return list(await asyncio.gather(*(service.recommend(request) for _ in range(times))))
+
+    async def run() -> None:
+        assert all(answer["degraded"] for answer in await ask(5))
+        asked = len(parts.calls)
+        began = time.monotonic()
+        assert all(answer["degraded"] for answer in await ask(100))
+        assert time.monotonic() - began < 0.25  # the limit of one call is 0.3
+        assert len(parts.calls) == asked
+        parts.scorer = "ok"
+        await asyncio.sleep(0.5)
+        assert "degraded" not in (await ask(1))[0]
+        assert all("degraded" not in answer for answer in await ask(20))
+
+    asyncio.run(run())
+
+
+def test_a_store_that_hangs_is_not_waited_for(
+    parts: Parts, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(parts.store, "history", lambda *_: release.wait(60) and [])
+    try:
+        began = time.monotonic()
+        answers = [recommend(client, user_id="u").json() for _ in range(8)]
+        assert time.monotonic() - began < 3  # five wait for 0.2 s, the others not at all
+        assert all(answer["degraded"] and answer["items"] for answer in answers)
+    finally:
+        release.set()
 
 
 def test_without_a_store_recommendations_go_on_and_events_are_refused(client: TestClient, parts: Parts) -> None:

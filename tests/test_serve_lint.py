@@ -86,7 +86,7 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("deployment twice", put("@Ingress", "name", value="Scorer"), "Scorer appears twice"),
     ("deployment missing", drop("applications", 0, "deployments", 2), "Scorer is missing"),
     ("user_config missing", drop("@Scorer", "user_config"), "user_config is missing"),
-    ("user_config of Ingress", put("@Ingress", "user_config", value={"a": 1}), "user_config.a; did you mean log?"),
+    ("user_config of Ingress", put("@Ingress", "user_config", value={"lg": 1}), "user_config.lg; did you mean log?"),
     ("batch above ongoing", put("@Scorer", "user_config", "max_batch", value=129), "no batch can ever fill"),
     ("batch tokens", put("@TextEncoder", "user_config", "max_batch_tokens", value=8), "at least max_tokens"),
     ("no host", drop("http_options", "host"), "http_options.host is missing"),

@@ -79,9 +79,10 @@ def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
     # Not the settings' encoder: queries must be read by the one that read the items.
     trained = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
     text = trained["settings"]["text"]
+    served: Json = {"bundle": str(bundle), "version": version, "name": settings.name}
     values: dict[str, Json] = {
-        "Ingress": {"log": trained.get("log")},
-        "Scorer": {"bundle": str(bundle), "version": version, "name": settings.name},
+        "Ingress": {"log": trained.get("log"), **served},
+        "Scorer": served,
         "TextEncoder": {"encoder": text["encoder"], "max_tokens": text["max_tokens"]},
     }
     config = deepcopy(config)

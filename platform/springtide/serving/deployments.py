@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
@@ -25,6 +26,7 @@ from springtide.errors import SpringtideError
 from springtide.serving.app import create_app
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.options import AppOptions, EncoderOptions, IngressOptions, ScorerOptions
+from springtide.serving.popular import load_popular
 from springtide.serving.seeding import seed_histories
 from springtide.serving.service import Service
 from springtide.serving.store import SQLiteStore
@@ -130,10 +132,10 @@ class Ingress:
 
     def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
         async def encode(texts: list[str]) -> np.ndarray:
-            return await encoder.encode.remote(texts)
+            return await _again_if_died(lambda: encoder.encode.remote(texts))
 
         async def call(method: str, *arguments: Any) -> Any:
-            return await getattr(scorer, method).remote(*arguments)
+            return await _again_if_died(lambda: getattr(scorer, method).remote(*arguments))
 
         self._service = Service(
             SQLiteStore(options.store),
@@ -142,6 +144,9 @@ class Ingress:
             encoder_timeout_s=options.encoder_timeout_s,
             scorer_timeout_s=options.scorer_timeout_s,
             store_timeout_s=options.store_timeout_s,
+            other_timeout_s=options.other_timeout_s,
+            breaker_failures=options.breaker_failures,
+            breaker_pause_s=options.breaker_pause_s,
         )
         self._workspace = options.workspace
         self._log: str | None = None
@@ -150,8 +155,14 @@ class Ingress:
             self._service.seeding = "the prepared log is not imported yet"
 
     def reconfigure(self, config: Json) -> None:
-        """Import the prepared log in the background if it is another than the last one, or if that failed."""
-        wanted = IngressOptions.model_validate(config).log
+        """Read the popular items; import the prepared log in the background if it is new, or if that failed."""
+        options = IngressOptions.model_validate(config)
+        if options.bundle is not None:
+            try:
+                self._service.popular = load_popular(options.bundle, options.name)
+            except SpringtideError as error:  # those read before go on being the fallback
+                log.error("popular items not read: %s", error)
+        wanted = options.log
         if self._workspace is None or (wanted == self._log and self._service.seeding == "ok"):
             return
         self._log = wanted
@@ -175,6 +186,14 @@ def build(args: dict[str, Any]) -> Application:
     """The application builder that Serve configurations name in `import_path`; `args` are AppOptions."""
     options = AppOptions.model_validate(args)
     return Ingress.bind(TextEncoder.bind(), Scorer.bind(), options)  # type: ignore[attr-defined]
+
+
+async def _again_if_died(send: Callable[[], Awaitable[Any]]) -> Any:
+    """Ask again, once, when the replica asked died meanwhile: Serve then sends to another one. All calls are reads."""
+    try:
+        return await send()
+    except RayActorError:
+        return await send()
 
 
 # ---------------------------------------------------------------- loading, in a thread

@@ -16,15 +16,21 @@ class AppOptions(Options):
 
     store: str = Field(min_length=1)  # file of the event log
     workspace: str | None = None  # its prepared log becomes the users' first histories
-    encoder_timeout_s: float = Field(5.0, gt=0, le=600)
-    scorer_timeout_s: float = Field(10.0, gt=0, le=600)
-    store_timeout_s: float = Field(5.0, gt=0, le=600)
+    encoder_timeout_s: float = Field(1.0, gt=0, le=600)
+    scorer_timeout_s: float = Field(2.0, gt=0, le=600)
+    store_timeout_s: float = Field(1.0, gt=0, le=600)
+    other_timeout_s: float = Field(5.0, gt=0, le=600)  # of calls that have no degraded answer, such as events
+    breaker_failures: int = Field(5, ge=1, le=1000)  # calls of a part that fail in a row before it is left alone
+    breaker_pause_s: float = Field(2.0, gt=0, le=600)  # for so long; then one call tries it again
 
 
 class IngressOptions(Options):
-    """`user_config` of Ingress. A change imports the prepared log again, in the background."""
+    """`user_config` of Ingress. A new log is imported in the background, a new bundle's popular items are read."""
 
     log: str | None = None  # content hash of the prepared log, which `deploy` fills in
+    bundle: str | None = None  # its popular items are the answer while no Scorer gives one
+    version: str | None = None  # of the bundle; a new version at the same path is then noticed
+    name: str = Field("default", min_length=1, max_length=64, pattern=r"^[\w.-]+$")
 
 
 class ScorerOptions(Options):

@@ -1,7 +1,8 @@
 """What the Ingress does with a request, free of Ray and HTTP: reads the history, encodes the query, asks the scorer.
 
-A part that is down or slow costs its share of the answer, never the caller's patience: every call has a time limit,
-a missing encoder or store leaves a `degraded` answer, a missing scorer an error 503.
+A part that is down or slow costs its share of the answer, never the caller's patience: every call has a time limit and
+a circuit breaker. Without the encoder or the store an answer is `degraded`, without the scorer it holds popular items;
+what has no degraded form is refused with 503.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
 from springtide.errors import SpringtideError
 from springtide.serving.engine import Refusal, ScoreRequest
+from springtide.serving.guard import Breaker, Guard, Unavailable
+from springtide.serving.popular import PopularItems
 from springtide.serving.schemas import HISTORY_USED, ApiError, EncodeRequest, Event, HistoryEvent, RecommendRequest
 from springtide.serving.store import HistoryStore
 
 log = logging.getLogger("springtide.serving")
+STORE_THREADS = 16  # a store that hangs holds these, not the threads that everything else shares
 Json = dict[str, Any]
 Encode = Callable[[list[str]], Awaitable[np.ndarray]]  # texts -> [n, D] float32, L2-normalised
 Call = Callable[..., Awaitable[Any]]  # (method of the scorer, its arguments) -> its answer
@@ -47,21 +52,36 @@ class Service:
         encode: Encode,
         call: Call,
         *,
-        encoder_timeout_s: float = 5.0,
-        scorer_timeout_s: float = 10.0,
-        store_timeout_s: float = 5.0,
+        encoder_timeout_s: float = 1.0,
+        scorer_timeout_s: float = 2.0,
+        store_timeout_s: float = 1.0,
+        other_timeout_s: float = 5.0,
+        breaker_failures: int = 5,
+        breaker_pause_s: float = 2.0,
     ) -> None:
+        """other_timeout_s: for calls that have no degraded answer, such as storing events."""
         self.store = store
         self.seeding = "ok"  # or why the stored histories are not complete yet
+        self.popular: PopularItems | None = None  # the answer while the scorer is down
         self._encode, self._call = encode, call
-        self._encoder_timeout_s, self._scorer_timeout_s = encoder_timeout_s, scorer_timeout_s
-        self._store_timeout_s = store_timeout_s
+        self._other_timeout_s = other_timeout_s
+        self._encoder, self._scorer, self._reads, self._writes = (
+            Guard(timeout_s, Breaker(breaker_failures, breaker_pause_s))
+            for timeout_s in (encoder_timeout_s, scorer_timeout_s, store_timeout_s, other_timeout_s)
+        )
+        self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
+
+    def close(self) -> None:
+        """Give the store back. No request may be under way."""
+        self._store_threads.shutdown(wait=False, cancel_futures=True)
+        self.store.close()
 
     async def recommend(self, request: RecommendRequest) -> Json:
         (events, history_lost), (query, query_lost) = await asyncio.gather(
             self._history_of(request), self._vector_of(request.query)
         )
         answer = await self._score(
+            request,
             ScoreRequest(
                 events=events,
                 query=query,
@@ -73,7 +93,7 @@ class Service:
                 explain=request.explain,
                 model=request.model,
                 now=int(time.time() * 1000),
-            )
+            ),
         )
         if history_lost or query_lost:
             answer["degraded"] = True
@@ -93,8 +113,8 @@ class Service:
             for event in events
         ]
         try:
-            accepted = await self._stored(self.store.append, rows)
-        except (SpringtideError, TimeoutError) as error:
+            accepted = await self._writes.run(self._in_store, self.store.append, rows)
+        except (SpringtideError, TimeoutError, Unavailable) as error:
             log.error("events not stored: %s", error or "timeout")
             raise ApiError(
                 503, "store_unavailable", "the events may not be stored; send them again with the same event_id"
@@ -104,7 +124,7 @@ class Service:
     async def interests(self, user_id: str) -> Json:
         try:
             events = await self._stored(self.store.history, user_id, HISTORY_USED)
-        except (SpringtideError, TimeoutError) as error:
+        except (SpringtideError, TimeoutError, Unavailable) as error:
             log.error("history not read: %s", error or "timeout")
             raise ApiError(503, "store_unavailable", "the event log cannot be read at the moment") from None
         if not events:
@@ -117,7 +137,7 @@ class Service:
     async def encode(self, request: EncodeRequest) -> Json:
         texts = [request.text] if request.text is not None else list(request.texts or [])
         try:
-            vectors = await asyncio.wait_for(self._encode(texts), self._encoder_timeout_s)
+            vectors = await self._encoder.run(self._encode, texts, timeout_s=self._other_timeout_s)
         except Exception as error:
             log.error("texts not encoded: %r", error)
             raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
@@ -133,10 +153,11 @@ class Service:
         checks = {"histories": self.seeding, "store": "ok", "scorer": "ok"}
         try:
             await self._stored(self.store.history, "", 1)
-        except (SpringtideError, TimeoutError) as error:
-            checks["store"] = str(error) or "timeout"
+        except (SpringtideError, TimeoutError, Unavailable) as error:
+            log.error("not ready, the store fails: %s", error or "timeout")
+            checks["store"] = "the event log cannot be read at the moment"
         try:
-            await self._ask("describe")
+            await self._ask("describe", timeout_s=self._scorer.timeout_s)
         except ApiError as error:
             checks["scorer"] = error.message
         return {"ready": all(state == "ok" for state in checks.values()), "checks": checks}
@@ -149,7 +170,7 @@ class Service:
             return [], False
         try:
             return await self._stored(self.store.history, request.user_id, HISTORY_USED), False
-        except (SpringtideError, TimeoutError) as error:
+        except (SpringtideError, TimeoutError, Unavailable) as error:
             log.error("history not read, answering without: %s", error or "timeout")
             return [], True
 
@@ -158,18 +179,32 @@ class Service:
         if query is None:
             return None, False
         try:
-            vectors = await asyncio.wait_for(self._encode([query]), self._encoder_timeout_s)
+            vectors = await self._encoder.run(self._encode, [query])
             return np.asarray(vectors[0], np.float32), False
         except Exception as error:  # a dead replica, a full queue, a time-out: the answer does without the query
             log.error("query not encoded, answering without: %r", error)
             return None, True
 
-    async def _score(self, request: ScoreRequest) -> Json:
-        return await self._ask("score", request)
-
-    async def _ask(self, method: str, *arguments: Any) -> Json:
+    async def _score(self, request: RecommendRequest, wanted: ScoreRequest) -> Json:
+        """The scorer's answer, or popular items where it has none."""
         try:
-            answer = await asyncio.wait_for(self._call(method, *arguments), self._scorer_timeout_s)
+            return await self._ask("score", wanted, timeout_s=self._scorer.timeout_s)
+        except ApiError as error:
+            if error.status != 503 or self.popular is None:
+                raise
+        return self.popular.answer(
+            request.k,
+            [event["item_id"] for event in wanted.events],
+            exclude_seen=request.exclude_seen,
+            categories=request.filters.categories,
+            exclude_items=request.filters.exclude_items,
+        )
+
+    async def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Json:
+        try:
+            answer = await self._scorer.run(
+                self._call, method, *arguments, timeout_s=timeout_s or self._other_timeout_s
+            )
         except Exception as error:
             log.error("scorer.%s failed: %r", method, error)
             raise ApiError(503, "scorer_unavailable", "the model does not answer at the moment; try again") from None
@@ -178,7 +213,10 @@ class Service:
         return dict(answer)
 
     async def _stored(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.wait_for(asyncio.to_thread(work, *arguments), self._store_timeout_s)
+        return await self._reads.run(self._in_store, work, *arguments)
+
+    async def _in_store(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._store_threads, work, *arguments)
 
 
 def recent_events(history: list[HistoryEvent]) -> list[Json]:

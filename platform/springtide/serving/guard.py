@@ -1,0 +1,78 @@
+"""Patience with another part: a time limit on every call, and a circuit breaker that leaves a part alone that fails."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class Unavailable(Exception):
+    """The part has failed so often in a row that it is not asked for a while."""
+
+
+class Breaker:
+    """Closed while calls succeed; open for `pause_s` after `failures` in a row; then one call may try (half open).
+
+    Not for use from several threads. clock: seconds that never go back.
+    """
+
+    def __init__(self, failures: int, pause_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._pause_s, self._clock = failures, pause_s, clock
+        self._failed = 0
+        self._open_until: float | None = None
+        self._probe: object | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._open_until is not None
+
+    def enter(self) -> object:
+        """A ticket for one call, to be handed to `leave`. Raises Unavailable when the part should not be asked."""
+        ticket = object()
+        if self._open_until is not None:
+            if self._probe is not None or self._clock() < self._open_until:
+                raise Unavailable("it failed often and is left alone for a while")
+            self._probe = ticket
+        return ticket
+
+    def leave(self, ticket: object, succeeded: bool | None) -> None:
+        """Tell how the call went; None: nobody waited for its end, so it says nothing of the part."""
+        probing = ticket is self._probe
+        if probing:
+            self._probe = None
+        if succeeded is None:
+            return
+        if succeeded:
+            self._failed, self._open_until = 0, None
+            return
+        self._failed += 1
+        # Calls that were under way when the circuit opened end late: they must not keep it open for longer.
+        if probing or (self._open_until is None and self._failed >= self._limit):
+            self._open_until = self._clock() + self._pause_s
+
+
+class Guard:
+    """One part behind a time limit and a breaker. Several event loops need a Guard each."""
+
+    def __init__(self, timeout_s: float, breaker: Breaker) -> None:
+        self.timeout_s, self.breaker = timeout_s, breaker
+
+    async def run(
+        self, call: Callable[..., Awaitable[Result]], *arguments: Any, timeout_s: float | None = None
+    ) -> Result:
+        """The call's answer, within timeout_s (None: the part's own). Raises Unavailable, TimeoutError or what the
+        call raises."""
+        ticket, succeeded = self.breaker.enter(), None
+        try:
+            answer = await asyncio.wait_for(call(*arguments), timeout_s or self.timeout_s)
+            succeeded = True
+            return answer
+        except Exception:  # a cancelled caller says nothing of the part and passes by
+            succeeded = False
+            raise
+        finally:
+            self.breaker.leave(ticket, succeeded)

@@ -1,0 +1,122 @@
+"""The circuit breaker by a clock of the test's own, and the guard around a call."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from springtide.serving.guard import Breaker, Guard, Unavailable
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def call(breaker: Breaker, succeeded: bool | None) -> None:
+    breaker.leave(breaker.enter(), succeeded)
+
+
+def opened(clock: Clock) -> Breaker:
+    breaker = Breaker(3, 10.0, clock)
+    for _ in range(3):
+        call(breaker, False)
+    assert breaker.is_open
+    return breaker
+
+
+def test_only_failures_in_a_row_open_the_circuit() -> None:
+    breaker = Breaker(3, 10.0, Clock())
+    for succeeded in (False, False, True, False, False, None, True, False, False):
+        call(breaker, succeeded)
+    assert not breaker.is_open
+    call(breaker, False)
+    with pytest.raises(Unavailable):
+        breaker.enter()
+
+
+def test_after_the_pause_one_call_tries() -> None:
+    clock = Clock()
+    breaker = opened(clock)
+    clock.now = 9.9
+    with pytest.raises(Unavailable):
+        breaker.enter()
+    clock.now = 10.0
+    probe = breaker.enter()
+    with pytest.raises(Unavailable):
+        breaker.enter()
+    breaker.leave(probe, True)
+    call(breaker, True)
+    assert not breaker.is_open
+
+
+def test_a_failed_try_pauses_again() -> None:
+    clock = Clock()
+    breaker = opened(clock)
+    clock.now = 10.0
+    call(breaker, False)
+    clock.now = 19.9
+    with pytest.raises(Unavailable):
+        breaker.enter()
+    clock.now = 20.0
+    call(breaker, True)
+    assert not breaker.is_open
+
+
+def test_a_try_that_nobody_waited_for_lets_another_try() -> None:
+    clock = Clock()
+    breaker = opened(clock)
+    clock.now = 10.0
+    call(breaker, None)
+    call(breaker, True)
+    assert not breaker.is_open
+
+
+def test_late_failures_do_not_lengthen_the_pause() -> None:
+    clock = Clock()
+    breaker = Breaker(3, 10.0, clock)
+    tickets = [breaker.enter() for _ in range(6)]
+    for ticket in tickets[:3]:
+        breaker.leave(ticket, False)
+    clock.now = 9.0
+    for ticket in tickets[3:]:
+        breaker.leave(ticket, False)
+    clock.now = 10.0
+    breaker.enter()
+
+
+def test_the_guard_counts_time_outs_and_errors_but_not_callers_who_left() -> None:
+    async def run() -> None:
+        guard = Guard(0.05, Breaker(2, 60.0))
+
+        async def slow() -> None:
+            await asyncio.sleep(60)
+
+        async def broken() -> None:
+            raise ConnectionError
+
+        for _ in range(3):
+            left = asyncio.create_task(guard.run(slow))
+            await asyncio.sleep(0)
+            left.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await left
+        with pytest.raises(TimeoutError):
+            await guard.run(slow)
+        with pytest.raises(ConnectionError):
+            await guard.run(broken)
+        with pytest.raises(Unavailable):
+            await guard.run(broken)
+
+    asyncio.run(run())
+
+
+def test_a_longer_limit_for_one_call() -> None:
+    async def echo(value: int) -> int:
+        await asyncio.sleep(0.1)
+        return value
+
+    assert asyncio.run(Guard(0.01, Breaker(2, 60.0)).run(echo, 7, timeout_s=10)) == 7
