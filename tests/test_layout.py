@@ -22,13 +22,14 @@ TOP_LEVEL = {
 LAYERS = {
     "errors": 0, "schemas": 0, "files": 0, "config": 0, "config_data": 0, "presets": 0,
     "data": 1, "text": 1, "cluster": 1,
-    "model": 2, "bundle": 2, "local_cluster": 2,
+    "model": 2, "bundle": 2, "parity": 2, "local_cluster": 2,
     "training": 3, "tuning": 3, "evaluation": 3,
     "serving": 4,
     "jobs": 5, "quickstart": 5,
 }  # fmt: skip
-PEERS = {("data", "cluster"), ("text", "cluster"), ("text", "data"), ("bundle", "model"), ("tuning", "training"),
-         ("training", "evaluation"), ("tuning", "evaluation"), ("evaluation", "training")}  # fmt: skip
+PEERS = {("data", "cluster"), ("text", "cluster"), ("text", "data"), ("bundle", "model"), ("bundle", "parity"),
+         ("parity", "model"), ("tuning", "training"), ("training", "evaluation"), ("tuning", "evaluation"),
+         ("evaluation", "training")}  # fmt: skip
 HTTP_AND_FILES = {"aiohttp", "fastapi", "httpx", "io", "os", "pathlib", "requests", "shutil", "starlette", "tempfile",
                   "urllib", "uvicorn"}  # fmt: skip
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
+from springtide import parity
 from springtide.config import Settings
 from springtide.errors import SpringtideError
 from springtide.files import publish_directory, verify_manifest, write_json, write_manifest
@@ -35,6 +36,7 @@ FILES = (
     "memory.safetensors",
     "metrics.json",
 )
+PARITY = "parity.json"  # beside FILES: bundles of FORMAT 2 from before it lack it, and are served without that check
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Bundle:
     metrics: dict[str, Any]
     recommender: Recommender
     log: str | None = None  # content hash of the prepared log that it was trained on
+    parity: dict[str, Any] | None = None  # scores at the time of writing, see parity.py; None: an older bundle
 
 
 def write_bundle(
@@ -85,6 +88,10 @@ def write_bundle(
             },
         )
         write_json(out / "metrics.json", metrics)
+        training = model.training
+        recommender = _recommender(model, settings, counted, actions, tables, vectors)
+        write_json(out / PARITY, parity.sample(recommender, tables.end))
+        model.train(training)
         write_manifest(out)
 
 
@@ -94,9 +101,10 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     Raises SpringtideError naming the file that is missing, differs or cannot be read.
     """
     path = Path(path).absolute()
+    sampled = (path / PARITY).is_file()
     if verify:
         listed = verify_manifest(path, "bundle")["files"]
-        if unlisted := [name for name in FILES if name not in listed]:
+        if unlisted := [name for name in (*FILES, *([PARITY] * sampled)) if name not in listed]:
             raise SpringtideError(
                 f"bundle {path}: manifest.json has no checksum of {unlisted[0]}; write the bundle again"
             )
@@ -107,19 +115,18 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
             raise SpringtideError(
                 f"bundle {path} has format {config['format']}, this version reads {FORMAT}; train it again"
             )
+        kept = json.loads((path / PARITY).read_text(encoding="utf-8")) if sampled else None
         settings = Settings.model_validate(config["settings"])
-        wanted = settings.data.target_actions
         items = check_schema(pq.read_table(path / "items.parquet"), ITEMS, str(path / "items.parquet"))
         state = load_tensors(path / "model.safetensors")
         tables = from_arrays(load_arrays(path / "memory.safetensors"))
         vectors = load_arrays(path / "vectors.safetensors")["text"]
-        popularity = items["events"].to_numpy()
         model = FusionModel(
             settings.model,
             len(config["actions"]),
             state["item_vectors.text"],
             state["item_vectors.known"],
-            torch.from_numpy(popularity.copy()),
+            torch.from_numpy(items["events"].to_numpy().copy()),
             tuple(config["rating_stats"]),
             settings.train.heads,
         )
@@ -129,16 +136,37 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         raise SpringtideError(
             f"cannot load the bundle {path}: {' '.join(str(error).split())[:300]}; train it again"
         ) from None
-    recommender = Recommender(
+    recommender = _recommender(model, settings, items, config["actions"], tables, vectors)
+    version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
+    return Bundle(path, version, settings, metrics, recommender, config.get("log"), kept)
+
+
+def check_parity(bundle: Bundle) -> float | None:
+    """Whether the model, on the device where it now is, scores as it did when it was written; see parity.check.
+
+    Returns the greatest relative deviation, None for a bundle without a sample. Raises SpringtideError if it does not.
+    """
+    return None if bundle.parity is None else parity.check(bundle.recommender, bundle.parity, f"bundle {bundle.path}")
+
+
+def _recommender(
+    model: FusionModel,
+    settings: Settings,
+    items: pa.Table,
+    actions: list[str],
+    tables: Tables,
+    text_vectors: np.ndarray,
+) -> Recommender:
+    """The object that answers, of a whole model and its catalogue (schemas.ITEMS); text_vectors [I, 0]: no texts."""
+    wanted = settings.data.target_actions
+    return Recommender(
         model,
         items["item_id"].to_pylist(),
         items["title"].to_pylist(),
         items["categories"].to_pylist(),
-        config["actions"],
-        popularity,
-        vectors if vectors.shape[1] else None,
+        actions,
+        items["events"].to_numpy(),
+        text_vectors if text_vectors.shape[1] else None,
         tables,
-        np.array([wanted is None or action in wanted for action in config["actions"]]),
+        np.array([wanted is None or action in wanted for action in actions]),
     )
-    version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
-    return Bundle(path, version, settings, metrics, recommender, config.get("log"))
