@@ -71,6 +71,8 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("application", put("applications", 0, "import_pth"), "applications.0.import_pth; did you mean import_path?"),
     ("args", put("applications", 0, "args", "stor"), "applications.0.args.stor; did you mean store?"),
     ("args value", put("applications", 0, "args", "encoder_timeout_s", value=0), "args.encoder_timeout_s: input"),
+    ("store", put("applications", 0, "args", "store", value="mysql://host/1"), "args.store: an event log is a file"),
+    ("store without number", put("applications", 0, "args", "store", value="redis://host"), "redis://host:port/number"),
     ("deployment", put("@Scorer", "num_replica"), "num_replica; did you mean num_replicas?"),
     ("ray_actor_options", put("@Scorer", "ray_actor_options", "num_cpu"), "num_cpu; did you mean num_cpus?"),
     ("user_config", put("@Scorer", "user_config", "bundel"), "user_config.bundel; did you mean bundle?"),
@@ -148,4 +150,6 @@ def test_deploy_fills_in_the_experiment(tmp_path: Path) -> None:
         filled(LOCAL, settings)
     gpu = load_config(FOLDER / "gpu.yaml")
     (tmp_path / "bundle" / "file").write_bytes(b"weights")
-    assert app(filled(gpu, settings))["args"]["store"] == "/var/lib/springtide/history.sqlite3"
+    for store in ("/var/lib/springtide/history.sqlite3", "sqlite:///var/lib/log", "redis://10.0.0.5:6379/0"):
+        app(gpu)["args"]["store"] = store
+        assert app(filled(gpu, settings))["args"]["store"] == store

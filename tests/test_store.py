@@ -1,4 +1,4 @@
-"""The event log: durable, idempotent, ordered, shared by processes."""
+"""The event log, in SQLite and in a real Redis: durable, idempotent, ordered, shared by processes."""
 
 from __future__ import annotations
 
@@ -8,105 +8,306 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import springtide
+from redis_server import RedisServer
 from springtide.errors import SpringtideError
-from springtide.serving.store import SQLiteStore
+from springtide.serving import store_redis, store_sqlite
+from springtide.serving.store import HistoryStore, open_store
+from springtide.serving.store_rows import AddedItem, Retention
 
+# Appends events one by one, each acknowledged by a line on standard output.
 WRITER = """
 import sys
-from springtide.serving.store import SQLiteStore
-store = SQLiteStore(sys.argv[1])
+from springtide.serving.store import open_store
+store = open_store(sys.argv[1])
 for i in range(int(sys.argv[3])):
     store.append([{"event_id": f"{sys.argv[2]}-{i}", "user_id": "u", "item_id": str(i), "timestamp": i}])
     print(i, flush=True)
-if sys.argv[4] == "stay":
-    sys.stdin.read()
 """
+DAY = 86_400_000
 
 
 def event(event_id: str, item: str = "a", timestamp: int = 1, user: str = "u", **more: Any) -> dict[str, Any]:
     return {"event_id": event_id, "user_id": user, "item_id": item, "timestamp": timestamp, **more}
 
 
-def items(store: SQLiteStore, user: str = "u", **more: Any) -> list[str]:
+def items(store: HistoryStore, user: str = "u", **more: Any) -> list[str]:
     return [e["item_id"] for e in store.history(user, **more)]
 
 
-def writer(path: Path, name: str, count: int, end: str = "leave") -> subprocess.Popen[str]:
-    import springtide
+def added(item_id: str, title: str = "", vector: bytes | None = None) -> AddedItem:
+    return {"item_id": item_id, "title": title, "categories": ["x", "ü"], "text": None, "vector": vector}
 
+
+def writer(url: str, name: str, count: int) -> subprocess.Popen[str]:
     source = str(Path(springtide.__file__).parents[1])
     return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), name, str(count), end],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": source},
+        [sys.executable, "-c", WRITER, url, name, str(count)],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": source},
     )  # fmt: skip
 
 
+def in_threads(count: int, work: Any) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def followed(store: HistoryStore, limit: int = 7) -> list[dict[str, Any]]:
+    """Everything that `since` shows, page by page."""
+    cursor, found = 0, []
+    while page := store.since(cursor, limit):
+        if page[1] == cursor:
+            return found
+        found, cursor = [*found, *page[0]], page[1]
+    return found
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty event log of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite://{tmp_path}/new%20folder/events.sqlite3"
+    server: RedisServer = request.getfixturevalue("redis_server")
+    redis.Redis(port=server.port).flushdb()
+    return server.url
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SQLiteStore]:
-    opened = SQLiteStore(tmp_path / "new folder" / "events.sqlite3")
+def store(url: str) -> Iterator[HistoryStore]:
+    opened = open_store(url)
     yield opened
     opened.close()
 
 
-def test_an_event_id_counts_once(store: SQLiteStore) -> None:
+# ---------------------------------------------------------------- live events
+def test_an_event_id_counts_once(store: HistoryStore) -> None:
     assert store.append([event("1", "a"), event("2", "b"), event("1", "c")]) == 2
     assert store.append([event("2", "d"), event("3", "e", 2)]) == 1
     assert items(store) == ["a", "b", "e"]
     assert store.count() == 3
+    assert store.append([]) == 0
 
 
-def test_oldest_first_and_ties_in_order_of_arrival(store: SQLiteStore) -> None:
-    store.append([event("1", "late", 9), event("2", "x", 5), event("3", "early", 1)])
+def test_oldest_first_and_ties_in_order_of_arrival(store: HistoryStore) -> None:
+    store.append([event("1", "late", 9), event("2", "x", 5), event("3", "early", -1)])
     store.append([event("4", "y", 5)])
     assert items(store) == ["early", "x", "y", "late"]
     assert items(store, limit=2) == ["y", "late"]
+    assert items(store, limit=0) == []
     assert items(store, "nobody") == []
 
 
-def test_action_and_rating_come_back(store: SQLiteStore) -> None:
-    store.append([event("1", action="buy", rating=4.5), event("2", "b")])
+def test_ties_keep_their_order_beyond_a_change_of_digits(store: HistoryStore) -> None:
+    store.append([event(str(n), str(n)) for n in range(120)])
+    assert items(store) == [str(n) for n in range(120)]
+
+
+def test_action_and_rating_come_back(store: HistoryStore) -> None:
+    store.append([event("1", action="buy", rating=4.5), event("2", "b\n‰ 𝄞")])
     assert store.history("u") == [
         {"item_id": "a", "timestamp": 1, "action": "buy", "rating": 4.5},
-        {"item_id": "b", "timestamp": 1},
+        {"item_id": "b\n‰ 𝄞", "timestamp": 1},
     ]
 
 
-def test_a_call_is_stored_whole_or_not_at_all(store: SQLiteStore) -> None:
-    with pytest.raises(SpringtideError, match="cannot be used"):
-        store.append([event("1"), {**event("2"), "item_id": None}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"item_id": None}, {"user_id": ""}, {"event_id": 5}, {"timestamp": 1.5}, {"timestamp": 2**60},
+        {"action": "half \ud800"}, {"rating": "5"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_call_is_stored_whole_or_not_at_all(store: HistoryStore, wrong: dict[str, Any]) -> None:
+    with pytest.raises(SpringtideError, match=f"event 1 of the call: {next(iter(wrong))} must be"):
+        store.append([event("1"), {**event("2"), **wrong}])
     assert store.count() == 0
     assert store.append([event("1")]) == 1
 
 
-def test_seed_is_idempotent_and_replaced_by_another(store: SQLiteStore) -> None:
+def test_threads_write_and_read_at_once(store: HistoryStore) -> None:
+    new = [0] * 4
+
+    def work(number: int) -> None:
+        for i in range(20):
+            new[number] += store.append([event(f"{number}-{i}", f"{number}-{i}", i), event(f"shared-{i}", "s", i)])
+            assert store.history("u")
+
+    in_threads(4, work)
+    assert store.count() == sum(new) == 4 * 20 + 20
+
+
+def test_each_call_of_a_group_stands_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that share a commit: a refused one takes nobody with it, each gets its own count."""
+    store = open_store(str(tmp_path / "log"))
+    assert isinstance(store, store_sqlite.SQLiteStore)
+    monkeypatch.setattr(store_sqlite, "event_rows", lambda events: [tuple(e.values()) for e in events])
+    good = ("1", "u", "a", 1, None, None)
+    outcomes = store._append_together([[good, good], [("2", "u", "b", 1, None, None), ("3", "u", None, 1, None, None)],
+                                       [good, ("4", "u", "d", 1, None, None)]])  # type: ignore[list-item]  # fmt: skip
+    assert outcomes[0] == 1 and outcomes[2] == 1
+    assert isinstance(outcomes[1], SpringtideError)
+    assert items(store) == ["a", "d"]
+    store.close()
+
+
+def test_processes_write_at_once(url: str) -> None:
+    store = open_store(url)
+    processes = [writer(url, name, 60) for name in "abc"]
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert store.count() == 180
+    assert [e["timestamp"] for e in store.history("u")] == sorted(list(range(60)) * 3)
+    assert sorted(e["event_id"] for e in followed(store)) == sorted(f"{n}-{i}" for n in "abc" for i in range(60))
+    store.close()
+
+
+def test_an_acknowledged_event_survives_kill_9_of_its_writer(url: str) -> None:
+    process = writer(url, "a", 100_000)
+    assert process.stdout is not None
+    for expected in range(25):
+        assert process.stdout.readline().strip() == str(expected)
+    os.kill(process.pid, signal.SIGKILL)
+    acknowledged = 25 + len(process.communicate(timeout=60)[0].split())
+    store = open_store(url)
+    found = items(store, limit=1_000_000)
+    assert found == [str(i) for i in range(len(found))]
+    assert acknowledged <= len(found) <= acknowledged + 1  # one may have been stored and not yet told
+    store.close()
+
+
+def test_an_acknowledged_event_survives_kill_9_of_redis(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path).start()
+    acknowledged: list[int] = []
+    store = open_store(server.url, timeout_s=1)
+
+    def write_until_it_fails(number: int) -> None:
+        try:
+            for i in range(number, 1_000_000, 4):
+                store.append([event(f"{i}-{part}", str(i), i) for part in range(3)])
+                acknowledged.append(i)
+        except SpringtideError:
+            pass
+
+    killer = threading.Timer(0.5, server.kill)
+    killer.start()
+    in_threads(4, write_until_it_fails)
+    killer.join()
+    server.start()
+    found = [e["item_id"] for e in followed(store, 1000)]
+    assert len(acknowledged) > 10
+    assert set(map(str, acknowledged)) <= set(found)
+    assert all(found.count(item) == 3 for item in set(found))  # each call whole
+    assert store.append([event(f"{acknowledged[0]}-0")]) == 0
+    store.close()
+    server.stop()
+
+
+# ---------------------------------------------------------------- following the log
+def test_since_shows_every_event_once_while_others_write(store: HistoryStore) -> None:
+    store.seed("log", [("u", "seeded", 1, None, None)])
+    seen: list[str] = []
+    done = threading.Event()
+
+    def follow() -> None:
+        cursor = 0
+        while True:
+            last = done.is_set()
+            page, cursor = store.since(cursor, 5)
+            seen.extend(e["event_id"] for e in page)
+            if last and not page:
+                return
+
+    reader = threading.Thread(target=follow)
+    reader.start()
+    in_threads(6, lambda number: [store.append([event(f"{number}-{i}", timestamp=-i)]) for i in range(40)])
+    done.set()
+    reader.join()
+    assert sorted(seen) == sorted(f"{number}-{i}" for number in range(6) for i in range(40))
+    assert [e["event_id"] for e in followed(store)] == seen
+    for number in range(6):
+        assert [e for e in seen if e.startswith(f"{number}-")] == [f"{number}-{i}" for i in range(40)]
+
+
+def test_since_tells_everything_of_an_event(store: HistoryStore) -> None:
+    store.append([event("1", "a", 5, "ü", action="buy", rating=2.0), event("2")])
+    whole = {"event_id": "2", "user_id": "u", "item_id": "a", "timestamp": 1, "action": None, "rating": None}
+    page, cursor = store.since()
+    assert page == [event("1", "a", 5, "ü", action="buy", rating=2.0), whole]
+    assert store.since(cursor) == ([], cursor)
+    store.append([event("3"), event("1")])
+    assert [e["event_id"] for e in store.since(cursor)[0]] == ["3"]
+
+
+def test_a_version_changes_with_what_a_history_shows(store: HistoryStore) -> None:
+    versions = [store.version("u")]
+    for step in (
+        lambda: store.append([event("1")]),
+        lambda: store.append([event("2", timestamp=-5)]),
+        lambda: store.seed("log-1", [("v", "a", 1, None, None)]),
+        lambda: store.seed("log-2", [("v", "a", 1, None, None)]),
+    ):
+        step()
+        versions.append(store.version("u"))
+    assert len(set(versions)) == 5
+    store.append([event("1"), event("other", user="v")])  # nothing new of this user
+    assert store.version("u") == versions[-1]
+
+
+# ---------------------------------------------------------------- the imported log
+def test_seed_is_idempotent_and_replaced_by_another(store: HistoryStore) -> None:
     store.append([event("1", "live", 5)])
     rows = [("u", "old", 1, None, None), ("u", "tie", 5, "view", 3.0), ("v", "z", 1, None, None)]
     assert store.seed("log-1", iter(rows)) == 3
     assert store.seed("log-1", iter(rows)) == 0
+    assert store.history("u")[1] == {"item_id": "tie", "timestamp": 5, "action": "view", "rating": 3.0}
     assert items(store) == ["old", "tie", "live"]
+    assert items(store, limit=2) == ["tie", "live"]
     assert store.seed("log-2", iter([("u", "other", 2, None, None)])) == 1
     assert items(store) == ["other", "live"]
     assert items(store, "v") == []
+    assert store.count() == 2
 
 
-def test_a_replaced_log_leaves_no_rows_behind(store: SQLiteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("springtide.serving.store.SEED_CHUNK", 3)
-    store.seed("log-1", (("u", f"one-{i}", i, None, None) for i in range(10)))
-    store.append([event("1", "live", 20)])
-    store.seed("log-2", (("u", f"two-{i}", i, None, None) for i in range(7)))
-    assert items(store) == [f"two-{i}" for i in range(7)] + ["live"]
-    with sqlite3.connect(store._path) as db:
-        assert db.execute("SELECT COUNT(*) FROM events").fetchone() == (8,)
-        assert db.execute("SELECT name, active FROM seeds").fetchall() == [("log-2", 1)]
+def test_a_replaced_log_leaves_nothing_behind(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_sqlite, "CHUNK", 3)
+    monkeypatch.setattr(store_redis, "SEED_ROWS", 3)
+    monkeypatch.setattr(store_redis, "USERS_AT_ONCE", 2)
+    store.seed("log-1", ((f"user-{i % 5}", f"one-{i}", i, None, None) for i in range(20)))
+    store.append([event("1", "live", 20, "user-1")])
+    store.seed("log-2", (("user-1", f"two-{i}", i, None, None) for i in range(7)))
+    assert items(store, "user-1") == [*(f"two-{i}" for i in range(7)), "live"]
+    assert store.count() == 8
+    if isinstance(store, store_redis.RedisStore):
+        keys = {key.decode() for key in store._redis.keys("*seeded*")}
+        assert keys == {f"springtide:{name}" for name in ("seeded:2:user-1", "seeded-users:2", "seeded-count:2")}
+    elif isinstance(store, store_sqlite.SQLiteStore):
+        assert store._all_rows("SELECT COUNT(*) FROM seeded") == [(7,)]
+        assert store._all_rows("SELECT name, active FROM seeds") == [("log-2", 1)]
 
 
-def test_an_interrupted_seed_is_invisible_and_done_again(store: SQLiteStore) -> None:
+def test_an_interrupted_seed_is_invisible_and_done_again(store: HistoryStore) -> None:
     def broken() -> Iterator[tuple[str, str, int, None, None]]:
         for i in range(25_000):
             yield ("u", str(i), i, None, None)
@@ -119,55 +320,211 @@ def test_an_interrupted_seed_is_invisible_and_done_again(store: SQLiteStore) -> 
     assert store.count() == 1
 
 
-def test_threads_write_and_read_at_once(store: SQLiteStore) -> None:
-    def work(number: int) -> None:
-        for i in range(20):
-            store.append([event(f"{number}-{i}", f"{number}-{i}", i)])
-            assert store.history("u")
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert store.count() == 80
-
-
-def test_two_processes_write_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "events.sqlite3"
-    processes = [writer(path, name, 50) for name in ("a", "b")]
-    for process in processes:
-        process.communicate(timeout=60)
-        assert process.returncode == 0
-    store = SQLiteStore(path)
-    assert store.count() == 100
-    assert [e["timestamp"] for e in store.history("u")] == sorted(list(range(50)) * 2)
+# ---------------------------------------------------------------- retention
+def test_histories_never_show_more_than_is_kept(url: str) -> None:
+    now = int(time.time() * 1000)
+    store = open_store(url, Retention(events=3, days=2))
+    store.seed("log", [("u", "seeded", now - DAY, None, None), ("u", "too old", now - 3 * DAY, None, None)])
+    store.append([event("0", "ancient", now - 5 * DAY)])
+    assert items(store) == ["seeded"]
+    store.append([event(str(n), str(n), now - 10 + n) for n in range(1, 3)])
+    assert items(store) == ["seeded", "1", "2"]
+    store.append([event("3", "3", now)])
+    assert items(store) == ["1", "2", "3"]
+    assert items(store, limit=2) == ["2", "3"]
     store.close()
 
 
-def test_an_acknowledged_event_survives_kill_9(tmp_path: Path) -> None:
-    path = tmp_path / "events.sqlite3"
-    process = writer(path, "a", 5, "stay")
-    assert process.stdout is not None
-    for expected in range(5):
-        assert process.stdout.readline().strip() == str(expected)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
-    store = SQLiteStore(path)
-    assert items(store) == ["0", "1", "2", "3", "4"]
+def test_what_is_not_kept_is_removed_a_day_after_its_arrival(url: str) -> None:
+    now = int(time.time() * 1000)
+    store = open_store(url, Retention(events=2, days=2))
+    rows = [("u", str(n), now - 1000 + n, None, None) for n in range(4)]
+    store.seed("log", [*rows, ("v", "old", now - 3 * DAY, None, None), ("v", "new", now, None, None)])
+    store.append([event(f"{user}-{n}", str(n), now - 10 + n, user) for user in "ab" for n in range(4)])
+    store.append([event("old", "old", now - 3 * DAY, "c")])
+    before = {user: (store.history(user), store.version(user)) for user in "uvabc"}
+    assert store.retain() == 3  # imported rows go at once: they have no event_id that a caller could repeat
+    assert store.append([event("old", "again", now, "c"), event("a-0", "again", now, "a")]) == 0
+    assert len(followed(store)) == 9
+    assert store.retain(now + DAY + 60_000) == 5
+    assert [e["event_id"] for e in followed(store)] == ["a-2", "a-3", "b-2", "b-3"]
+    assert store.retain(now + DAY + 60_000) == 0
+    assert {user: (store.history(user), store.version(user)) for user in "uvab"} == {k: before[k] for k in "uvab"}
+    assert store.count() == 2 + 1 + 4
+    assert store.append([event("new", "new", now, "c")]) == 1
+    assert store.version("c") > before["c"][1]  # a number is never used again
     store.close()
 
 
+def test_one_process_removes_at_a_time(url: str) -> None:
+    store, other = open_store(url, Retention(days=1)), open_store(url, Retention(days=1))
+    assert isinstance(other, (store_sqlite.SQLiteStore, store_redis.RedisStore))
+    store.append([event("1")])
+    later = int(time.time() * 1000) + 2 * DAY
+    with other._alone("retain"):
+        assert store.retain(later) == 0
+    assert store.retain(later) == 1
+    store.close()
+    other.close()
+
+
+# ---------------------------------------------------------------- added items
+def test_added_items_by_revision(store: HistoryStore, url: str) -> None:
+    assert store.items_revision() == 0
+    assert store.items_since() == []
+    first = store.put_item(added("a", "A"))
+    second = store.put_item(added("b", "B", b"\x00\x01\xff\xfe"))
+    assert first < second == store.items_revision()
+    third = store.put_item(added("a", "A again"))
+    other = open_store(url)
+    assert other.items_since(first) == [
+        {**added("b", "B", b"\x00\x01\xff\xfe"), "revision": second},
+        {**added("a", "A again"), "revision": third},
+    ]
+    assert other.items_since(second) == [{**added("a", "A again"), "revision": third}]
+    assert len(other.items_since()) == 2
+    other.close()
+
+
+# ---------------------------------------------------------------- both alike
+rows = st.tuples(st.integers(0, 12), st.sampled_from("uv"), st.integers(-3, 3))
+steps = st.lists(st.one_of(st.lists(rows, max_size=4), st.tuples(st.integers(0, 3), st.lists(rows, max_size=4))))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=steps, most=st.none() | st.integers(1, 4))
+def test_both_follow_a_model_in_memory(url: str, tmp_path: Path, steps: list[Any], most: int | None) -> None:
+    if url.startswith("sqlite"):
+        (tmp_path / "log").unlink(missing_ok=True)
+        url = str(tmp_path / "log")
+    else:
+        redis.Redis.from_url(url).flushdb()
+    store = open_store(url, Retention(events=most))
+    live: list[tuple[int, str, str, int]] = []
+    name, seeded = -1, []
+    for number, step in enumerate(steps):
+        if isinstance(step, tuple):
+            log = [(user, f"s{number}-{i}-{place}", time) for place, (i, user, time) in enumerate(step[1])]
+            assert store.seed(str(step[0]), [(*row, None, None) for row in log]) == (step[0] != name) * len(log)
+            name, seeded = (step[0], log) if step[0] != name else (name, seeded)
+            continue
+        new = []
+        for place, (event_id, user, at) in enumerate(step):
+            if event_id not in {row[0] for row in [*live, *new]}:
+                new.append((event_id, user, f"{number}-{place}", at))
+        calls = [event(str(i), f"{number}-{place}", at, user) for place, (i, user, at) in enumerate(step)]
+        assert store.append(calls) == len(new)
+        live += new
+    for user in "uv":
+        expected = [(row[2], row[1]) for row in seeded if row[0] == user] + [(r[3], r[2]) for r in live if r[1] == user]
+        kept = [item for _, item in sorted(expected, key=lambda row: row[0])]
+        assert items(store, user) == (kept if most is None else kept[-most:])
+    assert [(e["event_id"], e["item_id"]) for e in followed(store, 2)] == [(str(r[0]), r[2]) for r in live]
+    store.close()
+
+
+# ---------------------------------------------------------------- older files
+FORMAT_1 = """
+CREATE TABLE seeds (id INTEGER PRIMARY KEY, name TEXT NOT NULL, active INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE events (seq INTEGER PRIMARY KEY, event_id TEXT UNIQUE, user_id TEXT NOT NULL, item_id TEXT NOT NULL,
+                     timestamp INTEGER NOT NULL, action TEXT, rating REAL, seed INTEGER);
+CREATE INDEX events_of_user ON events (user_id, timestamp);
+INSERT INTO seeds VALUES (1, 'log', 1);
+INSERT INTO events VALUES (1, NULL, 'u', 'seeded', 5, NULL, 4.0, 1), (2, 'e-2', 'u', 'tie', 5, 'buy', NULL, NULL),
+                          (3, NULL, 'u', 'first', 1, NULL, NULL, 1), (7, 'e-7', 'u', 'last', 9, NULL, 1.5, NULL);
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_file_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "log") as old:
+        old.executescript(FORMAT_1)
+    old.close()
+    for _ in range(2):
+        store = open_store(str(tmp_path / "log"))
+        assert items(store) == ["first", "seeded", "tie", "last"]
+        assert [e["event_id"] for e in followed(store)] == ["e-2", "e-7"]
+        assert store.append([event("e-7")]) == 0
+        assert store.seed("log", []) == 0
+        store.close()
+    with sqlite3.connect(tmp_path / "log") as later:
+        later.execute("PRAGMA user_version = 99")
+    with pytest.raises(SpringtideError, match="format 99, this version reads 2"):
+        open_store(str(tmp_path / "log"))
+
+
+# ---------------------------------------------------------------- refusals
 def test_unusable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("this is not a database, " * 100)
     with pytest.raises(SpringtideError, match="text cannot be used"):
-        SQLiteStore(tmp_path / "text")
+        open_store(str(tmp_path / "text"))
     with pytest.raises(SpringtideError, match="cannot be used"):
-        SQLiteStore(tmp_path / "text" / "below-a-file")
+        open_store(str(tmp_path / "text" / "below-a-file"))
 
 
-def test_a_closed_store_says_so(tmp_path: Path) -> None:
-    store = SQLiteStore(tmp_path / "events.sqlite3")
+def test_addresses_of_no_known_kind_are_refused() -> None:
+    for wrong in ("mysql://user:secret@host/1", "sqlite://relative/file", "redis://host:6379", "redis:///0"):
+        with pytest.raises(SpringtideError, match="redis://host:port/number") as told:
+            open_store(wrong)
+        assert "secret" not in str(told.value)
+
+
+def test_a_closed_store_says_so(store: HistoryStore) -> None:
+    store.append([event("1")])
     store.close()
     with pytest.raises(SpringtideError, match="closed"):
         store.count()
+    with pytest.raises(SpringtideError, match="closed"):
+        store.append([event("2")])
+
+
+def test_a_redis_that_may_lose_events_is_refused(tmp_path: Path) -> None:
+    cases = {
+        "appendonly no": ("--appendonly", "no"),
+        "appendfsync everysec": ("--appendfsync", "everysec"),
+        "no-appendfsync-on-rewrite yes": ("--no-appendfsync-on-rewrite", "yes"),
+        "maxmemory-policy allkeys-lru": ("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"),
+        "does not tell its settings": ("--rename-command", "CONFIG", ""),
+    }
+    for number, (sentence, options) in enumerate(cases.items()):
+        server = RedisServer(tmp_path / str(number)).start(*options)
+        with pytest.raises(SpringtideError, match=sentence):
+            open_store(server.url)
+        open_store(server.url, require_aof=False).close()
+        server.stop()
+
+
+def test_a_dead_redis_is_told_in_time_and_comes_back(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    secret = server.url.replace("redis://", "redis://:secret@")
+    with pytest.raises(SpringtideError, match="cannot be used") as told:
+        open_store(secret, timeout_s=0.2)
+    assert "secret" not in str(told.value)
+    store = open_store(server.start().url, timeout_s=0.2)
+    store.append([event("1")])
+    server.kill()
+    for work in (lambda: store.history("u"), lambda: store.append([event("2")]), lambda: store.seed("log", [])):
+        started = time.monotonic()
+        with pytest.raises(SpringtideError, match="cannot be used"):
+            work()
+        assert time.monotonic() - started < 2
+    server.start()
+    assert items(store) == ["a"]
+    assert store.append([event("2")]) == 1
+    store.close()
+    server.stop()
+
+
+def test_a_redis_that_hangs_is_told_in_time(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path).start()
+    store = open_store(server.url, timeout_s=0.3)
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        started = time.monotonic()
+        with pytest.raises(SpringtideError, match="cannot be used"):
+            store.history("u")
+        assert time.monotonic() - started < 2
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    store.close()
+    server.stop()

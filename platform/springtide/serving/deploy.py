@@ -19,6 +19,7 @@ from springtide.errors import SpringtideError
 from springtide.files import verify_manifest
 from springtide.serving.lint import check_config, load_config
 from springtide.serving.options import IMPORT_PATH
+from springtide.serving.store import file_of
 
 Json = dict[str, Any]
 POLL_S = 0.5
@@ -93,7 +94,8 @@ def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
             continue
         app.setdefault("name", "default")
         args = {**(app.get("args") or {}), "workspace": str(workspace)}
-        if not Path(args["store"]).is_absolute():  # an absolute path is a choice: a disk of the head node's own
+        file = file_of(args["store"])
+        if file is not None and not file.is_absolute():  # an absolute path is a choice: a disk of the head node's own
             args["store"] = str(workspace / STORE_FILE)
         app["args"] = args
         for deployment in app["deployments"]:

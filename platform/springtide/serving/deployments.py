@@ -29,7 +29,8 @@ from springtide.serving.options import AppOptions, EncoderOptions, IngressOption
 from springtide.serving.popular import load_popular
 from springtide.serving.seeding import seed_histories
 from springtide.serving.service import Service
-from springtide.serving.store import SQLiteStore
+from springtide.serving.store import HistoryStore, open_store
+from springtide.serving.store_rows import Retention
 
 log = logging.getLogger("ray.serve")
 
@@ -138,7 +139,7 @@ class Ingress:
             return await _again_if_died(lambda: getattr(scorer, method).remote(*arguments))
 
         self._service = Service(
-            SQLiteStore(options.store),
+            _open_store(options),
             encode,
             call,
             encoder_timeout_s=options.encoder_timeout_s,
@@ -194,6 +195,11 @@ async def _again_if_died(send: Callable[[], Awaitable[Any]]) -> Any:
         return await send()
     except RayActorError:
         return await send()
+
+
+def _open_store(options: AppOptions) -> HistoryStore:
+    retention = Retention(options.retention_events, options.retention_days)
+    return open_store(options.store, retention, timeout_s=options.store_timeout_s, require_aof=options.require_aof)
 
 
 # ---------------------------------------------------------------- loading, in a thread

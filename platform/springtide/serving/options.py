@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from springtide.serving.store import file_of
 
 IMPORT_PATH = "springtide.serving.deployments:build"
 
@@ -14,7 +16,10 @@ class Options(BaseModel):
 class AppOptions(Options):
     """`args` of the application. A change restarts every replica."""
 
-    store: str = Field(min_length=1)  # file of the event log
+    store: str = Field(min_length=1)  # the event log: a file, sqlite:///absolute/path or redis://host:port/number
+    require_aof: bool = True  # refuse a Redis that could lose an event it has acknowledged
+    retention_events: int | None = Field(None, ge=1)  # of each user, the most recent ones; None keeps all
+    retention_days: float | None = Field(None, gt=0, le=100_000)  # by the events' own timestamps; None keeps all
     workspace: str | None = None  # its prepared log becomes the users' first histories
     encoder_timeout_s: float = Field(1.0, gt=0, le=600)
     scorer_timeout_s: float = Field(2.0, gt=0, le=600)
@@ -22,6 +27,12 @@ class AppOptions(Options):
     other_timeout_s: float = Field(5.0, gt=0, le=600)  # of calls that have no degraded answer, such as events
     breaker_failures: int = Field(5, ge=1, le=1000)  # calls of a part that fail in a row before it is left alone
     breaker_pause_s: float = Field(2.0, gt=0, le=600)  # for so long; then one call tries it again
+
+    @field_validator("store")
+    @classmethod
+    def _known_kind(cls, url: str) -> str:
+        file_of(url)
+        return url
 
 
 class IngressOptions(Options):

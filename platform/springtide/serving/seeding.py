@@ -8,7 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from springtide.serving.store import HistoryStore, SeedRow
+from springtide.serving.store import HistoryStore
+from springtide.serving.store_rows import SeedRow
 
 
 def seed_histories(store: HistoryStore, workspace: Path) -> int:

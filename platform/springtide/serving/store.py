@@ -1,29 +1,24 @@
-"""The event log behind live histories: one small interface and its embedded form, SQLite in write-ahead mode."""
+"""The event log behind live histories: one small interface, and `open_store`, which opens the one that a URL names."""
 
 from __future__ import annotations
 
-import fcntl
-import sqlite3
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
 
 from springtide.errors import SpringtideError
+from springtide.serving.store_rows import AddedItem, Retention, SeedRow, StoredItem
+from springtide.serving.store_sqlite import SQLiteStore
 
-FORMAT = 1
-BUSY_TIMEOUT_S = 10.0
-SEED_CHUNK = 20_000  # rows in one transaction: short enough that live events are not kept waiting
-SeedRow = tuple[str, str, int, str | None, float | None]  # user_id, item_id, timestamp (ms), action, rating
-Result = TypeVar("Result")
+TIMEOUT_S = 10.0
 
 
 class HistoryStore(Protocol):
     """Events by user. Every method may be called from several threads and processes at once and raises
     SpringtideError when the storage refuses."""
+
+    retention: Retention
 
     def append(self, events: Sequence[dict[str, Any]]) -> int:
         """Store events durably, all or none, and return how many were new; a known `event_id` is ignored.
@@ -36,7 +31,19 @@ class HistoryStore(Protocol):
     def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
         """The user's most recent events, oldest first; events of one instant in the order of their arrival.
 
-        Each is {item_id, timestamp} with action and rating where they were given.
+        Each is {item_id, timestamp} with action and rating where they were given. Never more than `retention` keeps.
+        """
+        ...
+
+    def version(self, user_id: str) -> int:
+        """A number that changes with every event appended for this user and with every newly seeded log."""
+        ...
+
+    def since(self, cursor: int = 0, limit: int = 1000) -> tuple[list[dict[str, Any]], int]:
+        """The appended (not the seeded) events after a cursor, in the order of their arrival, and the next cursor.
+
+        Going on from each cursor shows every event exactly once, whoever writes meanwhile; 0 is the beginning. Each
+        holds event_id, user_id, item_id, timestamp, action and rating, the last two None where they were not given.
         """
         ...
 
@@ -48,184 +55,63 @@ class HistoryStore(Protocol):
         ...
 
     def count(self) -> int:
-        """Events that histories can show."""
+        """Events stored: those appended and those of the log in place."""
+        ...
+
+    def retain(self, now_ms: int | None = None) -> int:
+        """Remove what `retention` no longer keeps, in small steps, and return the rows removed.
+
+        Returns 0 at once while another process does the same. now_ms: the time to judge by; None is now.
+        """
+        ...
+
+    def put_item(self, item: AddedItem) -> int:
+        """Add an item, or replace the one of that id, durably, and return its revision."""
+        ...
+
+    def items_since(self, revision: int = 0) -> list[StoredItem]:
+        """The added items of a later revision, in that order."""
+        ...
+
+    def items_revision(self) -> int:
+        """The revision of the item added last; 0 if there is none."""
         ...
 
     def close(self) -> None: ...
 
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS seeds (id INTEGER PRIMARY KEY, name TEXT NOT NULL, active INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS events (
-    seq INTEGER PRIMARY KEY,
-    event_id TEXT UNIQUE,
-    user_id TEXT NOT NULL,
-    item_id TEXT NOT NULL,
-    timestamp INTEGER NOT NULL,
-    action TEXT,
-    rating REAL,
-    seed INTEGER
-);
-CREATE INDEX IF NOT EXISTS events_of_user ON events (user_id, timestamp);
-"""
-_VISIBLE = "(seed IS NULL OR seed = (SELECT id FROM seeds WHERE active = 1))"
+def file_of(url: str) -> Path | None:
+    """The file of an event log in SQLite, given bare or as sqlite:///absolute/path; None if `url` names a Redis.
 
-
-class SQLiteStore:
-    """A HistoryStore in one SQLite file, shared by the processes of one machine.
-
-    synchronous=FULL makes each commit reach the disk before `append` returns, so an acknowledged event survives
-    `kill -9` and a power cut.
+    Raises ValueError for any other kind of address.
     """
-
-    def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
-        self._write_lock = threading.Lock()
-        self._local = threading.local()
-        self._all: list[sqlite3.Connection] = []
-        self._closed = False
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._refused(error) from error
-        self._run(self._create)
-
-    def _create(self, db: sqlite3.Connection) -> None:
-        found = db.execute("PRAGMA user_version").fetchone()[0]
-        if found not in (0, FORMAT):
-            raise SpringtideError(
-                f"{self._path} holds an event log of format {found}, this version reads {FORMAT}; choose another file"
-            )
-        if found == 0:
-            db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
-
-    def append(self, events: Sequence[dict[str, Any]]) -> int:
-        names = ("event_id", "user_id", "item_id", "timestamp", "action", "rating")
-        rows = [tuple(event.get(name) for name in names) for event in events]
-        statement = (
-            "INSERT INTO events (event_id, user_id, item_id, timestamp, action, rating) VALUES (?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT (event_id) DO NOTHING"
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return Path(url)
+    if scheme == "sqlite" and rest.startswith("/"):
+        return Path(unquote(rest))
+    parts = urlsplit(url)
+    if scheme not in ("redis", "rediss") or not parts.hostname or not parts.path.removeprefix("/").isdigit():
+        raise ValueError(
+            "an event log is a file, sqlite:///absolute/path, redis://host:port/number or rediss://host:port/number"
         )
+    return None
 
-        def insert(db: sqlite3.Connection) -> int:
-            with self._transaction(db):
-                before = db.total_changes
-                db.executemany(statement, rows)
-                return db.total_changes - before
 
-        return self._run(insert)
+def open_store(
+    url: str, retention: Retention | None = None, *, timeout_s: float = TIMEOUT_S, require_aof: bool = True
+) -> HistoryStore:
+    """Open the event log that `url` names (see `file_of`).
 
-    def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
-        query = (
-            f"SELECT item_id, timestamp, action, rating FROM events WHERE user_id = ? AND {_VISIBLE} "
-            "ORDER BY timestamp DESC, seed IS NULL DESC, seq DESC LIMIT ?"  # an imported log came before live events
-        )
-        rows = self._run(lambda db: db.execute(query, (user_id, limit)).fetchall())
-        names = ("item_id", "timestamp", "action", "rating")
-        return [{n: v for n, v in zip(names, row, strict=True) if v is not None} for row in reversed(rows)]
+    timeout_s: longest wait for a lock of another process, or for Redis. require_aof: refuse a Redis that could lose an
+    event it has acknowledged. Raises SpringtideError if the log cannot be used or the address is of no known kind.
+    """
+    try:
+        path = file_of(url)
+    except ValueError as error:
+        raise SpringtideError(f"store {url.partition('://')[0]}://... cannot be opened: {error}") from None
+    if path is not None:
+        return SQLiteStore(path, retention, timeout_s=timeout_s)
+    from springtide.serving.store_redis import RedisStore
 
-    def seed(self, name: str, rows: Iterable[SeedRow]) -> int:
-        with self._only_seeder():
-            return self._run(lambda db: self._seed(db, name, rows))
-
-    def _seed(self, db: sqlite3.Connection, name: str, rows: Iterable[SeedRow]) -> int:
-        if db.execute("SELECT 1 FROM seeds WHERE name = ? AND active = 1", (name,)).fetchone():
-            return 0
-        self._drop_unseen(db)  # an import that was cut short leaves rows that nobody sees
-        with self._transaction(db):
-            number = db.execute("INSERT INTO seeds (name) VALUES (?)", (name,)).lastrowid
-        statement = (
-            "INSERT INTO events (user_id, item_id, timestamp, action, rating, seed) "
-            f"VALUES (?, ?, ?, ?, ?, {int(number or 0)})"
-        )
-        imported, rest = 0, iter(rows)
-        while chunk := list(islice(rest, SEED_CHUNK)):
-            with self._transaction(db):
-                db.executemany(statement, chunk)
-            imported += len(chunk)
-        with self._transaction(db):
-            db.execute("UPDATE seeds SET active = (id = ?)", (number,))
-        self._drop_unseen(db)
-        return imported
-
-    def _drop_unseen(self, db: sqlite3.Connection) -> None:
-        """Remove imported rows that are not of the log in place, a part at a time."""
-        first, last = db.execute("SELECT MIN(seq), MAX(seq) FROM events").fetchone()
-        unseen = "seed IS NOT NULL AND seed NOT IN (SELECT id FROM seeds WHERE active)"
-        for start in range(first, last + 1, SEED_CHUNK) if first is not None else ():
-            with self._transaction(db):
-                db.execute(
-                    f"DELETE FROM events WHERE seq BETWEEN ? AND ? AND {unseen}", (start, start + SEED_CHUNK - 1)
-                )
-        with self._transaction(db):
-            db.execute("DELETE FROM seeds WHERE active = 0")
-
-    def count(self) -> int:
-        return int(self._run(lambda db: db.execute(f"SELECT COUNT(*) FROM events WHERE {_VISIBLE}").fetchone()[0]))
-
-    def close(self) -> None:
-        with self._write_lock:
-            self._closed = True
-            for connection in self._all:
-                connection.close()
-            self._all.clear()
-
-    @contextmanager
-    def _transaction(self, db: sqlite3.Connection) -> Iterator[None]:
-        with self._write_lock:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                db.execute("COMMIT")
-            except BaseException:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                raise
-
-    @contextmanager
-    def _only_seeder(self) -> Iterator[None]:
-        """One import at a time over all processes; the lock goes with its process."""
-        try:
-            with self._path.with_name(self._path.name + ".seed-lock").open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                yield
-        except OSError as error:
-            raise self._refused(error) from error
-
-    def _run(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        try:
-            return work(self._connection())
-        except sqlite3.Error as error:
-            raise self._refused(error) from error
-
-    def _refused(self, error: Exception) -> SpringtideError:
-        return SpringtideError(f"the event log {self._path} cannot be used: {error}; check the disk and the folder")
-
-    def _connection(self) -> sqlite3.Connection:
-        """This thread's own connection: SQLite lets readers go on beside a writer, but not over one connection."""
-        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if self._closed:
-            raise SpringtideError(f"the event log {self._path} is closed")
-        if found is None:
-            found = sqlite3.connect(
-                self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=32
-            )
-            self._enter_wal(found)
-            found.execute("PRAGMA synchronous = FULL")
-            self._local.connection = found
-            with self._write_lock:
-                self._all.append(found)
-        return found
-
-    @staticmethod
-    def _enter_wal(db: sqlite3.Connection) -> None:
-        """Changing the journal mode ignores the busy timeout, so wait here while another process does the same."""
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        while True:
-            try:
-                db.execute("PRAGMA journal_mode = WAL")
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+    return RedisStore(url, retention, timeout_s=timeout_s, require_aof=require_aof)

@@ -1,0 +1,120 @@
+"""What the event log in Redis does in one step on the server, as Lua. Every key begins with PREFIX.
+
+counter              the number of the last live event
+ids                  hash: event_id -> number
+log                  stream: live events, id <number>-0
+live:<user>          sorted set: score timestamp, member the number in 16 digits and the event as JSON: events of one
+                     instant sort by arrival
+versions             hash: user_id -> number of the user's last event
+last-seed            the number of the log imported last; active: of the one in place
+seeds, names         of logs imported or begun: set of numbers; hash: number -> name
+seeded:<n>:<user>    the rows of imported log n, as live:<user>; seeded-users:<n>, seeded-count:<n>: whose, and how many
+items                hash: item_id -> JSON; item-revisions: sorted set by revision; item-counter: the last revision
+"""
+
+from __future__ import annotations
+
+PREFIX = "springtide:"
+DIGITS = 16  # of the number before a member's JSON
+
+_P = f"local p = '{PREFIX}'\n"
+
+# ARGV: time of arrival, then event_id, user_id, timestamp, JSON of each event. Returns how many were new.
+APPEND = (
+    _P
+    + """
+local new = 0
+for i = 2, #ARGV, 4 do
+  local id, user, timestamp, event = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
+  if redis.call('HEXISTS', p .. 'ids', id) == 0 then
+    local number = redis.call('INCR', p .. 'counter')
+    redis.call('HSET', p .. 'ids', id, number)
+    redis.call('XADD', p .. 'log', string.format('%d-0', number),
+               'event_id', id, 'user_id', user, 'event', event, 'arrived', ARGV[1])
+    redis.call('ZADD', p .. 'live:' .. user, timestamp, string.format('%016d', number) .. event)
+    redis.call('HSET', p .. 'versions', user, number)
+    new = new + 1
+  end
+end
+return new
+"""
+)
+
+# ARGV: user_id, greatest count, earliest timestamp. Returns the most recent seeded and live members, latest first.
+HISTORY = (
+    _P
+    + """
+local function latest(key)
+  return redis.call('ZRANGE', key, '+inf', ARGV[3], 'BYSCORE', 'REV', 'LIMIT', 0, ARGV[2])
+end
+local active = redis.call('GET', p .. 'active')
+local seeded = active and latest(p .. 'seeded:' .. active .. ':' .. ARGV[1]) or {}
+return {seeded, latest(p .. 'live:' .. ARGV[1])}
+"""
+)
+
+# ARGV: user_id, greatest count, earliest timestamp, earliest time of arrival that must stay, most rows to remove.
+# Removes surplus live events of one user, oldest first, and returns how many.
+TRIM_LIVE = (
+    _P
+    + """
+local key = p .. 'live:' .. ARGV[1]
+local expired = redis.call('ZCOUNT', key, '-inf', '(' .. ARGV[3])
+local surplus = math.max(redis.call('ZCARD', key) - tonumber(ARGV[2]), expired)
+local removed = 0
+if surplus > 0 then
+  for _, member in ipairs(redis.call('ZRANGE', key, 0, math.min(surplus, tonumber(ARGV[5])) - 1)) do
+    local place = string.format('%d-0', tonumber(string.sub(member, 1, 16)))
+    local fields = redis.call('XRANGE', p .. 'log', place, place)[1][2]
+    if tonumber(fields[8]) < tonumber(ARGV[4]) then
+      redis.call('XDEL', p .. 'log', place)
+      redis.call('HDEL', p .. 'ids', fields[2])
+      redis.call('ZREM', key, member)
+      removed = removed + 1
+    end
+  end
+end
+if removed > 0 and redis.call('EXISTS', key) == 0 then
+  redis.call('HDEL', p .. 'versions', ARGV[1])
+end
+return removed
+"""
+)
+
+# ARGV: number of the imported log, user_id, greatest count, earliest timestamp. Returns the rows removed.
+TRIM_SEEDED = (
+    _P
+    + """
+local key = p .. 'seeded:' .. ARGV[1] .. ':' .. ARGV[2]
+local removed = redis.call('ZREMRANGEBYSCORE', key, '-inf', '(' .. ARGV[4])
+removed = removed + redis.call('ZREMRANGEBYRANK', key, 0, -1 - tonumber(ARGV[3]))
+if removed > 0 then
+  redis.call('DECRBY', p .. 'seeded-count:' .. ARGV[1], removed)
+end
+return removed
+"""
+)
+
+# ARGV: item_id, JSON. Returns the revision.
+PUT_ITEM = (
+    _P
+    + """
+local revision = redis.call('INCR', p .. 'item-counter')
+redis.call('HSET', p .. 'items', ARGV[1], ARGV[2])
+redis.call('ZADD', p .. 'item-revisions', revision, ARGV[1])
+return revision
+"""
+)
+
+# ARGV: revision. Returns item_id, revision, JSON of each item of a later one.
+ITEMS_SINCE = (
+    _P
+    + """
+local found = redis.call('ZRANGE', p .. 'item-revisions', '(' .. ARGV[1], '+inf', 'BYSCORE', 'WITHSCORES')
+local answer = {}
+for i = 1, #found, 2 do
+  answer[#answer + 1] = {found[i + 1], redis.call('HGET', p .. 'items', found[i])}
+end
+return answer
+"""
+)

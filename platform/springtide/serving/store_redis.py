@@ -1,0 +1,306 @@
+"""The event log in Redis, shared by the nodes of a cluster."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.exceptions import LockError, RedisError
+from redis.lock import Lock
+from redis.retry import Retry
+
+from springtide.errors import SpringtideError
+from springtide.serving.redis_scripts import (
+    APPEND,
+    DIGITS,
+    HISTORY,
+    ITEMS_SINCE,
+    PREFIX,
+    PUT_ITEM,
+    TRIM_LIVE,
+    TRIM_SEEDED,
+)
+from springtide.serving.store_rows import (
+    LAST_TIMESTAMP,
+    REMOVAL_DELAY_MS,
+    AddedItem,
+    EventRow,
+    Retention,
+    SeedRow,
+    StoredItem,
+    event_rows,
+    history_event,
+    milliseconds,
+)
+
+CONNECTIONS = 32
+SEED_ROWS = 5_000  # in one step: Redis serves nobody else meanwhile
+USERS_AT_ONCE = 500
+TRIM_ROWS = 1_000  # of one user in one step
+LOCK_S = 60.0  # a task whose process died is free again after this
+EVICTING = "allkeys-"
+
+
+class RedisStore:
+    """A HistoryStore in one Redis database (not Redis Cluster: a call touches keys of several users).
+
+    Guarantee with require_aof: Redis writes each command to its append-only file and calls fsync before it answers
+    (appendonly yes, appendfsync always), so an acknowledged event survives `kill -9` of the server and a power cut. The
+    server is asked when the store is opened; weaker settings are refused, `everysec` too, which may lose the last
+    second. A server that may evict keys to free memory is refused as well. A replica that takes over after a failure of
+    its primary may lack the last events: replication is asynchronous, and nothing here waits for it.
+
+    Every call ends within 2 * timeout_s: a connection that turns out to be dead is opened once more. A call of `append`
+    that was repeated so may count events as known that it stored itself at its first try.
+    """
+
+    def __init__(
+        self, url: str, retention: Retention | None = None, *, timeout_s: float = 10.0, require_aof: bool = True
+    ) -> None:
+        self.retention = retention or Retention()
+        parts = urlsplit(url)
+        self._name = f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"  # without a password
+        pool = redis.BlockingConnectionPool.from_url(
+            url,
+            max_connections=CONNECTIONS,
+            timeout=timeout_s,  # wait for a free connection
+            socket_timeout=timeout_s,
+            socket_connect_timeout=timeout_s,
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+        )
+        self._closed = False
+        self._redis: Any = redis.Redis(connection_pool=pool)  # its types allow for clients that decode every answer
+        self._append = self._redis.register_script(APPEND)
+        self._history = self._redis.register_script(HISTORY)
+        self._trim_live = self._redis.register_script(TRIM_LIVE)
+        self._trim_seeded = self._redis.register_script(TRIM_SEEDED)
+        self._put_item = self._redis.register_script(PUT_ITEM)
+        self._items_since = self._redis.register_script(ITEMS_SINCE)
+        with self._told():
+            self._redis.ping()
+        if require_aof:
+            self._check_durable()
+
+    def _check_durable(self) -> None:
+        hint = "set it in redis.conf, or set require_aof: false if events may be lost"
+        wanted = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
+        try:
+            found = self._redis.config_get(*wanted, "maxmemory", "maxmemory-policy")
+        except redis.ResponseError as error:
+            raise SpringtideError(
+                f"the event log {self._name} does not tell its settings ({error}), so that it keeps every event cannot "
+                "be checked; allow CONFIG GET, or set require_aof: false if you have checked it"
+            ) from error
+        except RedisError as error:
+            raise self._refused(error) from error
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise SpringtideError(
+                    f"the event log {self._name} has {name} {found.get(name)} and may lose events that it has "
+                    f"acknowledged; it must be {value}: {hint}"
+                )
+        if str(found["maxmemory"]) != "0" and str(found["maxmemory-policy"]).startswith(EVICTING):
+            raise SpringtideError(
+                f"the event log {self._name} has maxmemory-policy {found['maxmemory-policy']} and may drop events when "
+                f"its memory is full; it must be noeviction: {hint}"
+            )
+
+    # ---------------------------------------------------------------- live events
+    def append(self, events: Sequence[dict[str, Any]]) -> int:
+        rows = event_rows(events)
+        arguments = [value for row in rows for value in (row[0], row[1], row[3], _packed(row))]
+        with self._told():
+            return int(self._append(args=[milliseconds(), *arguments])) if rows else 0
+
+    def since(self, cursor: int = 0, limit: int = 1000) -> tuple[list[dict[str, Any]], int]:
+        # Events get their numbers and their places in the stream in one step, so none can appear behind one read.
+        with self._told():
+            rows = self._redis.xrange(PREFIX + "log", min=f"({cursor}", max="+", count=limit) if limit > 0 else []
+        events = []
+        for _, fields in rows:
+            item_id, timestamp, action, rating = json.loads(fields[b"event"])
+            events.append(
+                {
+                    "event_id": fields[b"event_id"].decode(),
+                    "user_id": fields[b"user_id"].decode(),
+                    "item_id": item_id,
+                    "timestamp": timestamp,
+                    "action": action,
+                    "rating": rating,
+                }
+            )
+        return events, int(rows[-1][0].split(b"-")[0]) if rows else cursor
+
+    def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
+        limit = self.retention.most(limit)
+        with self._told():
+            seeded, live = self._history(args=[user_id, limit, self.retention.oldest()])
+        # An imported log came before live events, and the sort keeps the order of equal times.
+        rows = sorted((json.loads(row[DIGITS:]) for row in [*seeded[::-1], *live[::-1]]), key=lambda row: row[1])
+        return [history_event(*row) for row in rows[-limit:]]
+
+    def version(self, user_id: str) -> int:
+        with self._told(), self._redis.pipeline() as both:
+            both.hget(PREFIX + "versions", user_id)
+            both.get(PREFIX + "active")
+            last, seed = both.execute()
+        return int(last or 0) + (int(seed or 0) << 48)
+
+    def count(self) -> int:
+        with self._told():
+            active = int(self._redis.get(PREFIX + "active") or 0)
+            live = int(self._redis.xlen(PREFIX + "log"))
+            return live + int(self._redis.get(f"{PREFIX}seeded-count:{active}") or 0)
+
+    # ---------------------------------------------------------------- the imported log
+    def seed(self, name: str, rows: Iterable[SeedRow]) -> int:
+        with self._told(), self._alone("seed") as lock:
+            assert lock is not None
+            active = self._redis.get(PREFIX + "active")
+            if active is not None and self._redis.hget(PREFIX + "names", active) == name.encode():
+                return 0
+            self._drop_unseen(lock)  # an import that was cut short leaves rows that nobody sees
+            number = int(self._redis.incr(PREFIX + "last-seed"))
+            self._redis.sadd(PREFIX + "seeds", number)
+            imported, rest = 0, iter(rows)
+            while chunk := list(islice(rest, SEED_ROWS)):
+                self._import(number, imported, chunk)
+                imported += len(chunk)
+                lock.reacquire()
+            with self._redis.pipeline() as swap:
+                swap.hset(PREFIX + "names", str(number), name)
+                swap.set(PREFIX + "active", number)
+                swap.execute()
+            self._drop_unseen(lock)
+            return imported
+
+    def _import(self, number: int, first: int, chunk: list[SeedRow]) -> None:
+        of_user: dict[str, dict[str, int]] = {}
+        for place, (user_id, item_id, timestamp, action, rating) in enumerate(chunk, first):
+            member = f"{place:0{DIGITS}d}{_packed(('', user_id, item_id, timestamp, action, rating))}"
+            of_user.setdefault(user_id, {})[member] = timestamp
+        with self._redis.pipeline() as step:
+            for user_id, members in of_user.items():
+                step.zadd(f"{PREFIX}seeded:{number}:{user_id}", members)
+            step.sadd(f"{PREFIX}seeded-users:{number}", *of_user)
+            step.incrby(f"{PREFIX}seeded-count:{number}", len(chunk))
+            step.execute()
+
+    def _drop_unseen(self, lock: Lock) -> None:
+        """Remove imported rows that are not of the log in place, some users at a time."""
+        active = self._redis.get(PREFIX + "active")
+        for number in self._redis.smembers(PREFIX + "seeds"):
+            if number == active:
+                continue
+            name = number.decode()
+            while users := self._redis.srandmember(f"{PREFIX}seeded-users:{name}", USERS_AT_ONCE):
+                with self._redis.pipeline() as step:
+                    step.unlink(*(f"{PREFIX}seeded:{name}:".encode() + user for user in users))
+                    step.srem(f"{PREFIX}seeded-users:{name}", *users)
+                    step.execute()
+                lock.reacquire()
+            with self._redis.pipeline() as step:
+                step.delete(f"{PREFIX}seeded-count:{name}")
+                step.hdel(PREFIX + "names", name)
+                step.srem(PREFIX + "seeds", name)
+                step.execute()
+
+    # ---------------------------------------------------------------- retention
+    def retain(self, now_ms: int | None = None) -> int:
+        if self.retention == Retention():
+            return 0
+        now = milliseconds(now_ms)
+        bounds = [self.retention.most(LAST_TIMESTAMP), self.retention.oldest(now)]
+        with self._told(), self._alone("retain", wait=False) as lock:
+            if lock is None:
+                return 0
+            removed, arrived = 0, now - REMOVAL_DELAY_MS
+            for place, (user, _) in enumerate(self._redis.hscan_iter(PREFIX + "versions", count=USERS_AT_ONCE)):
+                while gone := int(self._trim_live(args=[user, *bounds, arrived, TRIM_ROWS])):
+                    removed += gone
+                if place % USERS_AT_ONCE == 0:
+                    lock.reacquire()
+            active = int(self._redis.get(PREFIX + "active") or 0)
+            users = self._redis.sscan_iter(f"{PREFIX}seeded-users:{active}", count=USERS_AT_ONCE)
+            for place, user in enumerate(users):
+                removed += int(self._trim_seeded(args=[active, user, *bounds]))
+                if place % USERS_AT_ONCE == 0:
+                    lock.reacquire()
+            return removed
+
+    # ---------------------------------------------------------------- items added while serving
+    def put_item(self, item: AddedItem) -> int:
+        vector = None if item["vector"] is None else base64.b64encode(item["vector"]).decode()
+        text = json.dumps({**item, "vector": vector}, ensure_ascii=False)
+        with self._told():
+            return int(self._put_item(args=[item["item_id"], text]))
+
+    def items_since(self, revision: int = 0) -> list[StoredItem]:
+        with self._told():
+            rows = self._items_since(args=[revision])
+        return [_stored_item(int(number), json.loads(text)) for number, text in rows]
+
+    def items_revision(self) -> int:
+        with self._told():
+            return int(self._redis.get(PREFIX + "item-counter") or 0)
+
+    def close(self) -> None:
+        self._closed = True
+        self._redis.close()
+        self._redis.connection_pool.disconnect()
+
+    # ---------------------------------------------------------------- locks and refusals
+    @contextmanager
+    def _alone(self, task: str, wait: bool = True) -> Iterator[Lock | None]:
+        """One process at a time does this task; None if one does and `wait` is not set."""
+        lock = self._redis.lock(f"{PREFIX}{task}-lock", timeout=LOCK_S, sleep=0.1)
+        if not lock.acquire(blocking=wait):
+            yield None
+            return
+        try:
+            yield lock
+        finally:
+            if lock.owned():
+                lock.release()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Any refusal of Redis as a sentence."""
+        if self._closed:
+            raise SpringtideError(f"the event log {self._name} is closed")
+        try:
+            yield
+        except LockError as error:
+            raise SpringtideError(
+                f"the event log {self._name}: another process took over the task that this one was slow at; {error}"
+            ) from error
+        except RedisError as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> SpringtideError:
+        return SpringtideError(
+            f"the event log {self._name} cannot be used: {error}; check that Redis runs there and accepts this client"
+        )
+
+
+def _packed(row: EventRow) -> str:
+    return json.dumps(row[2:], ensure_ascii=False, separators=(",", ":"))
+
+
+def _stored_item(revision: int, fields: dict[str, Any]) -> StoredItem:
+    vector = fields["vector"]
+    return StoredItem(
+        item_id=fields["item_id"],
+        title=fields["title"],
+        categories=fields["categories"],
+        text=fields["text"],
+        vector=None if vector is None else base64.b64decode(vector),
+        revision=revision,
+    )
