@@ -152,3 +152,20 @@ def make_fusion(config: ModelConfig) -> nn.Module:
         case "model":
             return ModelFusion(config)
     return Sum()
+
+
+def split(fusion: nn.Module, long: Tensor, short: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """What the long and the short branch put into a user vector, each as long, short and gate [..., dim].
+
+    Exact, because every strategy adds the branches once their weights are there. Their sum is the user vector, but for
+    `concat`, where the bias belongs to neither.
+    """
+    match fusion:
+        case Concat():
+            of_long, of_short = fusion.out.weight.split(long.shape[-1], dim=1)
+            return long @ of_long.T, short @ of_short.T
+        case ModelFusion():
+            return (1 - gate) * fusion.long(long), gate * fusion.short(short)
+        case Sum():
+            return long, short
+    return (1 - gate) * long, gate * short

@@ -137,6 +137,22 @@ class Neighbours(nn.Module):
             for decay, weight in weights.items()
         }
 
+    @torch.no_grad()
+    def by_event(self, items: Tensor, weights: Tensor, columns: Tensor) -> Tensor:
+        """What each event of one history adds to the scores of `columns` [N] after its last one: [L, N].
+
+        items: [L]; weights: [2] of the short and the long reading. The sum over the events is what `forward` gives.
+        """
+        places, asked = self.place[items], self.place[columns]
+        age = torch.arange(len(items) - 1, -1, -1, device=items.device).float()
+        scale = torch.exp(self.log_scale) / self.unit * weights
+        weight = scale[0] * SHORT_DECAY**age + scale[1] * len(items) ** -0.5  # [L]
+        there = asked < len(self.items)
+        asked = asked.clamp(max=len(self.items) - 1)
+        strength = self.inverse[places[:, None], asked] / -self.inverse.diagonal()[asked]  # [L, N]
+        strength = (strength + (places[:, None] == asked)) * there  # no item is its own neighbour
+        return weight[:, None] * strength
+
     def _own_weight(self, places: Tensor, row: Tensor, at: Tensor, decay: float) -> Tensor:
         age = at[:, None] - torch.arange(places.shape[1], device=places.device)
         weight = decay ** age.clamp(min=0).float() * (age >= 0)

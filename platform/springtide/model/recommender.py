@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from springtide.model.batch import EMPTY, History, scoring_batch
+from springtide.model.explain import SHARES, by_event, shares
 from springtide.model.fusion import FusionModel, Interest
 from springtide.model.memory import count_transitions
 from springtide.model.tables import Tables
@@ -39,6 +40,15 @@ class Interests:
     gate_short: float
     items_long: np.ndarray  # [10] catalogue rows nearest the long branch's interest, best first; none without a branch
     items_short: np.ndarray  # [10] nearest the short branch's
+    channels: dict[str, float]  # weight of each counting channel, in the order of Channels.names
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """Why N items have their scores after a history of n events."""
+
+    shares: dict[str, np.ndarray]  # of each name in explain.SHARES: [N] float32; they sum to the score
+    through: np.ndarray  # [n, N] float32: how much of memory + text came through each event
 
 
 @dataclass(frozen=True)
@@ -208,7 +218,7 @@ class Recommender:
         """Which events weigh in each branch, how the gate mixes them, and what each branch alone is after."""
         if not len(history):
             none = np.zeros(0, np.float32)
-            return Interests(none, none, float("nan"), np.zeros(0, np.int64), np.zeros(0, np.int64))
+            return Interests(none, none, float("nan"), np.zeros(0, np.int64), np.zeros(0, np.int64), {})
         _, interest, last = self._read([history], None)
         place = int(last[0, 1])
         length = place + 1
@@ -226,7 +236,34 @@ class Recommender:
             scores = (branch[0, place] @ self._vectors.T).cpu().numpy()
             scores[~self.recommendable] = -np.inf
             nearest.append(self.top_k(scores[None], NEAREST)[0][0])
-        return Interests(long, short, float(interest.gate[0, place].mean()), nearest[0], nearest[1])
+        weights = dict(zip(self.model.channels.names, interest.weights[0, place].tolist(), strict=True))
+        return Interests(long, short, float(interest.gate[0, place].mean()), nearest[0], nearest[1], weights)
+
+    @torch.inference_mode()
+    def explain(
+        self, history: History, rows: np.ndarray, query: np.ndarray | None = None, now: int | None = None
+    ) -> Reasons:
+        """The parts of the scores that `score` gives distinct catalogue rows [N] for one request.
+
+        query: [D] float32 normalised encoder vector; now: ms. See explain.SHARES for what each share is.
+        """
+        found = {name: np.zeros(len(rows), np.float32) for name in SHARES}
+        through = np.zeros((len(history), len(rows)), np.float32)
+        if len(history):
+            batch, interest, last = self._read([history], None if now is None else np.array([now], np.int64))
+            columns = torch.from_numpy(rows).to(self._device)
+            parts = shares(self.model, batch, interest, self._vectors, last, columns)
+            found |= {name: part[0].cpu().numpy() for name, part in parts.items()}
+            weights = interest.weights[0, last[0, 1]]
+            said = by_event(self.model.channels, batch.items[0], weights, columns).cpu().numpy()
+            through[len(history) - len(said) :] = said
+        elif query is None:
+            found["popularity"] = np.log1p(self.popularity[rows]).astype(np.float32)
+        if query is not None:
+            if self.text_vectors is None:
+                raise ValueError("this model has no item texts, so it cannot answer a query")
+            found["query"] = self.text_vectors[rows] @ query / QUERY_TEMPERATURE
+        return Reasons(found, through)
 
     @torch.inference_mode()
     def judge(self, histories: Sequence[History], items: np.ndarray) -> Judgement:
