@@ -123,6 +123,8 @@ class Parts:
         await self._state(self.scorer)
         if method == "score":
             return self.engine.score([arguments[0]])[0]
+        if method == "models":
+            return {"models": [{**self.engine.describe(), "primary": True}]}
         return getattr(self.engine, method)(*arguments)
 
     @staticmethod

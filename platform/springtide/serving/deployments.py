@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from ray.serve.handle import DeploymentHandle
 from springtide.errors import SpringtideError
 from springtide.serving.app import create_app
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
-from springtide.serving.options import AppOptions, EncoderOptions, IngressOptions, ScorerOptions
+from springtide.serving.exposures import FOLDER, ExposureLog
+from springtide.serving.models import Models, load_models
+from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
 from springtide.serving.popular import load_popular
 from springtide.serving.seeding import seed_histories
 from springtide.serving.service import Service
@@ -82,25 +85,25 @@ class Scorer:
     """Histories and query vectors -> items, from the bundle that `user_config` (ScorerOptions) names."""
 
     def __init__(self) -> None:
-        self._engine: Engine | None = None
-        self._refused: str | None = None
+        self._models: Models | None = None
+        self._apart = ThreadPoolExecutor(1)  # copies for comparison: one at a time, never in a batch that is awaited
 
     async def reconfigure(self, config: Json) -> None:
-        """Load and warm the new model beside the old one, then swap one reference; on failure the old one stays."""
-        self._refused = None  # what was wrong with an earlier one says nothing of this one
+        """Load, check and warm new models beside the old ones, then swap one reference; see load_models."""
         try:
             options = ScorerOptions.model_validate(config)
-            engine = await asyncio.to_thread(_load_engine, options)
+            models = await asyncio.to_thread(load_models, options, self._models, _load_engine, _sentence)
         except Exception as error:
-            if self._engine is None:
+            if self._models is None:
                 raise _startup_error("Scorer", error) from None
-            self._refused = _sentence(error)
-            log.error("Scorer keeps %s, the new model was refused: %s", self._engine.label, self._refused)
+            old = self._models
+            self._models = replace(old, refused={**old.refused, old.primary: _sentence(error)})
+            log.error("Scorer keeps its models, the new configuration was refused: %s", _sentence(error))
             return
-        self._engine = engine
+        self._models = models
         self._batch.set_max_batch_size(options.max_batch)
         self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
-        log.info("Scorer serves %s", engine.label)
+        log.info("Scorer serves %s", ", ".join(engine.label for engine in models.engines.values()))
 
     async def score(self, request: ScoreRequest) -> Json | Refusal:
         answer: Json | Refusal = await self._batch(request)
@@ -108,22 +111,29 @@ class Scorer:
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def _batch(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
-        return await asyncio.to_thread(self._ready_engine().score, requests)
+        return await asyncio.to_thread(self._ready_models().score, requests)
 
     async def interests(self, events: list[Json]) -> Json:
-        return await asyncio.to_thread(self._ready_engine().interests, events)
+        return await asyncio.to_thread(self._ready_models().interests, events)
 
     async def similar(self, item_id: str, k: int) -> Json | Refusal:
-        return await asyncio.to_thread(self._ready_engine().similar, item_id, k)
+        return await asyncio.to_thread(self._ready_models().similar, item_id, k)
+
+    async def score_apart(self, request: ScoreRequest) -> Json | Refusal:
+        """Score a request that nobody waits for."""
+        models = self._ready_models()
+        return (await asyncio.get_running_loop().run_in_executor(self._apart, models.score, [request]))[0]
 
     async def describe(self) -> Json:
-        refused = {"error": self._refused} if self._refused else {}
-        return {**self._ready_engine().describe(), **refused}
+        return self._ready_models().describe()
 
-    def _ready_engine(self) -> Engine:
-        if self._engine is None:
+    async def models(self) -> Json:
+        return self._ready_models().models()
+
+    def _ready_models(self) -> Models:
+        if self._models is None:
             raise SpringtideError("Scorer has no user_config, so no model; name a bundle in the Serve configuration")
-        return self._engine
+        return self._models
 
 
 @serve.deployment(max_ongoing_requests=128)
@@ -151,6 +161,7 @@ class Ingress:
         )
         self._workspace = options.workspace
         self._log: str | None = None
+        self._exposures: ExposureOptions | None = None
         self._seeding = threading.Lock()
         if options.workspace is not None:
             self._service.seeding = "the prepared log is not imported yet"
@@ -163,6 +174,8 @@ class Ingress:
                 self._service.popular = load_popular(options.bundle, options.name)
             except SpringtideError as error:  # those read before go on being the fallback
                 log.error("popular items not read: %s", error)
+        self._service.direct(options.traffic)
+        self._log_exposures(options.exposures)
         wanted = options.log
         if self._workspace is None or (wanted == self._log and self._service.seeding == "ok"):
             return
@@ -171,6 +184,21 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service)
+
+    def _log_exposures(self, options: ExposureOptions | None) -> None:
+        """Open, change or close the exposure log; one that cannot be opened costs the exposures, not the answers."""
+        if options == self._exposures:
+            return
+        old, self._service.exposures, self._exposures = self._service.exposures, None, options
+        if old is not None:
+            threading.Thread(target=old.close, daemon=True).start()
+        if options is None or self._workspace is None:
+            return
+        try:
+            self._service.exposures = ExposureLog(Path(self._workspace) / FOLDER, options)
+        except SpringtideError as error:
+            self._exposures = None
+            log.error("exposures are not logged: %s", error)
 
     def _seed(self, workspace: Path) -> None:
         try:
@@ -206,7 +234,7 @@ def _open_store(options: AppOptions) -> HistoryStore:
 def _load_engine(options: ScorerOptions) -> Engine:
     import torch
 
-    from springtide.bundle import load_bundle
+    from springtide.bundle import check_parity, load_bundle
 
     torch.set_num_threads(options.threads)
     bundle = load_bundle(options.bundle)
@@ -214,6 +242,8 @@ def _load_engine(options: ScorerOptions) -> Engine:
         log.warning("bundle %s has version %s, the configuration says %s", bundle.path, bundle.version, options.version)
     if options.device != "cpu":
         bundle.recommender.to(options.device)
+    if check_parity(bundle) is None:
+        log.warning("bundle %s is older than score samples, so its scores are not checked", bundle.path)
     engine = Engine(bundle, options.name)
     engine.warm_up()
     return engine

@@ -37,6 +37,7 @@ class ScoreRequest:
     diversity: float = 0.0
     explain: bool = False
     model: str | None = None
+    assigned: bool = False  # the model was drawn, not asked for: where it is missing the primary answers
     now: int | None = None  # ms; None: the scorer's clock
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from springtide.serving.store import file_of
@@ -35,17 +38,55 @@ class AppOptions(Options):
         return url
 
 
+class TrafficOptions(Options):
+    """Which model answers whom. Without it, the primary answers everyone."""
+
+    split: dict[str, float] = Field({}, max_length=100)  # model -> weight; a user stays with a model
+    shadow: dict[str, float] = Field({}, max_length=10)  # model -> share of requests (0..1) that it scores unseen
+    salt: str = Field("", max_length=64)  # another one draws every user anew
+    shadow_concurrency: int = Field(4, ge=1, le=256)  # copies under way at once; further ones are left out
+
+    @model_validator(mode="after")
+    def _in_bounds(self) -> TrafficOptions:
+        if any(not 0 <= weight < math.inf for weight in self.split.values()):
+            raise ValueError("split: a weight must be 0 or more")
+        if self.split and not sum(self.split.values()) > 0:
+            raise ValueError("split: at least one weight must be above 0")
+        if any(not 0 <= share <= 1 for share in self.shadow.values()):
+            raise ValueError("shadow: a share must lie between 0 and 1")
+        return self
+
+
+class ExposureOptions(Options):
+    """The log of what was shown to whom, below `exposures/` of the workspace."""
+
+    pseudonymise: bool = True  # users as salted hashes; the salt lies beside the log
+    max_mb: float = Field(64, gt=0, le=4096)  # size of a part
+    max_age_s: float = Field(3600, gt=0)  # age of a part
+    keep_days: float | None = Field(90, gt=0)  # older parts are removed; null: none
+    queue: int = Field(10_000, ge=1, le=1_000_000)  # exposures that wait for the disk; further ones are dropped
+
+
 class IngressOptions(Options):
     """`user_config` of Ingress. A new log is imported in the background, a new bundle's popular items are read."""
 
+    traffic: TrafficOptions = TrafficOptions()
+    exposures: ExposureOptions | None = None  # absent: nothing is logged
     log: str | None = None  # content hash of the prepared log, which `deploy` fills in
     bundle: str | None = None  # its popular items are the answer while no Scorer gives one
     version: str | None = None  # of the bundle; a new version at the same path is then noticed
     name: str = Field("default", min_length=1, max_length=64, pattern=r"^[\w.-]+$")
 
 
+class ModelOptions(Options):
+    """A further model of the Scorer, beside the primary."""
+
+    bundle: str = Field(min_length=1)
+    version: str | None = None  # as the primary's
+
+
 class ScorerOptions(Options):
-    """`user_config` of Scorer. A change swaps the model in place."""
+    """`user_config` of Scorer. A change swaps the models in place that it concerns."""
 
     bundle: str = Field(min_length=1)
     name: str = Field("default", min_length=1, max_length=64, pattern=r"^[\w.-]+$")
@@ -54,6 +95,13 @@ class ScorerOptions(Options):
     threads: int = Field(1, ge=1)
     max_batch: int = Field(32, ge=1, le=1024)  # requests scored at once
     batch_wait_ms: float = Field(2.0, ge=0, le=1000)
+    models: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")], ModelOptions] = Field({}, max_length=16)  # by name
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ScorerOptions:
+        if self.name in self.models:
+            raise ValueError(f"models: {self.name} is the name of the primary; give the further model another one")
+        return self
 
 
 class EncoderOptions(Options):

@@ -261,15 +261,46 @@ class EncodeResponse(Response):
 class ModelInfo(Response):
     model: str
     name: str
-    version: str
-    items: int
-    loaded_at: str
-    metrics: dict[str, Any]
+    primary: bool = Field(description="answers where a request names no model and no split draws one")
+    version: str | None = Field(None, description="absent with all that follows for a model that could not be loaded")
+    items: int | None = None
+    loaded_at: str | None = None
+    metrics: dict[str, Any] | None = None
+    parity_checked: bool | None = Field(None, description="false: an older bundle, without a sample of its scores")
     error: str | None = Field(None, description="why the last change of model was refused, if it was")
+
+
+class Spread(Response):
+    mean: float
+    deviation: float
+
+
+class ShadowInfo(Response):
+    """How a shadow's answers compare with those shown, as this Ingress replica saw them since traffic changed."""
+
+    model: str
+    shadow: str
+    requests: int
+    failed: int
+    skipped: int = Field(description="copies left out because too many were under way")
+    overlap: Spread | None = Field(description="share of the items in both answers")
+    rank_correlation: Spread | None = Field(description="Spearman's, over the items of either answer")
+    score_drift: Spread | None = Field(description="the shadow's score less the model's, over the items in both")
+
+
+class ExposureInfo(Response):
+    """The exposure log of this Ingress replica."""
+
+    written: int
+    dropped: int
+    waiting: int
 
 
 class ModelsResponse(Response):
     models: list[ModelInfo]
+    split: dict[str, float] | None = Field(None, description="share of the users that each model answers")
+    shadows: list[ShadowInfo] | None = None
+    exposures: ExposureInfo | None = None
 
 
 class Readiness(Response):

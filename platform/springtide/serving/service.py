@@ -19,10 +19,13 @@ import numpy as np
 
 from springtide.errors import SpringtideError
 from springtide.serving.engine import Refusal, ScoreRequest
+from springtide.serving.exposures import ExposureLog, exposure
 from springtide.serving.guard import Breaker, Guard, Unavailable
+from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.schemas import HISTORY_USED, ApiError, EncodeRequest, Event, HistoryEvent, RecommendRequest
 from springtide.serving.store import HistoryStore
+from springtide.serving.traffic import Traffic, shares
 
 log = logging.getLogger("springtide.serving")
 STORE_THREADS = 16  # a store that hangs holds these, not the threads that everything else shares
@@ -70,33 +73,48 @@ class Service:
             for timeout_s in (encoder_timeout_s, scorer_timeout_s, store_timeout_s, other_timeout_s)
         )
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
+        self.exposures: ExposureLog | None = None
+        self.traffic = Traffic(TrafficOptions(), self._score_apart)
+
+    def direct(self, options: TrafficOptions) -> None:
+        """Choose models by `options` from the next request on; what shadows showed before is forgotten."""
+        if options != self.traffic.options:
+            self.traffic = Traffic(options, self._score_apart)
 
     def close(self) -> None:
         """Give the store back. No request may be under way."""
+        if self.exposures is not None:
+            self.exposures.close()
         self._store_threads.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
     async def recommend(self, request: RecommendRequest) -> Json:
+        request_id = uuid.uuid4().hex
+        choice = self.traffic.choose(request.model, request.user_id, request_id)
         (events, history_lost), (query, query_lost) = await asyncio.gather(
             self._history_of(request), self._vector_of(request.query)
         )
-        answer = await self._score(
-            request,
-            ScoreRequest(
-                events=events,
-                query=query,
-                k=request.k,
-                exclude_seen=request.exclude_seen,
-                categories=tuple(request.filters.categories),
-                exclude_items=tuple(request.filters.exclude_items),
-                diversity=request.diversity,
-                explain=request.explain,
-                model=request.model,
-                now=int(time.time() * 1000),
-            ),
+        now = int(time.time() * 1000)
+        wanted = ScoreRequest(
+            events=events,
+            query=query,
+            k=request.k,
+            exclude_seen=request.exclude_seen,
+            categories=tuple(request.filters.categories),
+            exclude_items=tuple(request.filters.exclude_items),
+            diversity=request.diversity,
+            explain=request.explain,
+            model=choice.model,
+            assigned=choice.by == "split",
+            now=now,
         )
+        answer = await self._score(request, wanted)
         if history_lost or query_lost:
             answer["degraded"] = True
+        if "degraded" not in answer:
+            self.traffic.shadow(wanted, answer, request_id)
+        if self.exposures is not None:
+            self.exposures.record(exposure(request_id, request.user_id, choice, answer, now))
         return answer
 
     async def events(self, events: list[Event]) -> Json:
@@ -146,7 +164,14 @@ class Service:
         return {"dim": len(rows[0]), **one}
 
     async def models(self) -> Json:
-        return {"models": [await self._ask("describe")]}
+        answer = await self._ask("models")
+        if split := shares(self.traffic.options):
+            answer["split"] = split
+        if self.traffic.options.shadow:
+            answer["shadows"] = self.traffic.report()
+        if self.exposures is not None:
+            answer["exposures"] = self.exposures.told()
+        return answer
 
     async def ready(self) -> Json:
         """True only when a `recommend` would be answered whole: histories in place, store and scorer answering."""
@@ -199,6 +224,13 @@ class Service:
             categories=request.filters.categories,
             exclude_items=request.filters.exclude_items,
         )
+
+    async def _score_apart(self, request: ScoreRequest) -> Json:
+        """For copies that nobody waits for: outside the batches, and past the circuit breaker of those that count."""
+        answer = await asyncio.wait_for(self._call("score_apart", request), self._other_timeout_s)
+        if isinstance(answer, Refusal):
+            raise SpringtideError(answer.message)
+        return dict(answer)
 
     async def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Json:
         try:

@@ -1,0 +1,141 @@
+"""Several models in one Scorer: which are loaded, which was refused and why, and which of them answers a request.
+
+A Models never changes after it is built; a change of configuration builds the next one beside it, taking over every
+engine whose configuration stayed the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
+from springtide.serving.options import ScorerOptions
+
+log = logging.getLogger("ray.serve")
+_OF_THE_QUEUE = ("max_batch", "batch_wait_ms", "models")  # settings that no engine depends on
+
+
+@dataclass(frozen=True)
+class Models:
+    """The engines by name. Every answer of the old one is possible until the reference to it is swapped."""
+
+    primary: str  # answers where nobody names a model
+    engines: Mapping[str, Engine]
+    sources: Mapping[str, ScorerOptions]  # what each engine was loaded from
+    refused: Mapping[str, str]  # name of a configured model -> why it, or its new version, is not served
+
+    @property
+    def engine(self) -> Engine:
+        return self.engines[self.primary]
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Json | Refusal]:
+        """One answer per request, in order; requests for the same model are scored together."""
+        answers: dict[int, Json | Refusal] = {}
+        groups: dict[str, list[tuple[int, ScoreRequest]]] = {}
+        for place, request in enumerate(requests):
+            name = self._name_of(request.model)
+            if name is None and request.assigned:  # not the caller's wish: whoever is here may answer
+                groups.setdefault(self.primary, []).append((place, replace(request, model=None)))
+            elif name is None:
+                labels = ", ".join(engine.label for engine in self.engines.values())
+                answers[place] = Refusal(
+                    404, "unknown_model", f"there is no model {request.model!r} here; served: {labels}"
+                )
+            else:
+                groups.setdefault(name, []).append((place, request))
+        for name, group in groups.items():
+            found = self.engines[name].score([request for _, request in group])
+            answers.update(zip((place for place, _ in group), found, strict=True))
+        return [answers[place] for place in range(len(requests))]
+
+    def interests(self, events: list[Json]) -> Json:
+        return self.engine.interests(events)
+
+    def similar(self, item_id: str, k: int) -> Json | Refusal:
+        return self.engine.similar(item_id, k)
+
+    def describe(self) -> Json:
+        """The primary model; `error` says why its last change was refused."""
+        return self._described(self.primary)
+
+    def models(self) -> Json:
+        """Every model, the primary first, then what was refused without an old version to keep."""
+        names = sorted(self.engines, key=lambda name: name != self.primary)
+        absent = [name for name in self.refused if name not in self.engines]
+        missing = [{"model": name, "name": name, "primary": False, "error": self.refused[name]} for name in absent]
+        return {"models": [*map(self._described, names), *missing]}
+
+    def _described(self, name: str) -> Json:
+        engine = self.engines[name]
+        told = {"primary": name == self.primary, "parity_checked": engine.bundle.parity is not None}
+        error = {"error": self.refused[name]} if name in self.refused else {}
+        return {**engine.describe(), **told, **error}
+
+    def _name_of(self, model: str | None) -> str | None:
+        """The engine that a request means by nothing, a name, or name@version."""
+        if model is None:
+            return self.primary
+        if model in self.engines:
+            return model
+        return next((name for name, engine in self.engines.items() if engine.label == model), None)
+
+
+def load_models(
+    options: ScorerOptions,
+    old: Models | None,
+    load: Callable[[ScorerOptions], Engine],
+    sentence: Callable[[Exception], str] = str,
+) -> Models:
+    """The models that `options` ask for, each loaded and checked by `load` unless `old` has just that one.
+
+    One that `load` refuses keeps its old version if `old` has one, and is left out if not; `refused` tells. A model
+    that is configured no more is gone. Raises what `load` raises for a primary when there is no old model at all.
+    """
+    engines: dict[str, Engine] = {}
+    sources: dict[str, ScorerOptions] = {}
+    refused: dict[str, str] = {}
+    primary = options.name
+    for name, source in wanted(options).items():
+        if old is not None and old.sources.get(name) == source:
+            engines[name], sources[name] = old.engines[name], source
+            continue
+        try:
+            engines[name], sources[name] = load(source), source
+        except Exception as error:
+            if old is None and name == options.name:
+                raise
+            refused[name] = sentence(error)
+            log.error("model %s was refused: %s", name, refused[name])
+            if old is not None and name in old.engines:
+                engines[name], sources[name] = old.engines[name], old.sources[name]
+    if primary not in engines and old is not None:  # a new primary under a new name was refused
+        primary = old.primary
+        engines.setdefault(primary, old.engine)
+        sources.setdefault(primary, old.sources[primary])
+    return Models(primary, engines, sources, refused)
+
+
+def wanted(options: ScorerOptions) -> dict[str, ScorerOptions]:
+    """Each configured model by name, the primary first, as the configuration of a Scorer with that one alone."""
+    plain = {name: ScorerOptions.model_fields[name].get_default(call_default_factory=True) for name in _OF_THE_QUEUE}
+    alone = {options.name: options.model_copy(update=plain)}
+    for name, further in options.models.items():
+        alone[name] = options.model_copy(
+            update={**plain, "name": name, "bundle": further.bundle, "version": further.version}
+        )
+    return {
+        name: one if one.version else one.model_copy(update={"version": _version_at(one.bundle)})
+        for name, one in alone.items()
+    }
+
+
+def _version_at(bundle: str) -> str | None:
+    """The version of what lies there now, so that an unnamed version is loaded again once it has changed."""
+    try:
+        return hashlib.sha256((Path(bundle) / "manifest.json").read_bytes()).hexdigest()[:12]
+    except OSError:
+        return None  # loading it will say why
