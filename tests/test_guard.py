@@ -90,7 +90,7 @@ def test_late_failures_do_not_lengthen_the_pause() -> None:
 
 def test_the_guard_counts_time_outs_and_errors_but_not_callers_who_left() -> None:
     async def run() -> None:
-        guard = Guard(0.05, Breaker(2, 60.0))
+        guard = Guard("part", 0.05, Breaker(2, 60.0))
 
         async def slow() -> None:
             await asyncio.sleep(60)
@@ -119,4 +119,4 @@ def test_a_longer_limit_for_one_call() -> None:
         await asyncio.sleep(0.1)
         return value
 
-    assert asyncio.run(Guard(0.01, Breaker(2, 60.0)).run(echo, 7, timeout_s=10)) == 7
+    assert asyncio.run(Guard("part", 0.01, Breaker(2, 60.0)).run(echo, 7, timeout_s=10)) == 7

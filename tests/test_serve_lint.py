@@ -95,6 +95,8 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("wildcard host", put("http_options", "host", value="0.0.0.0"), "can be reached from other machines"),
     ("wildcard IPv6 host", put("http_options", "host", value="::"), "can be reached from other machines"),
     ("grpc", put("grpc_options", value={"grpc_servicer_functions": ["a.b"]}), "opens a port on every interface"),
+    ("two places of tokens", put("applications", 0, "args", "auth", value={"tokens_file": "a", "tokens_env": "B"}),
+     "give either tokens_file or tokens_env"),
     ("import path", put("applications", 0, "import_path", value="other.module:build"), "import_path must be"),
     ("wrong value", put("@Scorer", "num_replicas", value=-1), "num_replicas"),
     ("wrong autoscaling value", put("@Scorer", "autoscaling_config", value={"min_replicas": -1}), "min_replicas"),
@@ -109,10 +111,13 @@ def test_faults_are_named(change: Callable[[dict[str, Any]], None], sentence: st
     assert sentence in "; ".join(lint(config))
 
 
-def test_a_public_host_can_be_allowed() -> None:
+def test_a_public_host_can_be_allowed_with_tokens() -> None:
     config = copy.deepcopy(LOCAL)
     config["http_options"]["host"] = "0.0.0.0"
+    assert "args.auth is missing" in "; ".join(lint(config, allow_public=True))
+    app(config)["args"]["auth"] = {"tokens_file": "tokens.json"}
     assert lint(config, allow_public=True) == []
+    assert lint(config) != []
 
 
 def test_unreadable_files_get_a_sentence(tmp_path: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from http import HTTPStatus
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from fastapi import Body, FastAPI, HTTPException, Query, Request
+from fastapi import Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, RedirectResponse
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
-from starlette.datastructures import Headers
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from springtide.serving.limits import Bodies, Crowd
+from springtide.serving.metrics import Metrics, PrometheusMetrics, SeveralMetrics
+from springtide.serving.observe import Observed, start_access_log
+from springtide.serving.replies import error_reply
 from springtide.serving.schemas import (
     MAX_BODY_BYTES,
     ApiError,
@@ -32,23 +35,52 @@ from springtide.serving.schemas import (
     RecommendResponse,
     SimilarResponse,
 )
+from springtide.serving.security import Authorised, SafeHeaders
 from springtide.serving.service import Backend
-
-log = logging.getLogger("springtide.serving")
+from springtide.serving.tokens import TokenBook
 
 _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "the body is not JSON"},
+    401: {"model": ErrorBody, "description": "no token, or an unknown one, where tokens are asked for"},
+    403: {"model": ErrorBody, "description": "the token lacks the scope of this route"},
     404: {"model": ErrorBody, "description": "an unknown user, item or model"},
+    408: {"model": ErrorBody, "description": "the body did not arrive in time"},
     413: {"model": ErrorBody, "description": f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB"},
     422: {"model": ErrorBody, "description": "a field is missing, misspelt or out of bounds"},
-    503: {"model": ErrorBody, "description": "a part does not answer; try again"},
+    429: {"model": ErrorBody, "description": "the token's rate or daily quota is used up; see Retry-After"},
+    503: {"model": ErrorBody, "description": "a part does not answer, or too many requests at once; see Retry-After"},
 }
 
 
-def create_app(backend: Backend) -> FastAPI:
-    """The application over one backend. `/docs` is served from files of the fastapi-offline package, not a CDN."""
+@dataclass(frozen=True)
+class Edge:
+    """What stands between callers and the routes."""
+
+    tokens: TokenBook | None = None  # None: everybody may ask, so listen on loopback alone
+    metrics: PrometheusMetrics = field(default_factory=PrometheusMetrics)  # what GET /metrics shows
+    also: Metrics | None = None  # counted there too
+    access_log: bool = False
+    max_concurrent: int = 100  # requests under way at once; more are refused with 503
+
+    @property
+    def counted(self) -> Metrics:
+        """Where to count, so that it is seen in every place."""
+        return self.metrics if self.also is None else SeveralMetrics([self.metrics, self.also])
+
+
+def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
+    """The application over one backend, which it closes in the end. `/docs` needs no other host."""
+    edge = edge or Edge()
+    metrics = edge.counted
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        backend.close()
+
     app = FastAPIOffline(
+        lifespan=lifespan,
         redoc_url=None,
         title="Springtide",
         version="1",
@@ -56,12 +88,20 @@ def create_app(backend: Backend) -> FastAPI:
         'Errors are `{"error": {"code", "message"}}`.',
         responses=_ERRORS,
     )
-    app.add_middleware(_Limits)
+    app.add_middleware(Crowd, limit=edge.max_concurrent, metrics=metrics)  # the innermost
+    app.add_middleware(Bodies)  # a caller who stalls takes no place in the crowd
+    if edge.tokens is not None:
+        app.add_middleware(Authorised, book=edge.tokens)
+    app.add_middleware(SafeHeaders)
+    if edge.access_log:
+        start_access_log()
+    app.add_middleware(Observed, metrics=metrics, access_log=edge.access_log)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(StarletteHTTPException, _http_error)
     _add_recommending(app, backend)
     _add_operations(app, backend)
+    _add_metrics(app, edge.metrics)
     return app
 
 
@@ -114,22 +154,25 @@ def _add_operations(app: FastAPI, backend: Backend) -> None:
         return RedirectResponse(request.scope.get("root_path", "") + "/docs")
 
 
-# ---------------------------------------------------------------- errors and limits
-def _body(code: str, message: str) -> dict[str, Any]:
-    return {"error": {"code": code, "message": message}}
+def _add_metrics(app: FastAPI, metrics: PrometheusMetrics) -> None:
+    @app.get("/metrics", response_class=Response, tags=["operations"])
+    async def exposition() -> Response:
+        """What this process has counted, for Prometheus. Behind several Ingress replicas scrape Ray's metrics."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
+# ---------------------------------------------------------------- errors
 async def _api_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
     headers = {"Retry-After": "1"} if error.status == 503 else None
-    return JSONResponse(_body(error.code, error.message), error.status, headers)
+    return error_reply(error.status, error.code, error.message, headers)
 
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
     code = _CODES.get(error.status_code, "error")
     message = "the body cannot be read as JSON" if error.status_code == 400 else str(error.detail)
-    return JSONResponse(_body(code, message), error.status_code, error.headers)
+    return error_reply(error.status_code, code, message, error.headers)
 
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
@@ -138,7 +181,7 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     problems = error.errors()
     first = problems[0]
     if first["type"] == "json_invalid":
-        return JSONResponse(_body("invalid_json", f"the body is not JSON (at character {first['loc'][-1]})"), 400)
+        return error_reply(400, "invalid_json", f"the body is not JSON (at character {first['loc'][-1]})")
     where = ".".join(str(part) for part in first["loc"][1:] if part not in ("event", "list"))
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
@@ -149,54 +192,9 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
         where, message = "body", "send a JSON object with Content-Type: application/json"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     sentence = f"{where}: {message[0].lower()}{message[1:]}{more}" if where else f"{message}{more}"
-    return JSONResponse(_body("invalid_request", _printable(sentence)), 422)
+    return error_reply(422, "invalid_request", _printable(sentence))
 
 
 def _printable(text: str) -> str:
     """Names of unknown fields come from the caller: keep the sentence short and free of what JSON cannot carry."""
     return text.encode("utf-8", "replace").decode("utf-8")[:500]
-
-
-class _Limits:
-    """Refuses a body over the limit before it is read whole, and turns what nobody caught into an error body."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started, size = False, 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY_BYTES:
-                raise HTTPException(413, _TOO_LARGE)
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
-        declared = Headers(scope=scope).get("content-length", "0")
-        try:
-            if declared.isdecimal() and int(declared[:20]) > MAX_BODY_BYTES:
-                raise HTTPException(413, _TOO_LARGE)
-            await self._app(scope, counted, noted)
-        except Exception as error:
-            if started:
-                raise
-            if isinstance(error, HTTPException):
-                response = JSONResponse(_body("too_large", str(error.detail)), error.status_code)
-            else:
-                log.exception("unexpected error in %s", json.dumps(scope["path"]))
-                status = HTTPStatus.INTERNAL_SERVER_ERROR
-                response = JSONResponse(_body("internal", "an internal error; the server's log tells more"), status)
-            await response(scope, receive, send)
-
-
-_TOO_LARGE = f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB; send fewer events at once"

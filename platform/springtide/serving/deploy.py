@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -23,6 +24,7 @@ from springtide.serving.store import file_of
 
 Json = dict[str, Any]
 POLL_S = 0.5
+TOKEN_VARIABLE = "SPRINGTIDE_TOKEN"
 STORE_FILE = "history.sqlite3"  # in the workspace
 
 
@@ -194,7 +196,13 @@ def _wait_ready(url: str, config: Json, deadline: float) -> list[str]:
         try:
             status, state = _get(f"{url}/readyz")
             if status == 200:
-                models = _get(f"{url}/v1/models")[1]["models"]
+                status, answer = _get(f"{url}/v1/models")
+                if status in (401, 403):
+                    raise SpringtideError(
+                        f"it serves, but /v1/models refused to tell which model; set {TOKEN_VARIABLE} to a token that "
+                        "has the scope read"
+                    )
+                models = answer["models"]
                 reason = next((m["error"] for m in models if m.get("error")), "the old model is still served")
                 if {m["version"] for m in models} >= wanted:
                     return [m["model"] for m in models]
@@ -209,10 +217,15 @@ def _wait_ready(url: str, config: Json, deadline: float) -> list[str]:
 
 
 def _get(url: str) -> tuple[int, Any]:
-    """Status and JSON of a GET, past any proxy of the environment: the address is this machine's or the cluster's."""
+    """Status and JSON of a GET, past any proxy of the environment: the address is this machine's or the cluster's.
+
+    Where tokens are asked for, the environment variable SPRINGTIDE_TOKEN holds one with the scope read.
+    """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    token = os.environ.get(TOKEN_VARIABLE)
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with opener.open(url, timeout=5) as answer:
+        with opener.open(request, timeout=5) as answer:
             return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
         return error.code, json.loads(error.read() or b"null")

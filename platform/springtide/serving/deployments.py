@@ -24,9 +24,10 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from springtide.errors import SpringtideError
-from springtide.serving.app import create_app
+from springtide.serving.app import Edge, create_app
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.exposures import FOLDER, ExposureLog
+from springtide.serving.metrics_ray import RayMetrics
 from springtide.serving.models import Models, load_models
 from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
 from springtide.serving.popular import load_popular
@@ -34,6 +35,7 @@ from springtide.serving.seeding import seed_histories
 from springtide.serving.service import Service
 from springtide.serving.store import HistoryStore, open_store
 from springtide.serving.store_rows import Retention
+from springtide.serving.tokens import open_tokens
 
 log = logging.getLogger("ray.serve")
 
@@ -50,6 +52,7 @@ class TextEncoder:
     def __init__(self) -> None:
         self._encoder: Any = None
         self._max_tokens = 0
+        self._metrics = RayMetrics()
         self._thread = ThreadPoolExecutor(1)  # tokenizers of Hugging Face refuse two threads at once
 
     async def reconfigure(self, config: Json) -> None:
@@ -74,6 +77,7 @@ class TextEncoder:
 
     @serve.batch(max_batch_size=2048, batch_wait_timeout_s=0.002, batch_size_fn=_padded_tokens)
     async def _batch(self, items: list[tuple[str, int]]) -> list[np.ndarray]:
+        self._metrics.observe("springtide_batch_size", len(items), part="encoder")
         return list(await self._run(self._encoder.encode, [text for text, _ in items]))
 
     async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
@@ -87,6 +91,7 @@ class Scorer:
     def __init__(self) -> None:
         self._models: Models | None = None
         self._apart = ThreadPoolExecutor(1)  # copies for comparison: one at a time, never in a batch that is awaited
+        self._metrics = RayMetrics()
 
     async def reconfigure(self, config: Json) -> None:
         """Load, check and warm new models beside the old ones, then swap one reference; see load_models."""
@@ -100,6 +105,10 @@ class Scorer:
             self._models = replace(old, refused={**old.refused, old.primary: _sentence(error)})
             log.error("Scorer keeps its models, the new configuration was refused: %s", _sentence(error))
             return
+        gone = self._models.engines.values() if self._models is not None else ()
+        for served, engines in ((0, gone), (1, models.engines.values())):
+            for engine in engines:
+                self._metrics.set("springtide_model", served, model=engine.label)
         self._models = models
         self._batch.set_max_batch_size(options.max_batch)
         self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
@@ -111,6 +120,7 @@ class Scorer:
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def _batch(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
+        self._metrics.observe("springtide_batch_size", len(requests), part="scorer")
         return await asyncio.to_thread(self._ready_models().score, requests)
 
     async def interests(self, events: list[Json]) -> Json:
@@ -148,6 +158,12 @@ class Ingress:
         async def call(method: str, *arguments: Any) -> Any:
             return await _again_if_died(lambda: getattr(scorer, method).remote(*arguments))
 
+        self._edge = Edge(
+            tokens=open_tokens(options.auth.tokens_file, options.auth.tokens_env) if options.auth else None,
+            also=RayMetrics() if options.ray_metrics else None,
+            access_log=options.access_log,
+            max_concurrent=options.max_concurrent,
+        )
         self._service = Service(
             _open_store(options),
             encode,
@@ -158,6 +174,7 @@ class Ingress:
             other_timeout_s=options.other_timeout_s,
             breaker_failures=options.breaker_failures,
             breaker_pause_s=options.breaker_pause_s,
+            metrics=self._edge.counted,
         )
         self._workspace = options.workspace
         self._log: str | None = None
@@ -183,7 +200,7 @@ class Ingress:
         threading.Thread(target=self._seed, args=(Path(self._workspace),), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._service)
+        return create_app(self._service, self._edge)
 
     def _log_exposures(self, options: ExposureOptions | None) -> None:
         """Open, change or close the exposure log; one that cannot be opened costs the exposures, not the answers."""
@@ -227,7 +244,8 @@ async def _again_if_died(send: Callable[[], Awaitable[Any]]) -> Any:
 
 def _open_store(options: AppOptions) -> HistoryStore:
     retention = Retention(options.retention_events, options.retention_days)
-    return open_store(options.store, retention, timeout_s=options.store_timeout_s, require_aof=options.require_aof)
+    # Patience of a write: an import of a log may hold the lock meanwhile. A read is given up before, by the service.
+    return open_store(options.store, retention, timeout_s=options.other_timeout_s, require_aof=options.require_aof)
 
 
 # ---------------------------------------------------------------- loading, in a thread

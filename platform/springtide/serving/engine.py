@@ -69,6 +69,7 @@ class Engine:
             "name": self.name,
             "version": self.bundle.version,
             "items": len(self._recommender.item_ids),
+            "text": self._recommender.text_vectors is not None,
             "loaded_at": self.loaded_at,
             "metrics": self.bundle.metrics,
         }

@@ -7,6 +7,8 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from springtide.serving.metrics import Metrics, NoMetrics
+
 Result = TypeVar("Result")
 
 
@@ -56,23 +58,34 @@ class Breaker:
 
 
 class Guard:
-    """One part behind a time limit and a breaker. Several event loops need a Guard each."""
+    """One part behind a time limit and a breaker; its calls are counted under its name."""
 
-    def __init__(self, timeout_s: float, breaker: Breaker) -> None:
+    def __init__(self, name: str, timeout_s: float, breaker: Breaker, metrics: Metrics | None = None) -> None:
         self.timeout_s, self.breaker = timeout_s, breaker
+        self._name, self._metrics = name, metrics or NoMetrics()
 
     async def run(
         self, call: Callable[..., Awaitable[Result]], *arguments: Any, timeout_s: float | None = None
     ) -> Result:
         """The call's answer, within timeout_s (None: the part's own). Raises Unavailable, TimeoutError or what the
         call raises."""
-        ticket, succeeded = self.breaker.enter(), None
+        try:
+            ticket = self.breaker.enter()
+        except Unavailable:
+            self._failed("open circuit")
+            raise
+        succeeded, began = None, time.perf_counter()
         try:
             answer = await asyncio.wait_for(call(*arguments), timeout_s or self.timeout_s)
             succeeded = True
             return answer
-        except Exception:  # a cancelled caller says nothing of the part and passes by
+        except Exception as error:  # a cancelled caller says nothing of the part and passes by
             succeeded = False
+            self._failed("timeout" if isinstance(error, TimeoutError) else "error")
             raise
         finally:
             self.breaker.leave(ticket, succeeded)
+            self._metrics.observe("springtide_stage_seconds", time.perf_counter() - began, stage=self._name)
+
+    def _failed(self, reason: str) -> None:
+        self._metrics.count("springtide_part_failures", part=self._name, reason=reason)

@@ -46,7 +46,7 @@ def lint(config: Any, allow_public: bool = False) -> list[str]:
     problems = [*_unknown_keys(config, ServeDeploySchema, "")]
     if not problems:  # wrong values are told once the keys are right
         problems += _wrong_values(config)
-    problems += _listeners(config, allow_public)
+    problems += [*_listeners(config, allow_public), *_open_doors(config)]
     for number, app in enumerate(_dicts(config.get("applications"))):
         problems += _application(app, f"applications.{number}")
     return list(dict.fromkeys(problems))
@@ -99,6 +99,20 @@ def _listeners(config: Json, allow_public: bool) -> Iterator[str]:
     grpc = config.get("grpc_options")
     if isinstance(grpc, dict) and grpc.get("grpc_servicer_functions") and not allow_public:
         yield "grpc_options.grpc_servicer_functions opens a port on every interface; remove it, or allow it explicitly"
+
+
+def _open_doors(config: Json) -> Iterator[str]:
+    """An address that other machines can reach needs tokens, whatever else is allowed."""
+    http = config.get("http_options")
+    host = str(http.get("host", "127.0.0.1")) if isinstance(http, dict) else "127.0.0.1"  # absent is told elsewhere
+    if _is_loopback(host):
+        return
+    for number, app in enumerate(_dicts(config.get("applications"))):
+        if not (app.get("args") or {}).get("auth"):
+            yield (
+                f"applications.{number}.args.auth is missing, and http_options.host {host} can be reached from other "
+                "machines; name a tokens_file (python -m springtide.serving.tokens new), or give 127.0.0.1"
+            )
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,6 +16,19 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class AuthOptions(Options):
+    """Where the bearer tokens are; see serving.tokens for their form."""
+
+    tokens_file: str | None = Field(None, min_length=1)  # read by each Ingress replica, and again when it changes
+    tokens_env: str | None = Field(None, min_length=1)  # an environment variable that holds the text of such a file
+
+    @model_validator(mode="after")
+    def _one_place(self) -> AuthOptions:
+        if (self.tokens_file is None) == (self.tokens_env is None):
+            raise ValueError("give either tokens_file or tokens_env")
+        return self
+
+
 class AppOptions(Options):
     """`args` of the application. A change restarts every replica."""
 
@@ -30,6 +43,10 @@ class AppOptions(Options):
     other_timeout_s: float = Field(5.0, gt=0, le=600)  # of calls that have no degraded answer, such as events
     breaker_failures: int = Field(5, ge=1, le=1000)  # calls of a part that fail in a row before it is left alone
     breaker_pause_s: float = Field(2.0, gt=0, le=600)  # for so long; then one call tries it again
+    max_concurrent: int = Field(100, ge=1, le=100_000)  # requests under way in one Ingress; more get 503
+    auth: AuthOptions | None = None  # None: no tokens, which the linter accepts on loopback alone
+    access_log: bool = False  # a line of JSON for each request, without ids and texts
+    ray_metrics: bool = True  # count through Ray's metrics agent too, beside GET /metrics
 
     @field_validator("store")
     @classmethod

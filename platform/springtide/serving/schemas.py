@@ -264,6 +264,7 @@ class ModelInfo(Response):
     primary: bool = Field(description="answers where a request names no model and no split draws one")
     version: str | None = Field(None, description="absent with all that follows for a model that could not be loaded")
     items: int | None = None
+    text: bool | None = Field(None, description="whether its items have texts, so that it answers a query")
     loaded_at: str | None = None
     metrics: dict[str, Any] | None = None
     parity_checked: bool | None = Field(None, description="false: an older bundle, without a sample of its scores")

@@ -18,9 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from springtide.errors import SpringtideError
+from springtide.serving.context import current_note
 from springtide.serving.engine import Refusal, ScoreRequest
 from springtide.serving.exposures import ExposureLog, exposure
 from springtide.serving.guard import Breaker, Guard, Unavailable
+from springtide.serving.metrics import Metrics, NoMetrics
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.schemas import HISTORY_USED, ApiError, EncodeRequest, Event, HistoryEvent, RecommendRequest
@@ -44,6 +46,7 @@ class Backend(Protocol):
     async def encode(self, request: EncodeRequest) -> Json: ...
     async def models(self) -> Json: ...
     async def ready(self) -> Json: ...
+    def close(self) -> None: ...
 
 
 class Service:
@@ -61,6 +64,7 @@ class Service:
         other_timeout_s: float = 5.0,
         breaker_failures: int = 5,
         breaker_pause_s: float = 2.0,
+        metrics: Metrics | None = None,
     ) -> None:
         """other_timeout_s: for calls that have no degraded answer, such as storing events."""
         self.store = store
@@ -68,10 +72,14 @@ class Service:
         self.popular: PopularItems | None = None  # the answer while the scorer is down
         self._encode, self._call = encode, call
         self._other_timeout_s = other_timeout_s
-        self._encoder, self._scorer, self._reads, self._writes = (
-            Guard(timeout_s, Breaker(breaker_failures, breaker_pause_s))
-            for timeout_s in (encoder_timeout_s, scorer_timeout_s, store_timeout_s, other_timeout_s)
-        )
+        self._metrics = metrics or NoMetrics()
+
+        def guard(name: str, timeout_s: float) -> Guard:
+            return Guard(name, timeout_s, Breaker(breaker_failures, breaker_pause_s), metrics)
+
+        self._encoder, self._scorer = guard("encoder", encoder_timeout_s), guard("scorer", scorer_timeout_s)
+        self._reads, self._writes = guard("store", store_timeout_s), guard("store_writes", other_timeout_s)
+        self._encoder_answered = False
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
         self.exposures: ExposureLog | None = None
         self.traffic = Traffic(TrafficOptions(), self._score_apart)
@@ -89,7 +97,7 @@ class Service:
         self.store.close()
 
     async def recommend(self, request: RecommendRequest) -> Json:
-        request_id = uuid.uuid4().hex
+        request_id = current_note().request_id
         choice = self.traffic.choose(request.model, request.user_id, request_id)
         (events, history_lost), (query, query_lost) = await asyncio.gather(
             self._history_of(request), self._vector_of(request.query)
@@ -111,6 +119,7 @@ class Service:
         answer = await self._score(request, wanted)
         if history_lost or query_lost:
             answer["degraded"] = True
+        told_of(answer, self._metrics)
         if "degraded" not in answer:
             self.traffic.shadow(wanted, answer, request_id)
         if self.exposures is not None:
@@ -174,7 +183,9 @@ class Service:
         return answer
 
     async def ready(self) -> Json:
-        """True only when a `recommend` would be answered whole: histories in place, store and scorer answering."""
+        """True only when a `recommend` would be answered whole: histories in place, store and scorer answering, and
+        for a model with texts an encoder that has answered once. One that fails later degrades answers with a query
+        alone, and one that scales to zero is not kept awake."""
         checks = {"histories": self.seeding, "store": "ok", "scorer": "ok"}
         try:
             await self._stored(self.store.history, "", 1)
@@ -182,10 +193,18 @@ class Service:
             log.error("not ready, the store fails: %s", error or "timeout")
             checks["store"] = "the event log cannot be read at the moment"
         try:
-            await self._ask("describe", timeout_s=self._scorer.timeout_s)
+            described = await self._ask("describe", timeout_s=self._scorer.timeout_s)
+            if described["text"] and not self._encoder_answered:
+                checks["encoder"] = await self._try_encoder()
         except ApiError as error:
             checks["scorer"] = error.message
         return {"ready": all(state == "ok" for state in checks.values()), "checks": checks}
+
+    async def _try_encoder(self) -> str:
+        if (await self._vector_of("ready"))[1]:
+            return "the text encoder does not answer"
+        self._encoder_answered = True
+        return "ok"
 
     async def _history_of(self, request: RecommendRequest) -> tuple[list[Json], bool]:
         """The events to recommend from, and whether stored ones could not be read."""
@@ -249,6 +268,23 @@ class Service:
 
     async def _in_store(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._store_threads, work, *arguments)
+
+
+def told_of(answer: Json, metrics: Metrics) -> None:
+    """Count an answer to `recommend` and note it for the request's log line."""
+    degraded = bool(answer.get("degraded"))
+    note = current_note()
+    note.model, note.source, note.degraded = answer["model"], answer["source"], degraded
+    metrics.count(
+        "springtide_answers",
+        model=answer["model"],
+        source=answer["source"],
+        degraded=str(degraded).lower(),
+        empty=str(not answer["items"]).lower(),
+    )
+    short = answer["gate"]["short"]
+    if short is not None:
+        metrics.observe("springtide_gate_short", short)
 
 
 def recent_events(history: list[HistoryEvent]) -> list[Json]:

@@ -1,0 +1,210 @@
+"""The layers around the routes: request ids, log lines, counts, the crowd's limit, bodies bounded before parsing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
+
+from springtide.serving.app import Edge, create_app
+from springtide.serving.limits import MAX_DEPTH, MAX_OPENERS, Bodies, Crowd, too_deep
+from springtide.serving.metrics import NoMetrics, PrometheusMetrics
+from springtide.serving.replies import error_reply
+from springtide.serving.schemas import ApiError
+
+SECRET = "user-4711 likes\nknitting"
+
+
+class Backend:
+    """Notes nothing and fails on demand."""
+
+    async def recommend(self, request: Any) -> dict[str, Any]:
+        if request.user_id == "refused":
+            raise ApiError(503, "scorer_unavailable", "the model does not answer")
+        if request.user_id == "broken":
+            raise KeyError(SECRET)
+        return {"items": [], "model": "m@1", "source": "popular", "gate": {"long": None, "short": None}}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    written: list[str] = []
+    monkeypatch.setattr(logging.getLogger("springtide.access"), "info", written.append)
+    return written
+
+
+def client_of(**edge: Any) -> TestClient:
+    return TestClient(create_app(Backend(), Edge(**edge)), raise_server_exceptions=False)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- ids, lines, counts
+def test_a_plain_request_id_comes_back_and_another_is_replaced() -> None:
+    with client_of() as client:
+        assert client.get("/healthz", headers={"X-Request-ID": "shop-1.A_b"}).headers["X-Request-ID"] == "shop-1.A_b"
+        for bad in ("a b", "x" * 65, 'a"b', "a\u00e9", ""):
+            given_back = client.get("/healthz", headers={"X-Request-ID": bad.encode("latin-1")}).headers["X-Request-ID"]
+            assert given_back != bad
+            assert len(given_back) == 32
+
+
+def test_one_line_for_each_request_without_what_was_asked(lines: list[str]) -> None:
+    with client_of(access_log=True) as client:
+        client.post("/v1/recommend", json={"user_id": "user-4711", "query": SECRET}, headers={"X-Request-ID": "r1"})
+        client.get("/v1/users/user-4711/interests")
+        client.post("/v1/recommend", json={"user_id": "refused"})
+        client.post("/v1/recommend", json={"user_id": "broken"})
+        client.get("/user-4711")
+    told = [json.loads(line) for line in lines]
+    assert [(line["route"], line["status"]) for line in told] == [
+        ("/v1/recommend", 200),
+        ("/v1/users/{user_id:path}/interests", 500),
+        ("/v1/recommend", 503),
+        ("/v1/recommend", 500),
+        ("unmatched", 404),
+    ]
+    assert told[0]["request_id"] == "r1"
+    assert told[0]["ms"] > 0
+    assert "4711" not in "".join(lines) and "knitting" not in "".join(lines)
+
+
+def test_without_the_setting_no_line_is_written(lines: list[str]) -> None:
+    with client_of() as client:
+        client.get("/healthz")
+    assert lines == []
+
+
+def test_counts_by_route_and_status() -> None:
+    with client_of() as client:
+        for _ in range(3):
+            client.post("/v1/recommend", json={"user_id": "u"})
+        client.post("/v1/recommend", json={"user_id": "u", "k": 0})
+        client.request("BREW", "/v1/recommend")
+        text = client.get("/metrics").text
+    counted = 'springtide_requests_total{method="%s",route="/v1/recommend",status="%s"} %s'
+    assert counted % ("POST", 200, 3.0) in text
+    assert counted % ("POST", 422, 1.0) in text
+    assert counted % ("other", 405, 1.0) in text
+    assert 'springtide_request_seconds_count{route="/v1/recommend"} 5.0' in text
+    assert "springtide_in_flight 1.0" in text  # the one that asks
+
+
+def test_registries_are_apart() -> None:
+    one, other = PrometheusMetrics(), PrometheusMetrics()
+    one.count("springtide_shed", 2)
+    assert b"springtide_shed_total 2.0" in one.text()
+    assert b"springtide_shed_total 0.0" in other.text()
+
+
+# ---------------------------------------------------------------- the crowd
+def test_a_crowd_is_refused_at_once_and_those_inside_are_answered() -> None:
+    async def run() -> None:
+        door = asyncio.Event()
+
+        async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+            await door.wait()
+            await error_reply(200, "fine", "fine")(scope, receive, send)
+
+        metrics = PrometheusMetrics()
+        crowd = Crowd(slow, 3, metrics)
+
+        async def ask(path: str = "/v1/recommend") -> tuple[int, dict[bytes, bytes]]:
+            heads: list[Message] = []
+
+            async def send(message: Message) -> None:
+                heads.append(message)
+
+            await crowd({"type": "http", "path": path}, _never, send)
+            return heads[0]["status"], dict(heads[0]["headers"])
+
+        inside = [asyncio.create_task(ask()) for _ in range(3)]
+        await asyncio.sleep(0)
+        refused = await ask()
+        assert (refused[0], refused[1][b"retry-after"]) == (503, b"1")
+        healthy = asyncio.create_task(ask("/healthz"))
+        door.set()
+        assert [status for status, _ in await asyncio.gather(*inside, healthy)] == [200] * 4
+        assert (await ask())[0] == 200
+        assert b"springtide_shed_total 1.0" in metrics.text()
+
+    asyncio.run(run())
+
+
+async def _never() -> Message:
+    await asyncio.sleep(60)
+    raise AssertionError
+
+
+# ---------------------------------------------------------------- bodies
+def test_a_caller_who_stalls_is_let_go() -> None:
+    async def run() -> None:
+        sent: list[Message] = []
+        reached = False
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal reached
+            reached = True
+
+        async def half() -> Message:
+            if half.given:  # type: ignore[attr-defined]
+                await asyncio.sleep(60)
+            half.given = True  # type: ignore[attr-defined]
+            return {"type": "http.request", "body": b'{"user_id":', "more_body": True}
+
+        half.given = False  # type: ignore[attr-defined]
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        await Bodies(app, timeout_s=0.05)({"type": "http", "path": "/v1/events", "headers": []}, half, send)
+        assert sent[0]["status"] == 408
+        assert not reached
+
+    asyncio.run(run())
+
+
+def test_small_routes_take_small_bodies() -> None:
+    with client_of() as client:
+        assert client.post("/v1/encode", content=b" " * (2**20 + 1)).status_code == 413
+        assert client.post("/v1/events", content=b" " * (2**20 + 1)).status_code == 422
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(alphabet='[]{}"\\a\u00e9', max_size=60),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(alphabet='[{"\\', max_size=5), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(value=JSON, levels=st.integers(0, 2 * MAX_DEPTH), ascii_only=st.booleans())
+def test_depth_is_measured_outside_of_strings(value: Any, levels: int, ascii_only: bool) -> None:
+    for level in range(levels):
+        value = [value] if level % 2 else {"a": value, "[": ["]"]}
+
+    def depth(value: Any) -> int:
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+    assert too_deep(json.dumps(value, ensure_ascii=ascii_only).encode()) == (depth(value) > MAX_DEPTH)
+
+
+def test_width_is_bounded_too() -> None:
+    assert not too_deep(b"[" + b",".join([b"[]"] * (MAX_OPENERS - 1)) + b"]")
+    assert too_deep(b"[" + b",".join([b"[]"] * MAX_OPENERS) + b"]")
+
+
+def test_no_metrics_takes_every_call() -> None:
+    nothing = NoMetrics()
+    nothing.count("springtide_shed")
+    nothing.observe("springtide_gate_short", 0.5)
+    nothing.set("springtide_in_flight", 1)
