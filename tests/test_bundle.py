@@ -129,7 +129,7 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(path: Path) -> None:
     rewrite_json(path / "config.json", format=1)
-    with pytest.raises(SpringtideError, match="format 1, this version reads 2"):
+    with pytest.raises(SpringtideError, match="format 1, this version reads 3"):
         load_bundle(path)
 
 

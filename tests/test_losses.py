@@ -149,7 +149,9 @@ def test_with_every_item_drawn_a_model_has_the_loss_of_the_full_softmax(exclude_
 
 
 def test_a_model_trained_on_samples_learns_the_pattern() -> None:
-    nothing = dict.fromkeys(("memory", "neighbours", "text_neighbours", "popularity", "recent_popularity"), False)
+    nothing = dict.fromkeys(
+        ("memory", "neighbours", "borrowing", "text_neighbours", "popularity", "recent_popularity"), False
+    )
     model = build(ring(), **nothing, dropout=0.0, id_dropout=0.0, text_dim=0)
     config = TrainConfig(learning_rate=0.01, full_softmax_items=10, negatives=8)
     optimizer = loop.make_optimizer(model, config)

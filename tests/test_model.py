@@ -66,7 +66,7 @@ def all_logits(model: FusionModel, batch: Batch, held_out: bool = False) -> torc
 
 
 NOTHING_COUNTED: dict[str, Any] = dict.fromkeys(
-    ("memory", "neighbours", "text_neighbours", "popularity", "recent_popularity"), False
+    ("memory", "neighbours", "borrowing", "text_neighbours", "popularity", "recent_popularity"), False
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},

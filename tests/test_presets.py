@@ -36,7 +36,7 @@ ALONE = ("lstm", "gru", "dynamic_mlp", "bert_lstm", "multimodal_attention")
 # Small sizes for every part; a preset keeps its shape.
 SMALL: dict[str, Any] = {"dim": 16, "long_hidden": 12, "long_window": 20, "short_window": 4}
 NOTHING_COUNTED: dict[str, Any] = dict.fromkeys(
-    ("memory", "neighbours", "text_neighbours", "popularity", "recent_popularity"), False
+    ("memory", "neighbours", "borrowing", "text_neighbours", "popularity", "recent_popularity"), False
 )
 SYSTEMS: dict[str, dict[str, Any]] = {
     **{name: {"preset": name} for name in PRESETS},
@@ -65,17 +65,19 @@ def build(system: str, heads: tuple[float, float] = (0.0, 0.0), randomise: bool 
     config = config_of(system)
     generator = torch.Generator().manual_seed(3)
     torch.manual_seed(3)
+    text = torch.randn(ITEMS, config.text_dim, generator=generator)
     model = FusionModel(
         config,
         3,
-        torch.randn(ITEMS, config.text_dim, generator=generator),
+        text,
         torch.arange(ITEMS) != ITEMS - 1,
         torch.arange(ITEMS - 1, -1, -1),
         (3.0, 1.5),
         heads,
     )
     rng = np.random.default_rng(3)
-    tables_of(sequences_of([rng.integers(0, ITEMS - 1, 20).tolist() for _ in range(20)]), ITEMS, config).fill(model)
+    log = sequences_of([rng.integers(0, ITEMS - 1, 20).tolist() for _ in range(20)])
+    tables_of(log, ITEMS, config, text=text.numpy()).fill(model)
     if randomise:
         for name, parameter in model.named_parameters():
             if "log_life" not in name:  # milliseconds: random ones would make every event infinitely old

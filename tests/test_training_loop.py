@@ -62,10 +62,9 @@ def build(sequences: Sequences, **values: Any) -> FusionModel:
     statistics = collect(sequences, ITEMS_IN_TOY, config)
     torch.manual_seed(11)
     popularity = torch.from_numpy(statistics.popularity)
-    model = FusionModel(
-        config, 3, torch.randn(ITEMS_IN_TOY, config.text_dim), popularity > 0, popularity, statistics.rating_stats
-    )
-    tabulate(statistics, config, None).fill(model)
+    text = torch.randn(ITEMS_IN_TOY, config.text_dim)
+    model = FusionModel(config, 3, text, popularity > 0, popularity, statistics.rating_stats)
+    tabulate(statistics, config, None, text.numpy()).fill(model)
     return model
 
 
@@ -118,7 +117,7 @@ SPLITS: dict[str, list[list[list[int]]]] = {  # per rank, per step: rows
     "one has nothing": [[ALL], []],
 }
 NOTHING_COUNTED: dict[str, Any] = dict.fromkeys(
-    ("memory", "neighbours", "text_neighbours", "popularity", "recent_popularity"), False
+    ("memory", "neighbours", "borrowing", "text_neighbours", "popularity", "recent_popularity"), False
 )
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},

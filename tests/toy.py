@@ -103,9 +103,11 @@ def toy_sequences(seed: int = 0) -> Sequences:
     )
 
 
-def tables_of(sequences: Sequences, items: int, config: ModelConfig, share: float | None = None) -> Tables:
+def tables_of(
+    sequences: Sequences, items: int, config: ModelConfig, share: float | None = None, text: np.ndarray | None = None
+) -> Tables:
     """What is counted of a log before training."""
-    return tabulate(collect(sequences, items, config), config, share)
+    return tabulate(collect(sequences, items, config), config, share, text)
 
 
 def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:

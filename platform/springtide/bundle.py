@@ -27,7 +27,7 @@ from springtide.model.recommender import Recommender
 from springtide.model.tables import Tables, from_arrays
 from springtide.schemas import ITEMS, check_schema
 
-FORMAT = 2
+FORMAT = 3
 FILES = (
     "model.safetensors",
     "config.json",

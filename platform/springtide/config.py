@@ -67,6 +67,10 @@ class ModelConfig(Section):
     neighbours: bool = True  # long-term neighbours: a linear item-item model (EASE)
     neighbour_items: int = Field(5000, ge=1)  # most items in it, the most popular ones: its size is their square
     neighbour_l2: float = Field(500.0, gt=0)  # its regularisation
+    borrowing: bool = True  # items counted seldom or never take over counted scores of items with a like text
+    # What is known of an item's text: what the encoder makes of it (meaning), its spelling, which needs no encoder that
+    # knows the language, or both. auto: whichever ranks what users took next best on its own, on validation users.
+    text_features: Literal["auto", "meaning", "spelling", "both"] = "auto"
     text_neighbours: bool = True  # how near an item's text is to those of the history
     popularity: bool = True  # a learned multiple of log popularity
     recent_popularity: bool = True  # the same of the popularity at the time of the request

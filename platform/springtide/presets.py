@@ -11,7 +11,7 @@ from typing import Any
 
 # The network alone: no counting model beside it.
 _ALONE: dict[str, Any] = dict.fromkeys(
-    ("memory", "neighbours", "text_neighbours", "popularity", "recent_popularity"), False
+    ("memory", "neighbours", "borrowing", "text_neighbours", "popularity", "recent_popularity"), False
 )
 # Two recurrent layers of 50 over what users did; `lstm` and `gru` differ in nothing but the cell.
 _RECURRENT: dict[str, Any] = _ALONE | {

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from springtide.config import ModelConfig
 from springtide.model.batch import Batch
+from springtide.model.borrowing import Borrowing
 from springtide.model.inputs import CONTEXT
 from springtide.model.memory import TransitionMemory
 from springtide.model.neighbours import SHORT_DECAY, Neighbours
@@ -72,6 +73,8 @@ class Channels(nn.Module):
         )
         self.neighbours = Neighbours(catalogue) if config.neighbours else None
         self.recent = RecentPopularity(catalogue) if config.recent_popularity else None
+        counting = config.memory or config.neighbours or config.recent_popularity
+        self.borrowing = Borrowing(popularity) if config.borrowing and counting and text.shape[1] > 0 else None
         self.by_text = config.text_neighbours and text.shape[1] > 0
         self.by_popularity = config.popularity
         # What a weight of the layer below stands for; the popularities may count against an item, the others never do.
@@ -95,6 +98,8 @@ class Channels(nn.Module):
     def observe_popularity(self, popularity: np.ndarray) -> None:
         """Take new counts [I]."""
         self.log_popularity.copy_(_centred_log(torch.from_numpy(popularity)))
+        if self.borrowing is not None:
+            self.borrowing.events.copy_(torch.from_numpy(popularity))
 
     def weights(self, user: Tensor, context: Tensor) -> Tensor:
         """user [B, L, dim], context [B, L, CONTEXT] -> [B, L, C], in the order of `names`."""

@@ -100,6 +100,9 @@ class FusionModel(nn.Module):
     def scores_at(self, batch: Batch, interest: Interest, vectors: Tensor, moments: Tensor) -> dict[str, Tensor]:
         """What the network and each channel add to the logits [P, I] at `moments` [P, 2]; their sum is the logits."""
         scores = self.channels.counted(batch, interest.weights, moments)
+        if self.channels.borrowing is not None:
+            total = sum(scores.values(), start=torch.zeros((), device=moments.device))
+            scores["borrowed"] = self.channels.borrowing(total, None, None, None) - total
         for name, (query, keys) in self._products(batch, interest, vectors, moments, None).items():
             scores[name] = query @ keys.T
         return scores
@@ -133,16 +136,31 @@ class FusionModel(nn.Module):
         # One matrix product for all of them.
         keys = torch.cat([key if columns is None else key[columns] for _, key in products], 1)
         logits = torch.cat([query for query, _ in products], 1) @ keys.T
-        counted = self.channels.counted(
-            batch, interest.weights, moments, held_out=held_out, repeats=repeats, columns=columns
-        )
-        if not counted:
-            return logits
-        total = sum(counted.values(), start=torch.zeros((), device=logits.device))
-        if cold is None:
-            return logits + total
-        warm = (~(cold if columns is None else cold[columns])).float()
-        return torch.addcmul(logits, total, warm)
+        return logits + self._counted(batch, interest, moments, held_out, repeats, cold, columns)
+
+    def _counted(
+        self,
+        batch: Batch,
+        interest: Interest,
+        moments: Tensor,
+        held_out: bool,
+        repeats: bool,
+        cold: Tensor | None,
+        columns: Tensor | None,
+    ) -> Tensor:
+        """What the channels that are looked up add to the logits: [P, N], borrowed scores included; see logits_at."""
+        borrowing = self.channels.borrowing
+        wider = columns if columns is None or borrowing is None else borrowing.needed(columns, cold)
+        repeats = repeats or borrowing is not None  # what no one may be recommended can still lend
+        parts = self.channels.counted(
+            batch, interest.weights, moments, held_out=held_out, repeats=repeats, columns=wider
+        ).values()
+        total = sum(parts, start=torch.zeros((), device=moments.device))
+        if not parts:
+            return total
+        if borrowing is not None:
+            return borrowing(total, wider, columns, cold)
+        return total if cold is None else total * ~(cold if columns is None else cold[columns])
 
     def forward(
         self, batch: Batch, exclude_seen: bool, label_smoothing: float = 0.0, negatives: int = 0

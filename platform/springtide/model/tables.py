@@ -24,6 +24,8 @@ class Tables:
     recent: np.ndarray  # [T, I] float32 decayed counts, see channels.RecentPopularity
     recent_edges: np.ndarray  # [T] int64 ms
     recent_half_life: float  # ms
+    lenders: np.ndarray  # [I, N] int64, see borrowing.nearest_by_text
+    cosines: np.ndarray  # [I, N] float32
 
     def fill(self, model: FusionModel) -> None:
         """Put the counts into the channels that the model has."""
@@ -34,6 +36,8 @@ class Tables:
             channels.neighbours.load(self.inverse, self.neighbour_items, self.end, self.half_life)
         if channels.recent is not None:
             channels.recent.load(self.recent, self.recent_edges, self.recent_half_life)
+        if channels.borrowing is not None:
+            channels.borrowing.load(self.lenders, self.cosines)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything as plain arrays, for a safetensors file."""
@@ -48,6 +52,8 @@ class Tables:
             "times": np.array([self.end, self.half_life, self.recent_half_life], np.float64),
             "recent": np.ascontiguousarray(self.recent, np.float32),
             "recent_edges": self.recent_edges.astype(np.int64),
+            "lenders": self.lenders.astype(np.int32),
+            "cosines": np.ascontiguousarray(self.cosines, np.float32),
         }
 
 
@@ -67,4 +73,6 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Tables:
         arrays["recent"],
         arrays["recent_edges"],
         recent_half_life,
+        arrays["lenders"].astype(np.int64),
+        arrays["cosines"],
     )

@@ -20,7 +20,8 @@ from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json
 from springtide.model.batch import History
-from springtide.text.embed import load_vectors, whiten
+from springtide.text.embed import load_vectors
+from springtide.text.features import KINDS, judge_features, make_features
 from springtide.training.loop import Progress
 from springtide.training.sampling import Sampling
 from springtide.training.sequences import epoch_batches, from_table, validation_cases
@@ -30,6 +31,7 @@ from springtide.training.worker import build_model, read_progress, train_worker,
 
 log = logging.getLogger(__name__)
 WIDTHS = ((20_000, 32), (5_000_000, 64), (float("inf"), 128))  # events of a log below which a model is so wide
+TEXT_EVENTS = 10  # of a history, by which text features are judged
 CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder
 
 
@@ -173,12 +175,13 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
     run_folder.mkdir(parents=True, exist_ok=True)
     chosen = run_folder.parent / CHOICES if refit else run_folder / CHOICES
     if not refit:
-        hide = settings.data.exclude_seen
-        decay = choose_share(statistics, settings.model, _some_cases(prepared, share), hide)
-        write_json(chosen, {"neighbour_half_life": decay})
-    decay = json.loads(chosen.read_text(encoding="utf-8"))["neighbour_half_life"]
+        hide, cases = settings.data.exclude_seen, _some_cases(prepared, share)
+        decay = choose_share(statistics, settings.model, cases, hide)
+        write_json(chosen, {"neighbour_half_life": decay, "text_features": choose_text(settings, prepared, cases)})
+    choices = json.loads(chosen.read_text(encoding="utf-8"))
     path = run_folder / "inputs.safetensors"
-    write_inputs(path, tabulate(statistics, settings.model, decay), text_features(settings, prepared))
+    text = text_features(settings, prepared, choices["text_features"])
+    write_inputs(path, tabulate(statistics, settings.model, choices["neighbour_half_life"], text), text)
     return path
 
 
@@ -199,23 +202,46 @@ def _can_train(prepared: Prepared, share: float) -> bool:
     return False
 
 
-def text_features(settings: Settings, prepared: Prepared) -> np.ndarray:
-    """Whitened text vectors [I, text_dim]; zero width where the settings or the log have no text.
+def choose_text(settings: Settings, prepared: Prepared, cases: list[tuple[History, int]]) -> str:
+    """The kind of text features by which items that follow one another are nearest, unless the settings name one."""
+    kind, vectors = settings.model.text_features, _vectors(settings, prepared)
+    if kind != "auto" or vectors is None:
+        return "meaning" if kind == "auto" else kind
+    texts, width = prepared.items["text"].to_pylist(), settings.model.text_dim
+    recent = [(history.items[-TEXT_EVENTS:], target) for history, target in cases]
+    found = {
+        kind: judge_features(make_features(kind, vectors, texts, width), recent, settings.data.exclude_seen)
+        for kind in KINDS
+    }
+    log.info("text features: %s", ", ".join(f"{kind} {value:.4f}" for kind, value in found.items()))
+    return max(KINDS, key=lambda kind: found[kind])
+
+
+def text_features(settings: Settings, prepared: Prepared, kind: str = "meaning") -> np.ndarray:
+    """Whitened text features [I, D]; zero width where the settings or the log have no text.
 
     Raises SpringtideError if the items have texts that `embed` has not encoded yet, or encoded before they changed.
     """
+    vectors = _vectors(settings, prepared)
+    if vectors is None:
+        return np.zeros((len(prepared.items), 0), np.float32)
+    return make_features(kind, vectors, prepared.items["text"].to_pylist(), settings.model.text_dim)
+
+
+def _vectors(settings: Settings, prepared: Prepared) -> np.ndarray | None:
+    """The encoder's vectors [I, D]; None where the settings or the log have no text. Raises as text_features."""
     vectors = load_vectors(settings, prepared.items)  # also for text_dim 0: the bundle takes them along for queries
     if not settings.model.text_dim or not prepared.report["catalogue"]["with_text"]:
         if not settings.model.id_embeddings:
             raise SpringtideError(
                 "model.id_embeddings is off and no item has a text, so items have no vector; turn it on"
             )
-        return np.zeros((len(prepared.items), 0), np.float32)
+        return None
     if vectors is None:
         raise SpringtideError(
             "the items have texts but no vectors yet; run the embed job first, or set model.text_dim=0"
         )
-    return whiten(vectors, settings.model.text_dim)
+    return vectors
 
 
 def write_trained(

@@ -62,7 +62,9 @@ class Progress:
 def make_optimizer(model: FusionModel, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW; the few numbers that shape the channels' scores move faster and are not decayed."""
     fast = [
-        p for n, p in model.named_parameters() if n in FAST or n.startswith(("channels.memory", "channels.neighbours"))
+        p
+        for n, p in model.named_parameters()
+        if n in FAST or n.startswith(("channels.memory", "channels.neighbours", "channels.borrowing"))
     ]
     fast_ids = {id(p) for p in fast}
     slow = [p for p in model.parameters() if id(p) not in fast_ids]

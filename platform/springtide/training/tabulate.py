@@ -8,6 +8,7 @@ import torch
 
 from springtide.config import ModelConfig
 from springtide.model.batch import History, scoring_batch
+from springtide.model.borrowing import nearest_by_text
 from springtide.model.counting.ease import regularised_inverse
 from springtide.model.neighbours import Neighbours
 from springtide.model.tables import Tables
@@ -18,8 +19,13 @@ TRIED_SHARES = (None, 0.4)  # half-lives of the neighbours' log, as shares of it
 JUDGED_USERS = 1000
 
 
-def tabulate(statistics: Statistics, config: ModelConfig, share: float | None) -> Tables:
-    """The Tables of a log. share: half-life of the neighbours' log as a share of its span; None = no decay."""
+def tabulate(
+    statistics: Statistics, config: ModelConfig, share: float | None, text: np.ndarray | None = None
+) -> Tables:
+    """The Tables of a log. share: half-life of the neighbours' log as a share of its span; None = no decay.
+
+    text: [I, D] the items' whitened text vectors, if they have any.
+    """
     start, end = _span(statistics)
     items, inverse, half_life = _neighbours(statistics, config, share)
     recent, edges = np.zeros((1, len(statistics.popularity)), np.float32), np.array([end + 1])
@@ -27,6 +33,9 @@ def tabulate(statistics: Statistics, config: ModelConfig, share: float | None) -
         recent, edges = recent_popularity(
             statistics.wanted, statistics.wanted_at, len(statistics.popularity), config.recent_half_life
         )
+    no_text = np.zeros((len(statistics.popularity), 0), np.float32)
+    text = no_text if text is None or not config.borrowing else text
+    lenders, cosines = nearest_by_text(text, statistics.popularity)
     return Tables(
         statistics.popularity,
         statistics.rating_stats,
@@ -38,6 +47,8 @@ def tabulate(statistics: Statistics, config: ModelConfig, share: float | None) -
         recent,
         edges,
         config.recent_half_life * (end - start) or float("inf"),
+        lenders,
+        cosines,
     )
 
 

@@ -1,0 +1,94 @@
+"""Items that were counted seldom or never borrow the counted scores of the items whose texts are nearest to theirs.
+
+An item of n training events borrows with weight kappa / (n + kappa), so a new one in full and a popular one hardly;
+each lender counts by exp((cosine - 1) / tau), as a share where together they say more than one perfect lender would.
+kappa, tau and the scale of the whole are learned; ID dropout, which hides the counts of random items for a step, shows
+the model in training what it will be asked about new ones.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LENDERS = 8  # most items that one borrows from
+CANDIDATES = 20_000  # lenders are among so many of the most popular items: a million items still take only minutes
+BORROWERS_BELOW = 10  # training events; an item with more speaks for itself
+BLOCK = 2048  # rows of cosines held at once
+
+
+def nearest_by_text(text: np.ndarray, popularity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The items that each could borrow from: (catalogue rows [I, M] int64, cosines [I, M] float32, best first).
+
+    text: [I, D] whitened vectors, zero row = no text; popularity: [I] training events. No item is its own lender, and
+    cosine -1 marks a place that is empty. M <= LENDERS.
+    """
+    unit = torch.from_numpy(text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-12)).float()
+    described = np.abs(text).sum(1) > 0
+    ranked = np.argsort(-popularity, kind="stable")[:CANDIDATES]
+    lenders = torch.from_numpy(ranked[(popularity[ranked] > 0) & described[ranked]])
+    count = min(LENDERS, len(lenders))
+    rows, cosines = np.zeros((len(text), count), np.int64), np.full((len(text), count), -1, np.float32)
+    asking = torch.from_numpy(np.flatnonzero(described))
+    for some in asking.split(BLOCK) if count else ():
+        cosine = unit[some] @ unit[lenders].T
+        cosine[some[:, None] == lenders[None]] = -1
+        best, place = cosine.topk(count, dim=1)
+        rows[some], cosines[some] = lenders[place].numpy(), best.numpy()
+    return rows, cosines
+
+
+class Borrowing(nn.Module):
+    """See the module docstring."""
+
+    lenders: Tensor  # [I, M] int64 catalogue rows
+    cosines: Tensor  # [I, M] float32
+    events: Tensor  # [I] float32 training events
+
+    def __init__(self, popularity: Tensor) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(-1.0))
+        self.log_kappa = nn.Parameter(torch.tensor(0.0))
+        self.log_tau = nn.Parameter(torch.tensor(-1.5))
+        self.register_buffer("events", popularity.float(), persistent=False)
+        self.load(np.zeros((len(popularity), 0), np.int64), np.zeros((len(popularity), 0), np.float32))
+
+    def load(self, lenders: np.ndarray, cosines: np.ndarray) -> None:
+        """Take what `nearest_by_text` found."""
+        self.register_buffer("lenders", torch.from_numpy(lenders).to(self.log_scale.device), persistent=False)
+        self.register_buffer("cosines", torch.from_numpy(cosines).to(self.log_scale.device), persistent=False)
+
+    def needed(self, columns: Tensor, cold: Tensor | None) -> Tensor:
+        """`columns` [N] of the catalogue with the lenders of those that borrow, ascending: [N'] int64."""
+        borrower = columns[self._borrows(columns, cold)]
+        return torch.cat([columns, self.lenders[borrower].flatten()]).unique()
+
+    def forward(self, counted: Tensor, have: Tensor | None, want: Tensor | None, cold: Tensor | None) -> Tensor:
+        """Scores with what is borrowed added, [P, N] of the catalogue rows `want` (ascending; None = all).
+
+        counted: [P, N'] of the rows `have` (None = all), with every lender among them; cold: [I] bool, items to be
+        scored as if never counted.
+        """
+        items = torch.arange(len(self.events), device=counted.device) if want is None else want
+        own = counted if have is None or want is None else counted[:, torch.searchsorted(have, want)]
+        if cold is not None:
+            own = own * ~cold[items]
+        place = self._borrows(items, cold).nonzero()[:, 0]
+        if not len(place) or not self.lenders.shape[1]:  # no gradient, but one all the same: DDP waits for every one
+            return own + 0 * (self.log_scale + self.log_kappa + self.log_tau)
+        borrower = items[place]
+        lenders = self.lenders[borrower]
+        if have is not None:
+            lenders = torch.searchsorted(have, lenders)
+        events = self.events[borrower] if cold is None else self.events[borrower] * ~cold[borrower]
+        kappa = torch.exp(self.log_kappa)
+        near = torch.exp((self.cosines[borrower] - 1) * torch.exp(-self.log_tau))
+        share = torch.exp(self.log_scale) * kappa / (kappa + events) / near.sum(1).clamp(min=1)
+        lent = F.embedding_bag(lenders, counted.T.contiguous(), per_sample_weights=near * share[:, None], mode="sum")
+        return own.index_add(1, place, lent.T)
+
+    def _borrows(self, items: Tensor, cold: Tensor | None) -> Tensor:
+        few = self.events[items] < BORROWERS_BELOW
+        return few if cold is None else few | cold[items]

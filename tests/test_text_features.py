@@ -1,0 +1,63 @@
+"""Text features: spelling needs no language, both are whitened, and the choice follows what was taken next."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from springtide.text.features import KINDS, judge_features, make_features
+from springtide.text.lexical import lexical_vectors
+
+CHINESE = ["红色雨伞", "红色雨衣", "蓝色茶杯", "蓝色茶壶", "木头玩具", "木头小车"]
+
+
+def nearest(vectors: np.ndarray) -> list[int]:
+    cosine = vectors @ vectors.T
+    np.fill_diagonal(cosine, -1)
+    return cosine.argmax(1).tolist()
+
+
+def test_spelling_finds_kin_in_a_script_without_spaces() -> None:
+    assert nearest(lexical_vectors(CHINESE, 4)) == [1, 0, 3, 2, 5, 4]
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["a"], ["", "", ""], ["one", "two"], ["same"] * 5, ["x y", ""] * 3])
+def test_texts_with_nothing_to_tell(texts: list[str]) -> None:
+    found = lexical_vectors(texts, 8)
+    assert len(found) == len(texts) and np.isfinite(found).all()
+    assert (np.abs(found).sum(1)[[not text for text in texts]] == 0).all()
+    for kind in KINDS:
+        features = make_features(kind, np.ones((len(texts), 3), np.float32), texts, 2)
+        assert len(features) == len(texts) and np.isfinite(features).all()
+
+
+def test_the_same_texts_give_the_same_vectors() -> None:
+    np.testing.assert_array_equal(lexical_vectors(CHINESE, 4), lexical_vectors(CHINESE, 4))
+
+
+def test_widths_of_each_kind() -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(["red", "blue", "cup", "pot", "toy", "hat", "box"], 3)) for _ in range(60)]
+    vectors = rng.normal(size=(60, 16)).astype(np.float32)
+    widths = {kind: make_features(kind, vectors, texts, 8).shape[1] for kind in KINDS}
+    assert widths == {"meaning": 8, "spelling": 8, "both": 12}
+    both = make_features("both", vectors, texts, 8)
+    np.testing.assert_array_equal(both[:, :8], make_features("meaning", vectors, texts, 8))
+    assert both.std(0).min() > 0.4 and both.std(0).max() < 1.1
+
+
+def test_a_judgement_by_hand() -> None:
+    """Item 1 is nearest to item 0, item 2 the farthest; seen items are no candidates where they are excluded."""
+    features = np.array([[1, 0], [1, 0.1], [-1, 0], [0, 1]], np.float32)
+    first, third = 1 / np.log2(2), 1 / np.log2(4)
+    assert judge_features(features, [(np.array([0]), 1)], True) == pytest.approx(first)
+    assert judge_features(features, [(np.array([0]), 1)], False) == pytest.approx(1 / np.log2(3))
+    assert judge_features(features, [(np.array([0]), 1), (np.array([0]), 2)], True) == pytest.approx(
+        (first + third) / 2
+    )
+    assert judge_features(features, [], True) == 0
+
+
+def test_items_without_a_text_never_come_before_those_with_one_by_chance() -> None:
+    features = np.array([[0, 0], [0, 0], [0, 0]], np.float32)
+    assert judge_features(features, [(np.array([0]), 2)], True) == pytest.approx(1 / np.log2(3))  # ties by row
