@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import springtide
-from springtide.bundle import FILES, PARITY, load_bundle
+from springtide.bundle import FILES, load_bundle
 from springtide.errors import SpringtideError
 from springtide.files import write_manifest
 from springtide.model.batch import History
@@ -70,7 +70,7 @@ def test_a_bundle_scores_like_the_model_that_was_written(
 
 def test_what_is_in_a_bundle(path: Path) -> None:
     bundle = load_bundle(str(path))
-    assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, PARITY, "manifest.json"])
+    assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "manifest.json"])
     assert bundle.recommender.item_ids[:2] == ["i00", "i01"] and len(bundle.recommender.item_ids) == ITEMS_IN_TOY
     assert bundle.metrics == {"validation": {"ndcg@10": 0.1}}
     assert bundle.settings.name == "toy" and bundle.recommender.actions[0] == "<unknown>"
@@ -106,14 +106,14 @@ def test_a_damaged_manifest_is_refused(path: Path) -> None:
             load_bundle(path)
 
 
-@pytest.mark.parametrize("name", [*FILES, PARITY, "manifest.json"])
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_a_missing_file_is_named(path: Path, name: str) -> None:
     (path / name).unlink()
     with pytest.raises(SpringtideError, match=name):
         load_bundle(path)
 
 
-@pytest.mark.parametrize("name", [*FILES, PARITY])
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_without_a_checksum_is_not_trusted(path: Path, name: str) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["files"][name]

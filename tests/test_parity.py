@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from springtide import parity
-from springtide.bundle import PARITY, check_parity, load_bundle
+from springtide.bundle import check_parity, load_bundle
 from springtide.errors import SpringtideError
-from springtide.files import write_manifest
 from toy import toy_bundle
 
 
@@ -29,7 +28,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_bundle_scores_as_when_it_was_written(tmp_path: Path, values: dict[str, Any]) -> None:
     bundle = load_bundle(toy_bundle(tmp_path, **values))
-    assert bundle.parity is not None
     assert len(bundle.parity["cases"]) == parity.CASES
     assert {len(case["items"]) for case in bundle.parity["cases"]} == {parity.TOP}
     assert sum("query_item" in case for case in bundle.parity["cases"]) == parity.CASES // parity.QUERY_EVERY
@@ -40,7 +38,7 @@ def test_a_bundle_scores_as_when_it_was_written(tmp_path: Path, values: dict[str
 
 def test_another_model_is_refused(path: Path, tmp_path: Path) -> None:
     other = load_bundle(toy_bundle(tmp_path, seed=1))
-    kept = json.loads((path / PARITY).read_text())
+    kept = json.loads((path / "parity.json").read_text())
     with pytest.raises(SpringtideError, match="scores otherwise than when it was written: sample 0 is off by"):
         parity.check(other.recommender, kept, "bundle other")
 
@@ -49,7 +47,7 @@ def test_another_model_is_refused(path: Path, tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 def test_one_score_beyond_the_tolerance_is_noticed(path: Path, case: int, place: int, allowed: float) -> None:
     """allowed: how far one kept score is moved, in tolerances."""
-    kept = json.loads((path / PARITY).read_text())
+    kept = json.loads((path / "parity.json").read_text())
     scores = kept["cases"][case]["scores"]
     if place == 0:  # the greatest score is the measure itself: move it down, so that it stays the measure
         scores[place] -= allowed * parity.TOLERANCE * max(1.0, *map(abs, scores))
@@ -72,15 +70,6 @@ def test_weights_that_are_not_numbers_do_not_pass(path: Path) -> None:
         check_parity(bundle)
 
 
-def test_an_older_bundle_has_no_sample(tmp_path: Path) -> None:
-    older = toy_bundle(tmp_path)
-    (older / PARITY).unlink()
-    write_manifest(older)
-    bundle = load_bundle(older)
-    assert bundle.parity is None
-    assert check_parity(bundle) is None
-
-
 @pytest.mark.parametrize(
     "broken", [{}, {"cases": [{}]}, {"cases": 1}, {"cases": [{"events": [], "now": "x"}]}], ids=str
 )
@@ -90,6 +79,6 @@ def test_an_unreadable_sample_is_told(path: Path, broken: dict[str, Any]) -> Non
 
 
 def test_the_sample_holds_every_length(path: Path) -> None:
-    lengths = [len(case["events"]) for case in json.loads((path / PARITY).read_text())["cases"]]
+    lengths = [len(case["events"]) for case in json.loads((path / "parity.json").read_text())["cases"]]
     assert (min(lengths), max(lengths)) == (1, parity.LONGEST)
     assert np.all(np.diff(lengths) >= 0)

@@ -118,12 +118,14 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
     text = rng.normal(size=(len(items), 384)).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     events = items["events"].to_numpy()
-    tables = replace(tables_of(toy_sequences(seed), len(items), settings.model), popularity=events)
+    features = rng.normal(size=(len(items), settings.model.text_dim)).astype(np.float32)
+    counted = tables_of(toy_sequences(seed), len(items), settings.model, text=features)
+    tables = replace(counted, popularity=events)
     torch.manual_seed(seed)
     model = FusionModel(
         settings.model,
         len(ACTIONS),
-        torch.from_numpy(rng.normal(size=(len(items), settings.model.text_dim)).astype(np.float32)),
+        torch.from_numpy(features),
         torch.ones(len(items), dtype=torch.bool),
         torch.from_numpy(events.copy()),
         (3.0, 1.0),

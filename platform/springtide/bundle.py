@@ -35,8 +35,8 @@ FILES = (
     "vectors.safetensors",
     "memory.safetensors",
     "metrics.json",
+    "parity.json",
 )
-PARITY = "parity.json"  # beside FILES: bundles of FORMAT 2 from before it lack it, and are served without that check
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Bundle:
     settings: Settings
     metrics: dict[str, Any]
     recommender: Recommender
+    parity: dict[str, Any]  # scores at the time of writing, see parity.py
     log: str | None = None  # content hash of the prepared log that it was trained on
-    parity: dict[str, Any] | None = None  # scores at the time of writing, see parity.py; None: an older bundle
 
 
 def write_bundle(
@@ -90,7 +90,7 @@ def write_bundle(
         write_json(out / "metrics.json", metrics)
         training = model.training
         recommender = _recommender(model, settings, counted, actions, tables, vectors)
-        write_json(out / PARITY, parity.sample(recommender, tables.end))
+        write_json(out / "parity.json", parity.sample(recommender, tables.end))
         model.train(training)
         write_manifest(out)
 
@@ -101,10 +101,9 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     Raises SpringtideError naming the file that is missing, differs or cannot be read.
     """
     path = Path(path).absolute()
-    sampled = (path / PARITY).is_file()
     if verify:
         listed = verify_manifest(path, "bundle")["files"]
-        if unlisted := [name for name in (*FILES, *([PARITY] * sampled)) if name not in listed]:
+        if unlisted := [name for name in FILES if name not in listed]:
             raise SpringtideError(
                 f"bundle {path}: manifest.json has no checksum of {unlisted[0]}; write the bundle again"
             )
@@ -115,7 +114,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
             raise SpringtideError(
                 f"bundle {path} has format {config['format']}, this version reads {FORMAT}; train it again"
             )
-        kept = json.loads((path / PARITY).read_text(encoding="utf-8")) if sampled else None
+        kept = json.loads((path / "parity.json").read_text(encoding="utf-8"))
         settings = Settings.model_validate(config["settings"])
         items = check_schema(pq.read_table(path / "items.parquet"), ITEMS, str(path / "items.parquet"))
         state = load_tensors(path / "model.safetensors")
@@ -138,15 +137,15 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         ) from None
     recommender = _recommender(model, settings, items, config["actions"], tables, vectors)
     version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
-    return Bundle(path, version, settings, metrics, recommender, config.get("log"), kept)
+    return Bundle(path, version, settings, metrics, recommender, kept, config.get("log"))
 
 
-def check_parity(bundle: Bundle) -> float | None:
+def check_parity(bundle: Bundle) -> float:
     """Whether the model, on the device where it now is, scores as it did when it was written; see parity.check.
 
-    Returns the greatest relative deviation, None for a bundle without a sample. Raises SpringtideError if it does not.
+    Returns the greatest relative deviation. Raises SpringtideError if it does not.
     """
-    return None if bundle.parity is None else parity.check(bundle.recommender, bundle.parity, f"bundle {bundle.path}")
+    return parity.check(bundle.recommender, bundle.parity, f"bundle {bundle.path}")
 
 
 def _recommender(

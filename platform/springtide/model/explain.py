@@ -18,7 +18,7 @@ from springtide.model.neighbours import SHORT_DECAY
 # long, short: the branches' parts of the user vector times the item vector. An item vector is ID row + projected text,
 # and both halves of that product are the network's.
 # joint: what a fusion adds of neither branch (the bias of `concat`); 0 for all other fusions.
-# memory: transitions and neighbours. text: nearness of the item's text to those of the history.
+# memory: transitions and neighbours, borrowed ones included. text: nearness of the item's text to those of the history.
 # popularity: popularity and recent popularity, or log popularity where nothing is known of the user.
 # query: nearness of the item's text to the request's free text.
 SHARES = ("long", "short", "joint", "memory", "text", "popularity", "query")
@@ -45,7 +45,11 @@ def shares(
     keys = vectors[columns]
     out = {"long": long, "short": short, "joint": user - long - short}
     out = {name: part @ keys.T * scale for name, part in out.items()}
-    counted = model.channels.counted(batch, interest.weights, moments, columns=columns)
+    borrowing = model.channels.borrowing
+    wider = columns if borrowing is None else borrowing.needed(columns, None)
+    counted = model.channels.counted(batch, interest.weights, moments, columns=wider)
+    if borrowing is not None:  # linear, so each channel's part may borrow on its own
+        counted = {name: borrowing(score, wider, columns, None) for name, score in counted.items()}
     for name, (query, of_item) in model.channels.products(batch, interest.weights, moments).items():
         counted[name] = query @ of_item[columns].T
     for name, score in counted.items():
@@ -61,6 +65,8 @@ def by_event(channels: Channels, items: Tensor, weights: Tensor, columns: Tensor
     of their names. Summed over the events this is memory + text.
     """
     weight = dict(zip(channels.names, weights.unbind(), strict=True))
+    asked, borrowing = columns, channels.borrowing
+    columns = columns if borrowing is None else borrowing.needed(columns, None)
     total = torch.zeros(len(items), len(columns), device=items.device)
     if channels.memory is not None:
         depth = min(len(items), channels.memory.recent)
@@ -71,6 +77,7 @@ def by_event(channels: Channels, items: Tensor, weights: Tensor, columns: Tensor
     if channels.neighbours is not None and len(channels.neighbours.items):
         pair = torch.stack([weight["neighbours_short"], weight["neighbours_long"]])
         total += channels.neighbours.by_event(items, pair, columns)
+    columns, total = asked, total if borrowing is None else borrowing(total, columns, asked, None)
     if channels.by_text and channels.text_scale is not None:
         age = torch.arange(len(items) - 1, -1, -1, device=items.device).float()
         short = SHORT_DECAY**age * (1 - SHORT_DECAY) / (1 - SHORT_DECAY ** len(items))

@@ -101,8 +101,7 @@ class FusionModel(nn.Module):
         """What the network and each channel add to the logits [P, I] at `moments` [P, 2]; their sum is the logits."""
         scores = self.channels.counted(batch, interest.weights, moments)
         if self.channels.borrowing is not None:
-            total = sum(scores.values(), start=torch.zeros((), device=moments.device))
-            scores["borrowed"] = self.channels.borrowing(total, None, None, None) - total
+            scores = {name: self.channels.borrowing(score, None, None, None) for name, score in scores.items()}
         for name, (query, keys) in self._products(batch, interest, vectors, moments, None).items():
             scores[name] = query @ keys.T
         return scores
