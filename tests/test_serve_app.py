@@ -428,6 +428,14 @@ def test_other_routes_and_methods(client: TestClient) -> None:
     assert client.get("/v1/recommend").json()["error"]["code"] == "method_not_allowed"
 
 
+def test_a_repeated_query_needs_no_encoder(client: TestClient, parts: Parts, service: Service) -> None:
+    first = recommend(client, query="love").json()
+    parts.encoder = "dead"
+    assert recommend(client, query="love").json() == first
+    assert recommend(client, query="hate").json()["degraded"] is True
+    assert (service.queries.hits, service.queries.misses) == (1, 2)
+
+
 # ---------------------------------------------------------------- parts that fail
 @pytest.mark.parametrize("state", ["slow", "dead"])
 def test_without_an_encoder_the_history_answers(client: TestClient, parts: Parts, state: str) -> None:

@@ -175,6 +175,8 @@ class Ingress:
             breaker_failures=options.breaker_failures,
             breaker_pause_s=options.breaker_pause_s,
             metrics=self._edge.counted,
+            query_cache=options.query_cache,
+            query_cache_s=options.query_cache_s,
         )
         self._workspace = options.workspace
         self._log: str | None = None
@@ -186,6 +188,7 @@ class Ingress:
     def reconfigure(self, config: Json) -> None:
         """Read the popular items; import the prepared log in the background if it is new, or if that failed."""
         options = IngressOptions.model_validate(config)
+        self._service.queries.clear()  # a new bundle may have come with another encoder
         if options.bundle is not None:
             try:
                 self._service.popular = load_popular(options.bundle, options.name)
@@ -270,10 +273,10 @@ def _load_engine(options: ScorerOptions) -> Engine:
 def _load_encoder(options: EncoderOptions) -> Any:
     import torch
 
-    from springtide.text.encoder import Encoder
+    from springtide.text.encoder import load_encoder
 
     torch.set_num_threads(options.threads)
-    encoder = Encoder(options.encoder, options.max_tokens, options.device)
+    encoder = load_encoder(options.encoder, options.max_tokens, options.device, options.runtime, options.threads)
     encoder.encode(["warm up", "up " * options.max_tokens])
     return encoder
 

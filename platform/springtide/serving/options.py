@@ -8,6 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from springtide.serving.store import file_of
+from springtide.text.encoder import Runtime
 
 IMPORT_PATH = "springtide.serving.deployments:build"
 
@@ -47,6 +48,8 @@ class AppOptions(Options):
     auth: AuthOptions | None = None  # None: no tokens, which the linter accepts on loopback alone
     access_log: bool = False  # a line of JSON for each request, without ids and texts
     ray_metrics: bool = True  # count through Ray's metrics agent too, beside GET /metrics
+    query_cache: int = Field(10_000, ge=0, le=1_000_000)  # queries whose vectors each Ingress keeps; 0 = none
+    query_cache_s: float = Field(600.0, gt=0)  # then a query is encoded again
 
     @field_validator("store")
     @classmethod
@@ -130,6 +133,14 @@ class EncoderOptions(Options):
     threads: int = Field(1, ge=1)
     max_batch_tokens: int = Field(2048, ge=4)  # padded tokens encoded at once
     batch_wait_ms: float = Field(2.0, ge=0, le=1000)
+    # onnx-int8 keeps a cosine of 0.99 to torch, or stays in float; auto: onnx-int8 on a CPU, torch on a GPU
+    runtime: Runtime = "auto"
+
+    @model_validator(mode="after")
+    def _onnx_on_a_cpu(self) -> EncoderOptions:
+        if self.device != "cpu" and self.runtime.startswith("onnx"):
+            raise ValueError("runtime onnx needs device: cpu; use torch or auto on a GPU")
+        return self
 
     @model_validator(mode="after")
     def _one_text_fits(self) -> EncoderOptions:

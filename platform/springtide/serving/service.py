@@ -25,6 +25,7 @@ from springtide.serving.guard import Breaker, Guard, Unavailable
 from springtide.serving.metrics import Metrics, NoMetrics
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
+from springtide.serving.query_cache import QueryCache
 from springtide.serving.schemas import HISTORY_USED, ApiError, EncodeRequest, Event, HistoryEvent, RecommendRequest
 from springtide.serving.store import HistoryStore
 from springtide.serving.traffic import Traffic, shares
@@ -65,6 +66,8 @@ class Service:
         breaker_failures: int = 5,
         breaker_pause_s: float = 2.0,
         metrics: Metrics | None = None,
+        query_cache: int = 10_000,
+        query_cache_s: float = 600.0,
     ) -> None:
         """other_timeout_s: for calls that have no degraded answer, such as storing events."""
         self.store = store
@@ -80,6 +83,7 @@ class Service:
         self._encoder, self._scorer = guard("encoder", encoder_timeout_s), guard("scorer", scorer_timeout_s)
         self._reads, self._writes = guard("store", store_timeout_s), guard("store_writes", other_timeout_s)
         self._encoder_answered = False
+        self.queries = QueryCache(self._encode_query, query_cache, query_cache_s)
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
         self.exposures: ExposureLog | None = None
         self.traffic = Traffic(TrafficOptions(), self._score_apart)
@@ -223,11 +227,14 @@ class Service:
         if query is None:
             return None, False
         try:
-            vectors = await self._encoder.run(self._encode, [query])
-            return np.asarray(vectors[0], np.float32), False
+            return await self.queries(query), False
         except Exception as error:  # a dead replica, a full queue, a time-out: the answer does without the query
             log.error("query not encoded, answering without: %r", error)
             return None, True
+
+    async def _encode_query(self, query: str) -> np.ndarray:
+        vectors: np.ndarray = await self._encoder.run(self._encode, [query])
+        return vectors[0]
 
     async def _score(self, request: RecommendRequest, wanted: ScoreRequest) -> Json:
         """The scorer's answer, or popular items where it has none."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from safetensors import SafetensorError
 
 from springtide.errors import SpringtideError
 from springtide.files import sha256_of
+from springtide.text.onnx_graph import graph_of
 
+log = logging.getLogger(__name__)
+Runtime = Literal["auto", "torch", "onnx", "onnx-int8"]
 DEFAULT = "default"
 DEFAULT_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -84,8 +88,72 @@ class Encoder:
         for start in range(0, len(spoken), batch_size):
             some = spoken[start : start + batch_size]
             tokens = self._tokenize([texts[i] for i in some]).to(self.device)
-            states = self._model(**tokens).last_hidden_state  # [b, tokens, dim]
+            states = self._states(tokens)
             mask = tokens["attention_mask"].unsqueeze(-1).to(states.dtype)
             pooled = (states * mask).sum(1) / mask.sum(1).clamp(min=1)
             out[some] = torch.nn.functional.normalize(pooled, dim=-1).float().cpu().numpy()
         return out
+
+    def _states(self, tokens: Any) -> torch.Tensor:
+        """[b, tokens, dim] of a padded batch."""
+        states: torch.Tensor = self._model(**tokens).last_hidden_state
+        return states
+
+
+class OnnxEncoder(Encoder):
+    """The same vectors on a CPU by ONNX Runtime, from a graph that is exported at the first load and kept in a cache.
+
+    int8: quantise where the vectors allow it, see onnx_graph.py. threads: of ONNX Runtime. Raises SpringtideError as
+    Encoder does, and if the model cannot be exported.
+    """
+
+    def __init__(self, name: str, max_tokens: int, *, int8: bool, threads: int = 1, cache: Path | None = None) -> None:
+        super().__init__(name, max_tokens)
+        self._threads = threads
+        self._session: Any = None  # none while the graph is made: PyTorch encodes what it is compared with
+        graph = graph_of(self._model, self.encode, self._judge, int8, cache)
+        self._session = self._open(graph)
+        del self._model  # its weights are in the graph
+
+    def _judge(self, graph: bytes) -> Callable[[list[str]], np.ndarray]:
+        def encode(texts: list[str]) -> np.ndarray:
+            self._session = self._open(graph)
+            try:
+                return self.encode(texts, batch_size=4)  # of like length, as the padding of live batches mostly is
+            finally:
+                self._session = None
+
+        return encode
+
+    def _open(self, graph: bytes) -> Any:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    def _states(self, tokens: Any) -> torch.Tensor:
+        if self._session is None:
+            return super()._states(tokens)
+        asked = {name: tokens[name].numpy() for name in ("input_ids", "attention_mask")}
+        return torch.from_numpy(self._session.run(None, asked)[0])
+
+
+def load_encoder(
+    name: str, max_tokens: int, device: str = "cpu", runtime: Runtime = "auto", threads: int = 1
+) -> Encoder:
+    """An encoder by its runtime; auto: onnx-int8 on a CPU, or torch if the model cannot be exported or on a GPU.
+
+    threads: of ONNX Runtime; PyTorch's are the process's. Raises SpringtideError as Encoder and OnnxEncoder do.
+    """
+    if runtime == "torch" or (runtime == "auto" and device != "cpu"):
+        return Encoder(name, max_tokens, device)
+    try:
+        return OnnxEncoder(name, max_tokens, int8=runtime != "onnx", threads=threads)
+    except SpringtideError as error:
+        if runtime != "auto":
+            raise
+        encoder = Encoder(name, max_tokens, device)  # if it is the encoder itself that is wrong, this says so
+        log.warning("%s", error)
+        return encoder
