@@ -26,6 +26,7 @@ LAYERS = {
     "training": 3, "tuning": 3, "evaluation": 3,
     "serving": 4,
     "jobs": 5, "quickstart": 5,
+    "cli": 6, "__main__": 7,
 }  # fmt: skip
 PEERS = {("data", "cluster"), ("text", "cluster"), ("text", "data"), ("bundle", "model"), ("bundle", "parity"),
          ("parity", "model"), ("tuning", "training"), ("training", "evaluation"), ("tuning", "evaluation"),
@@ -37,7 +38,7 @@ PURE = [
     *PACKAGE.glob("model/**/*.py"),
     *(
         PACKAGE / "evaluation" / f"{name}.py"
-        for name in ("metrics", "ranking", "prequential", "slices", "ties", "leakage")
+        for name in ("ab", "metrics", "ranking", "prequential", "slices", "ties", "leakage")
     ),
 ]
 
