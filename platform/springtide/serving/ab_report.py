@@ -19,7 +19,7 @@ from springtide.serving.store import file_of, open_store
 
 Json = dict[str, Any]
 _CHUNK = 10_000  # events read from a store at once
-_SHOWN = {
+_SHOWN: dict[str, Any] = {
     "user": pl.String,
     "time": pl.Int64,
     "arm": pl.String,
@@ -29,7 +29,7 @@ _SHOWN = {
     "degraded": pl.Boolean,
     "items": pl.List(pl.String),
 }
-_TAKEN = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "action": pl.String}
+_TAKEN: dict[str, Any] = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "action": pl.String}
 
 
 @dataclass(frozen=True)
