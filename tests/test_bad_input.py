@@ -16,7 +16,7 @@ from springtide.model.batch import History
 from springtide.model.fusion import FusionModel
 from springtide.model.recommender import Recommender
 from springtide.schemas import SEQUENCES, TRAIN, VALID
-from springtide.text.embed import whiten
+from springtide.text.whitening import fit_whitening
 from springtide.training.loop import Progress, fit, make_optimizer
 from springtide.training.statistics import collect
 from springtide.training.tabulate import choose_share, tabulate
@@ -102,7 +102,7 @@ def test_half_of_the_histories_hold_one_event(exclude_seen: bool) -> None:
 
 def test_items_with_one_and_the_same_text() -> None:
     vector = np.ones((ITEMS, 384), np.float32) / 384**0.5
-    text = whiten(vector, 8)
+    text = fit_whitening(vector, 8).apply(vector)
     assert np.isfinite(text).all()
     train(table_of(random_rows()), np.ascontiguousarray(text, np.float32))
 

@@ -21,9 +21,9 @@ from springtide.files import write_json, write_manifest
 from springtide.presets import PRESETS
 from springtide.schemas import SEQUENCES, TEST, TRAIN
 from springtide.training import job
-from springtide.training.job import text_features
 from springtide.training.loop import Progress, fit, make_optimizer
 from springtide.training.sequences import from_table
+from springtide.training.texts import feature_rows, fit_texts
 from springtide.training.worker import ShardFeed, build_model, write_inputs
 from toy import ITEMS_IN_TOY, tables_of, toy_items, toy_log, toy_settings
 from write_workspace import USERS, write_workspace
@@ -82,7 +82,9 @@ def train_here(
     table = prepared.sequences().combine_chunks()
     run_folder.mkdir(parents=True)
     tables = tables_of(from_table(table, 0, refit), len(prepared.items), settings.model)
-    write_inputs(run_folder / "inputs.safetensors", tables, text_features(settings, prepared))
+    features = fit_texts(settings, prepared, "meaning")
+    rows = feature_rows(settings, prepared, features)
+    write_inputs(run_folder / "inputs.safetensors", tables, rows, features)
     model, _ = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
     feed = ShardFeed(Shard(table), settings.model.long_window, settings.train, 0.0, refit, None)
 

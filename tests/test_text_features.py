@@ -5,10 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from springtide.text.features import KINDS, judge_features, make_features
-from springtide.text.lexical import lexical_vectors
+from springtide.text.features import KINDS, fit_features, from_arrays, judge_features
+from springtide.text.spelling import fit_spelling
 
 CHINESE = ["红色雨伞", "红色雨衣", "蓝色茶杯", "蓝色茶壶", "木头玩具", "木头小车"]
+
+
+def lexical_vectors(texts: list[str], width: int) -> np.ndarray:
+    return fit_spelling(texts, width).apply(texts)
+
+
+def make_features(kind: str, vectors: np.ndarray, texts: list[str], width: int) -> np.ndarray:
+    return fit_features(kind, vectors, texts, width).apply(vectors, texts)
 
 
 def nearest(vectors: np.ndarray) -> list[int]:
@@ -44,6 +52,23 @@ def test_widths_of_each_kind() -> None:
     both = make_features("both", vectors, texts, 8)
     np.testing.assert_array_equal(both[:, :8], make_features("meaning", vectors, texts, 8))
     assert both.std(0).min() > 0.4 and both.std(0).max() < 1.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_items_of_later_get_the_features_that_they_would_have_had(kind: str) -> None:
+    rng = np.random.default_rng(1)
+    texts, vectors = CHINESE * 2, rng.normal(size=(12, 5)).astype(np.float32)
+    made = fit_features(kind, vectors, texts, 4)
+    again = from_arrays(made.arrays())
+    whole = made.apply(vectors, texts)
+    np.testing.assert_array_equal(again.apply(vectors, texts), whole)
+    np.testing.assert_allclose(again.apply(vectors[3:5], texts[3:5]), whole[3:5], atol=1e-6)
+    assert not again.apply(np.zeros((1, 5), np.float32), [""]).any() and again.apply(vectors[:0], []).shape[0] == 0
+
+
+def test_no_text_at_all() -> None:
+    nothing = from_arrays({})
+    assert nothing.apply(np.zeros((3, 0), np.float32), ["", "", ""]).shape == (3, 0)
 
 
 def test_a_judgement_by_hand() -> None:

@@ -26,6 +26,8 @@ from springtide.model.fusion import FusionModel
 from springtide.model.recommender import Recommender
 from springtide.model.tables import Tables, from_arrays
 from springtide.schemas import ITEMS, check_schema
+from springtide.text.features import TextFeatures
+from springtide.text.features import from_arrays as features_from_arrays
 
 FORMAT = 3
 FILES = (
@@ -36,6 +38,7 @@ FILES = (
     "memory.safetensors",
     "metrics.json",
     "parity.json",
+    "text.safetensors",
 )
 
 
@@ -49,6 +52,7 @@ class Bundle:
     metrics: dict[str, Any]
     recommender: Recommender
     parity: dict[str, Any]  # scores at the time of writing, see parity.py
+    features: TextFeatures  # how the model knows the text of an item that was not there in training
     log: str | None = None  # content hash of the prepared log that it was trained on
 
 
@@ -62,17 +66,20 @@ def write_bundle(
     text_vectors: np.ndarray | None,
     metrics: dict[str, Any],
     log: str | None = None,
+    features: TextFeatures | None = None,
 ) -> None:
     """Write a bundle beside `path` and rename it into place.
 
     items: schemas.ITEMS; tables: the counts in it; text_vectors: [I, D] float32 normalised, zero row = no text;
-    log: content hash of the prepared log. Raises SpringtideError if the disk refuses.
+    log: content hash of the prepared log; features: what made the model's text features of them. Raises SpringtideError
+    if the disk refuses.
     """
     with publish_directory(path) as out:
         save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors")
         save_arrays(tables.arrays(), out / "memory.safetensors")
         vectors = np.zeros((len(items), 0), np.float32) if text_vectors is None else text_vectors.astype(np.float32)
         save_arrays({"text": vectors}, out / "vectors.safetensors")
+        save_arrays((features or TextFeatures(None, None)).arrays(), out / "text.safetensors")
         counted = items.set_column(
             items.schema.get_field_index("events"), ITEMS.field("events"), pa.array(tables.popularity, pa.int64())
         )
@@ -120,6 +127,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         state = load_tensors(path / "model.safetensors")
         tables = from_arrays(load_arrays(path / "memory.safetensors"))
         vectors = load_arrays(path / "vectors.safetensors")["text"]
+        features = features_from_arrays(load_arrays(path / "text.safetensors"))
         model = FusionModel(
             settings.model,
             len(config["actions"]),
@@ -137,7 +145,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         ) from None
     recommender = _recommender(model, settings, items, config["actions"], tables, vectors)
     version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
-    return Bundle(path, version, settings, metrics, recommender, kept, config.get("log"))
+    return Bundle(path, version, settings, metrics, recommender, kept, features, config.get("log"))
 
 
 def check_parity(bundle: Bundle) -> float:

@@ -116,24 +116,3 @@ def load_vectors(settings: Settings, items: pa.Table) -> np.ndarray | None:
         target, source = map(list, zip(*kept, strict=True))
         out[target] = values[source]
     return out
-
-
-def whiten(vectors: np.ndarray, width: int) -> np.ndarray:
-    """[I, min(width, D, I)] float32: principal components of the described rows, scaled to unit variance.
-
-    Frozen sentence vectors crowd into a narrow cone; whitening spreads them (Su et al., arXiv 2103.15316). Zero rows
-    (no text) stay zero.
-    """
-    described = np.abs(vectors).sum(1) > 0
-    width = min(width, vectors.shape[1], max(0, int(described.sum()) - 1))
-    out = np.zeros((len(vectors), width), np.float32)
-    if not width:
-        return out
-    rows = vectors[described].astype(np.float64)
-    rows = rows - rows.mean(0)
-    values, axes = np.linalg.eigh(rows.T @ rows / len(rows))
-    best = np.argsort(values)[::-1][:width]
-    scale = np.sqrt(values[best] + 1e-6 + 0.01 * values[best[0]])  # a floor, or the last components are noise
-    signs = np.sign(axes[np.abs(axes[:, best]).argmax(0), best])  # eigenvectors have no sign of their own: fix one
-    out[described] = (rows @ (axes[:, best] * signs / scale)).astype(np.float32)
-    return out

@@ -2,26 +2,73 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from springtide.text.embed import whiten
-from springtide.text.lexical import lexical_vectors
+from springtide.text.spelling import Spelling, fit_spelling
+from springtide.text.whitening import Whitening, fit_whitening
 
 KINDS = ("meaning", "spelling", "both")
+_BETWEEN = "\0"  # n-grams in one string: no text holds it
 
 
-def make_features(kind: str, vectors: np.ndarray, texts: list[str], width: int) -> np.ndarray:
-    """[I, <= 1.5 * width] float32 features of one of KINDS, each dimension of unit variance over the described items.
+@dataclass(frozen=True)
+class TextFeatures:
+    """From texts and the encoder's vectors of them to features; fitted on one catalogue, good for items of later."""
+
+    meaning: Whitening | None
+    spelling: tuple[Spelling, Whitening] | None
+
+    def apply(self, vectors: np.ndarray, texts: list[str]) -> np.ndarray:
+        """[N, width] float32; about unit variance in each dimension over the catalogue, zero without a text.
+
+        vectors: [N, D] of the encoder, zero row = no text.
+        """
+        parts = [np.zeros((len(texts), 0), np.float32)]
+        if self.meaning is not None:
+            parts.append(self.meaning.apply(vectors))
+        if self.spelling is not None:
+            spelling, whitening = self.spelling
+            parts.append(whitening.apply(spelling.apply(texts)))
+        return np.concatenate(parts, 1)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything as plain arrays, for a safetensors file."""
+        out: dict[str, np.ndarray] = {}
+        if self.meaning is not None:
+            out |= {"meaning.mean": self.meaning.mean, "meaning.axes": self.meaning.axes}
+        if self.spelling is not None:
+            spelling, whitening = self.spelling
+            letters = np.frombuffer(_BETWEEN.join(spelling.ngrams).encode(), np.uint8)
+            out |= {"spelling.ngrams": letters, "spelling.idf": spelling.idf, "spelling.svd": spelling.axes}
+            out |= {"spelling.mean": whitening.mean, "spelling.axes": whitening.axes}
+        return {name: np.ascontiguousarray(array) for name, array in out.items()}
+
+
+def from_arrays(arrays: dict[str, np.ndarray]) -> TextFeatures:
+    """The TextFeatures that `arrays` came from."""
+    meaning = spelling = None
+    if "meaning.mean" in arrays:
+        meaning = Whitening(arrays["meaning.mean"], arrays["meaning.axes"])
+    if "spelling.ngrams" in arrays:
+        letters = arrays["spelling.ngrams"].tobytes().decode()
+        of_texts = Spelling(letters.split(_BETWEEN) if letters else [], arrays["spelling.idf"], arrays["spelling.svd"])
+        spelling = of_texts, Whitening(arrays["spelling.mean"], arrays["spelling.axes"])
+    return TextFeatures(meaning, spelling)
+
+
+def fit_features(kind: str, vectors: np.ndarray, texts: list[str], width: int) -> TextFeatures:
+    """Fit one of KINDS on a catalogue, with at most 1.5 * width features.
 
     vectors: [I, D] of the encoder, zero row = no text. With both, spelling has half as many dimensions as meaning.
     """
-    parts = []
-    if kind in ("meaning", "both"):
-        parts.append(whiten(vectors, width))
-    if kind in ("spelling", "both"):
-        own = width if kind == "spelling" else width // 2
-        parts.append(whiten(lexical_vectors(texts, own), own))
-    return np.concatenate(parts, 1)
+    meaning = fit_whitening(vectors, width) if kind in ("meaning", "both") else None
+    if kind == "meaning":
+        return TextFeatures(meaning, None)
+    own = width if kind == "spelling" else width // 2
+    spelling = fit_spelling(texts, own)
+    return TextFeatures(meaning, (spelling, fit_whitening(spelling.apply(texts), own)))
 
 
 def judge_features(features: np.ndarray, cases: list[tuple[np.ndarray, int]], exclude_seen: bool) -> float:

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from springtide.bundle import write_bundle
@@ -21,17 +20,16 @@ from springtide.errors import SpringtideError
 from springtide.files import write_json
 from springtide.model.batch import History
 from springtide.text.embed import load_vectors
-from springtide.text.features import KINDS, judge_features, make_features
 from springtide.training.loop import Progress
 from springtide.training.sampling import Sampling
 from springtide.training.sequences import epoch_batches, from_table, validation_cases
 from springtide.training.statistics import collect_file, merge
 from springtide.training.tabulate import JUDGED_USERS, choose_share, tabulate
-from springtide.training.worker import build_model, read_progress, train_worker, write_inputs
+from springtide.training.texts import choose_text, feature_rows, fit_texts
+from springtide.training.worker import build_model, load_features, read_progress, train_worker, write_inputs
 
 log = logging.getLogger(__name__)
 WIDTHS = ((20_000, 32), (5_000_000, 64), (float("inf"), 128))  # events of a log below which a model is so wide
-TEXT_EVENTS = 10  # of a history, by which text features are judged
 CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder
 
 
@@ -180,8 +178,9 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
         write_json(chosen, {"neighbour_half_life": decay, "text_features": choose_text(settings, prepared, cases)})
     choices = json.loads(chosen.read_text(encoding="utf-8"))
     path = run_folder / "inputs.safetensors"
-    text = text_features(settings, prepared, choices["text_features"])
-    write_inputs(path, tabulate(statistics, settings.model, choices["neighbour_half_life"], text), text)
+    features = fit_texts(settings, prepared, choices["text_features"])
+    text = feature_rows(settings, prepared, features)
+    write_inputs(path, tabulate(statistics, settings.model, choices["neighbour_half_life"], text), text, features)
     return path
 
 
@@ -202,48 +201,6 @@ def _can_train(prepared: Prepared, share: float) -> bool:
     return False
 
 
-def choose_text(settings: Settings, prepared: Prepared, cases: list[tuple[History, int]]) -> str:
-    """The kind of text features by which items that follow one another are nearest, unless the settings name one."""
-    kind, vectors = settings.model.text_features, _vectors(settings, prepared)
-    if kind != "auto" or vectors is None:
-        return "meaning" if kind == "auto" else kind
-    texts, width = prepared.items["text"].to_pylist(), settings.model.text_dim
-    recent = [(history.items[-TEXT_EVENTS:], target) for history, target in cases]
-    found = {
-        kind: judge_features(make_features(kind, vectors, texts, width), recent, settings.data.exclude_seen)
-        for kind in KINDS
-    }
-    log.info("text features: %s", ", ".join(f"{kind} {value:.4f}" for kind, value in found.items()))
-    return max(KINDS, key=lambda kind: found[kind])
-
-
-def text_features(settings: Settings, prepared: Prepared, kind: str = "meaning") -> np.ndarray:
-    """Whitened text features [I, D]; zero width where the settings or the log have no text.
-
-    Raises SpringtideError if the items have texts that `embed` has not encoded yet, or encoded before they changed.
-    """
-    vectors = _vectors(settings, prepared)
-    if vectors is None:
-        return np.zeros((len(prepared.items), 0), np.float32)
-    return make_features(kind, vectors, prepared.items["text"].to_pylist(), settings.model.text_dim)
-
-
-def _vectors(settings: Settings, prepared: Prepared) -> np.ndarray | None:
-    """The encoder's vectors [I, D]; None where the settings or the log have no text. Raises as text_features."""
-    vectors = load_vectors(settings, prepared.items)  # also for text_dim 0: the bundle takes them along for queries
-    if not settings.model.text_dim or not prepared.report["catalogue"]["with_text"]:
-        if not settings.model.id_embeddings:
-            raise SpringtideError(
-                "model.id_embeddings is off and no item has a text, so items have no vector; turn it on"
-            )
-        return None
-    if vectors is None:
-        raise SpringtideError(
-            "the items have texts but no vectors yet; run the embed job first, or set model.text_dim=0"
-        )
-    return vectors
-
-
 def write_trained(
     settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress, bundle: Path
 ) -> dict[str, Any]:
@@ -259,13 +216,14 @@ def write_trained(
         again = with_values(settings, {"train.epochs": progress.best_epoch + 1})
         log.info("fitting again on training and validation events, %d epochs", progress.best_epoch + 1)
         final = train(again, prepared, folder, time.time(), refit=True)
-    model, tables = build_model(settings, len(prepared.actions), folder / "inputs.safetensors")
+    inputs = folder / "inputs.safetensors"
+    model, tables = build_model(settings, len(prepared.actions), inputs)
     model.load_state_dict(final.best_state)
     metrics = summarise(progress, sum(p.numel() for p in model.parameters()))
     metrics |= {"refit": final is not progress, "refit_epochs": final.epochs if final is not progress else []}
-    vectors = load_vectors(settings, prepared.items)
+    vectors, made = load_vectors(settings, prepared.items), load_features(inputs)
     write_bundle(
-        bundle, model, settings, prepared.items, prepared.actions, tables, vectors, metrics, prepared.content_hash
+        bundle, model, settings, prepared.items, prepared.actions, tables, vectors, metrics, prepared.content_hash, made
     )
     return metrics
 

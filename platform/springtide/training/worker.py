@@ -25,18 +25,28 @@ from springtide.model.batch import Batch, History
 from springtide.model.fusion import FusionModel
 from springtide.model.tables import Tables, from_arrays
 from springtide.schemas import SEQUENCES, check_schema
+from springtide.text.features import TextFeatures
+from springtide.text.features import from_arrays as features_from_arrays
 from springtide.training.loop import Progress, bare, fit, make_optimizer, rank, seed_of, world_size
 from springtide.training.sampling import Sampling
 from springtide.training.sequences import Sequences, concatenate, epoch_batches, from_table, validation_cases
 
 log = logging.getLogger(__name__)
+FEATURES = "features."  # before the names of arrays
 PLACEMENT_GROUP = "placement_group"  # file in the run's folder
 
 
 # ---------------------------------------------------------------- inputs that the driver leaves for the workers
-def write_inputs(path: Path, tables: Tables, text: np.ndarray) -> None:
-    """Save the counts and the whitened text vectors [I, text_dim] where every worker can read them."""
-    save_arrays(tables.arrays() | {"text": np.ascontiguousarray(text, np.float32)}, path)
+def write_inputs(path: Path, tables: Tables, text: np.ndarray, features: TextFeatures) -> None:
+    """Save the counts, the text features [I, width] and how they were made where every worker can read them."""
+    made = {FEATURES + name: array for name, array in features.arrays().items()}
+    save_arrays(tables.arrays() | {"text": np.ascontiguousarray(text, np.float32)} | made, path)
+
+
+def load_features(inputs: Path) -> TextFeatures:
+    """How the text features of the inputs were made."""
+    arrays = load_arrays(inputs)
+    return features_from_arrays({n.removeprefix(FEATURES): a for n, a in arrays.items() if n.startswith(FEATURES)})
 
 
 def build_model(settings: Settings, actions: int, inputs: Path) -> tuple[FusionModel, Tables]:
