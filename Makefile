@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 MOVIELENS = jobs/configs/movielens-100k.yaml
 CONFIG ?= $(MOVIELENS)
 
-.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-serve benchmark-quality clean
+.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-serve bench-events benchmark-quality clean
 
 setup: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ bench-prepare: setup
 
 bench-train: setup
 	$(BIN)/python benchmarks/train.py
+
+# Durable events per second of the event log, in SQLite and in Redis.
+bench-events: setup
+	$(BIN)/python benchmarks/events.py
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py

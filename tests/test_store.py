@@ -22,6 +22,7 @@ import springtide
 from redis_server import RedisServer
 from springtide.errors import SpringtideError
 from springtide.serving import store_redis, store_sqlite
+from springtide.serving.retaining import retain_in_background
 from springtide.serving.store import HistoryStore, open_store
 from springtide.serving.store_rows import AddedItem, Retention
 
@@ -366,6 +367,38 @@ def test_one_process_removes_at_a_time(url: str) -> None:
     assert store.retain(later) == 1
     store.close()
     other.close()
+
+
+def test_the_background_removes_and_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(str(tmp_path / "log"), Retention(events=1))
+    calls: list[int] = []
+    twice = threading.Event()
+
+    def retain() -> int:
+        calls.append(1)
+        if len(calls) == 1:
+            raise SpringtideError("the disk is full")
+        twice.set()
+        return 1
+
+    monkeypatch.setattr(store, "retain", retain)
+    stop = retain_in_background(store, 0.01)
+    assert twice.wait(10)
+    stop()
+    names = [thread.name for thread in threading.enumerate()]
+    keeper = open_store(str(tmp_path / "log"))
+    retain_in_background(keeper, 0.01)  # keeps all: no thread
+    assert [thread.name for thread in threading.enumerate()].count("retention") <= names.count("retention")
+    store.close()
+    keeper.close()
+
+
+def test_a_log_keeps_its_identity(url: str, tmp_path: Path) -> None:
+    stores = [open_store(url), open_store(url), open_store(str(tmp_path / "another"))]
+    names = [store.identity() for store in stores]
+    assert names[0] == names[1] != names[2]
+    for store in stores:
+        store.close()
 
 
 # ---------------------------------------------------------------- added items

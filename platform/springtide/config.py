@@ -196,6 +196,7 @@ class RecommendConfig(Section):
 
 class ServeConfig(Section):
     config: str = "serve_configs/local.yaml"  # the Serve file that `deploy` lints, fills in and applies
+    store: str | None = None  # replaces the file's event log; a relative path is below the workspace
     port: int | None = Field(None, ge=1, le=65535)  # replaces the file's http_options.port
     allow_public: bool = False  # let the linter accept an address that other machines can reach
     timeout_s: float = Field(180.0, gt=0)  # longest wait for the applications to be ready

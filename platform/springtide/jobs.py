@@ -27,6 +27,7 @@ STAGES = {
     "compare": "springtide.evaluation.compare",
     "recommend": "springtide.evaluation.recommend",
     "deploy": "springtide.serving.deploy",
+    "export": "springtide.serving.export",
 }
 DEFAULT_ENCODER = TextConfig().encoder  # a word, even where a folder has that name
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}

@@ -55,6 +55,18 @@ QUARANTINE = pa.schema([("file", pa.string()), ("row", pa.int64()), ("reason", p
 
 VECTORS = pa.schema([("item_id", pa.string()), ("vector", pa.list_(pa.float32()))])
 
+# Events that came while a model was served, in the order of their arrival.
+EXPORTED = pa.schema(
+    [
+        ("event_id", pa.string()),
+        ("user_id", pa.string()),
+        ("item_id", pa.string()),
+        ("timestamp", pa.int64()),
+        ("action", pa.string()),  # null: none given
+        ("rating", pa.float64()),
+    ]
+)
+
 RECOMMENDATIONS = pa.schema(
     [("user_id", pa.string()), ("item_id", pa.string()), ("rank", pa.int32()), ("score", pa.float32())]
 )

@@ -96,14 +96,29 @@ def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
             continue
         app.setdefault("name", "default")
         args = {**(app.get("args") or {}), "workspace": str(workspace)}
-        file = file_of(args["store"])
-        if file is not None and not file.is_absolute():  # an absolute path is a choice: a disk of the head node's own
-            args["store"] = str(workspace / STORE_FILE)
+        args["store"] = store_of(settings, args["store"])
         app["args"] = args
         for deployment in app["deployments"]:
             if deployment["name"] in values:
                 deployment["user_config"] = {**deployment.get("user_config", {}), **values[deployment["name"]]}
     return config
+
+
+def store_of(settings: Settings, configured: str) -> str:
+    """The event log of an experiment, where a Serve file configures this one. Raises SpringtideError for a bad address.
+
+    A relative path in the file stands for the workspace's own log; an absolute one is a choice, such as a disk of the
+    head node's own. Addresses of a Redis stay as they are.
+    """
+    workspace = Path(settings.workspace).resolve()
+    store = settings.serve.store or configured
+    try:
+        file = file_of(store)
+    except ValueError as error:
+        raise SpringtideError(f"serve.store: {error}") from None
+    if file is None or file.is_absolute():
+        return store
+    return str(workspace / (STORE_FILE if settings.serve.store is None else file))
 
 
 def upload_code(jobs: Any) -> str:

@@ -38,6 +38,7 @@ class AppOptions(Options):
     retention_events: int | None = Field(None, ge=1)  # of each user, the most recent ones; None keeps all
     retention_days: float | None = Field(None, gt=0, le=100_000)  # by the events' own timestamps; None keeps all
     workspace: str | None = None  # its prepared log becomes the users' first histories
+    history_cache_events: int = Field(100_000, ge=0)  # held by each Ingress, about 0.4 KB each; 0 holds none
     encoder_timeout_s: float = Field(1.0, gt=0, le=600)
     scorer_timeout_s: float = Field(2.0, gt=0, le=600)
     store_timeout_s: float = Field(1.0, gt=0, le=600)

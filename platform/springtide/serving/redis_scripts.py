@@ -1,5 +1,6 @@
 """What the event log in Redis does in one step on the server, as Lua. Every key begins with PREFIX.
 
+identity             what tells this log from another one
 counter              the number of the last live event
 ids                  hash: event_id -> number
 log                  stream: live events, id <number>-0

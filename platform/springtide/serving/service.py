@@ -22,6 +22,7 @@ from springtide.serving.context import current_note
 from springtide.serving.engine import Refusal, ScoreRequest
 from springtide.serving.exposures import ExposureLog, exposure
 from springtide.serving.guard import Breaker, Guard, Unavailable
+from springtide.serving.history_cache import HistoryCache
 from springtide.serving.metrics import Metrics, NoMetrics
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
@@ -68,9 +69,11 @@ class Service:
         metrics: Metrics | None = None,
         query_cache: int = 10_000,
         query_cache_s: float = 600.0,
+        history_cache_events: int = 100_000,
     ) -> None:
         """other_timeout_s: for calls that have no degraded answer, such as storing events."""
         self.store = store
+        self.histories = HistoryCache(store, HISTORY_USED, history_cache_events, metrics)
         self.seeding = "ok"  # or why the stored histories are not complete yet
         self.popular: PopularItems | None = None  # the answer while the scorer is down
         self._encode, self._call = encode, call
@@ -154,7 +157,7 @@ class Service:
 
     async def interests(self, user_id: str) -> Json:
         try:
-            events = await self._stored(self.store.history, user_id, HISTORY_USED)
+            events = await self._stored(self.histories.read, user_id)
         except (SpringtideError, TimeoutError, Unavailable) as error:
             log.error("history not read: %s", error or "timeout")
             raise ApiError(503, "store_unavailable", "the event log cannot be read at the moment") from None
@@ -217,7 +220,7 @@ class Service:
         if request.user_id is None:
             return [], False
         try:
-            return await self._stored(self.store.history, request.user_id, HISTORY_USED), False
+            return await self._stored(self.histories.read, request.user_id), False
         except (SpringtideError, TimeoutError, Unavailable) as error:
             log.error("history not read, answering without: %s", error or "timeout")
             return [], True

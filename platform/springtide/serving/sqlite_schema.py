@@ -13,6 +13,8 @@ FORMAT = 2
 # AUTOINCREMENT never gives a number twice, not even after the last row was removed: readers that follow the log, and
 # caches, rely on it.
 _TABLES = """
+CREATE TABLE log (identity TEXT NOT NULL);
+INSERT INTO log VALUES (LOWER(HEX(RANDOMBLOB(8))));
 CREATE TABLE IF NOT EXISTS seeds (id INTEGER PRIMARY KEY, name TEXT NOT NULL, active INTEGER NOT NULL DEFAULT 0);
 CREATE TABLE live (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,

@@ -77,6 +77,10 @@ class HistoryStore(Protocol):
         """The revision of the item added last; 0 if there is none."""
         ...
 
+    def identity(self) -> str:
+        """A name made up when the log was: whoever holds a cursor can tell whether it is of this log."""
+        ...
+
     def close(self) -> None: ...
 
 

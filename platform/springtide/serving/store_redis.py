@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -250,6 +251,11 @@ class RedisStore:
     def items_revision(self) -> int:
         with self._told():
             return int(self._redis.get(PREFIX + "item-counter") or 0)
+
+    def identity(self) -> str:
+        with self._told():
+            self._redis.set(PREFIX + "identity", secrets.token_hex(8), nx=True)
+            return str(self._redis.get(PREFIX + "identity").decode())
 
     def close(self) -> None:
         self._closed = True

@@ -221,6 +221,9 @@ class SQLiteStore:
     def items_revision(self) -> int:
         return int(self._all_rows("SELECT MAX(revision) FROM items")[0][0] or 0)
 
+    def identity(self) -> str:
+        return str(self._all_rows("SELECT identity FROM log")[0][0])
+
     def close(self) -> None:
         self._appends.close()
         with self._write_lock:

@@ -1,0 +1,111 @@
+"""The live event log as Parquet, and back through `prepare`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+
+from springtide import jobs
+from springtide.errors import SpringtideError
+from springtide.serving import export
+from springtide.serving.export import export_events
+from springtide.serving.store_rows import Retention
+from springtide.serving.store_sqlite import SQLiteStore
+from without_ray import prepare_without_ray, read_report, read_table, settings_for
+
+START = 1_600_000_000_000
+DAY = 86_400_000
+
+
+def event(number: int, user: str, timestamp: int = START, **more: Any) -> dict[str, Any]:
+    return {"event_id": f"e{number}", "user_id": user, "item_id": f"ü{number % 7}", "timestamp": timestamp, **more}
+
+
+EVENTS = [event(n, f"user-{n % 5}", START + n // 3, **({"action": "buy", "rating": n / 4} if n % 2 else {}))
+          for n in range(60)]  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SQLiteStore]:
+    opened = SQLiteStore(tmp_path / "workspace" / "history.sqlite3")
+    yield opened
+    opened.close()
+
+
+def exported(folder: Path) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))])
+
+
+def test_prepare_reads_the_same_events_back(
+    store: SQLiteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "FILE_ROWS", 25)
+    monkeypatch.setattr(export, "PAGE", 10)
+    (tmp_path / "first.csv").write_text(f"user_id,item_id,timestamp\nuser-1,ü1,{START - 9}\nuser-9,old,{START - 8}\n")
+    store.seed("log", [("user-1", "ü1", START - 9, None, None)])  # known to prepare, and no part of the export
+    store.append(EVENTS)
+    folder = tmp_path / "workspace" / "exported"
+    assert export_events(store, folder) == {"events": 60, "files": 3, "total": 60, "early": 0}
+    live = {"paths": str(folder), "columns": {"action": "action", "rating": "rating"}}
+    settings = settings_for(tmp_path / "workspace", [{"paths": str(tmp_path / "first.csv")}, live])
+    prepare_without_ray(settings)
+    read_report(tmp_path / "workspace")
+    got = read_table(tmp_path / "workspace", "events").filter(pl.col("timestamp") >= START)
+    for user in {e["user_id"] for e in EVENTS}:  # order within a user, through equal timestamps
+        columns = ("item_id", "timestamp", "action", "rating")
+        expected = [tuple(e.get(column) for column in columns) for e in EVENTS if e["user_id"] == user]
+        assert got.filter(pl.col("user_id") == user).sort("position").select(columns).rows() == expected
+    assert len(got) == 60
+
+
+def test_the_next_export_adds_what_is_new(store: SQLiteStore, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    assert export_events(store, folder)["total"] == 0
+    assert len(exported(folder)) == 0  # prepare finds a folder that it can read
+    for end in (20, 20, 60):
+        store.append(EVENTS[:end])
+        export_events(store, folder)
+        assert exported(folder)["event_id"].to_list() == [e["event_id"] for e in EVENTS[:end]]
+    assert len(list(folder.glob("*.parquet"))) == 3
+
+
+def test_what_was_exported_outlives_retention_and_a_new_log(tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    old = SQLiteStore(tmp_path / "log", Retention(events=1))
+    old.append(EVENTS[:30])
+    export_events(old, folder)
+    assert old.retain(START * 2) == 25
+    old.append(EVENTS[30:40])
+    assert export_events(old, folder) == {"events": 10, "files": 1, "total": 40, "early": 0}
+    new = SQLiteStore(tmp_path / "another log")
+    new.append(EVENTS[40:])
+    assert export_events(new, folder) == {"events": 20, "files": 1, "total": 20, "early": 0}
+    assert sorted(exported(folder)["event_id"]) == sorted(e["event_id"] for e in EVENTS)
+    old.close()
+    new.close()
+
+
+def test_one_export_at_a_time(store: SQLiteStore, tmp_path: Path) -> None:
+    with export._alone(tmp_path), pytest.raises(SpringtideError, match="another export"):
+        export_events(store, tmp_path)
+
+
+def test_the_job_finds_the_log_and_counts(
+    store: SQLiteStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "experiment.yaml"
+    workspace = tmp_path / "workspace"
+    config.write_text(yaml.safe_dump({"workspace": str(workspace), "data": {"events": {"paths": "log.csv"}}}))
+    store.append([*EVENTS, event(99, "u", 5)])
+    jobs.main("export", ["--config", str(config)])
+    result = json.loads((workspace / "results" / "export.json").read_text())
+    assert (result["status"], result["events"], result["total"], result["early"]) == ("ok", 61, 61, 1)
+    with pytest.raises(SystemExit):
+        jobs.main("export", ["--config", str(config), "--set", "serve.store=elsewhere/log"])
+    assert f"there is no event log {workspace}/elsewhere/log" in capsys.readouterr().err
