@@ -19,24 +19,28 @@ BORROWERS_BELOW = 10  # training events; an item with more speaks for itself
 BLOCK = 2048  # rows of cosines held at once
 
 
-def nearest_by_text(text: np.ndarray, popularity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def nearest_by_text(
+    text: np.ndarray, popularity: np.ndarray, asking: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """The items that each could borrow from: (catalogue rows [I, M] int64, cosines [I, M] float32, best first).
 
-    text: [I, D] whitened vectors, zero row = no text; popularity: [I] training events. No item is its own lender, and
-    cosine -1 marks a place that is empty. M <= LENDERS.
+    text: [I, D] whitened vectors, zero row = no text; popularity: [I] training events; asking: catalogue rows that are
+    to be answered for, in their place of [I]. No item is its own lender, and cosine -1 marks a place that is empty.
+    M <= LENDERS.
     """
     unit = torch.from_numpy(text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-12)).float()
     described = np.abs(text).sum(1) > 0
     ranked = np.argsort(-popularity, kind="stable")[:CANDIDATES]
     lenders = torch.from_numpy(ranked[(popularity[ranked] > 0) & described[ranked]])
     count = min(LENDERS, len(lenders))
-    rows, cosines = np.zeros((len(text), count), np.int64), np.full((len(text), count), -1, np.float32)
-    asking = torch.from_numpy(np.flatnonzero(described))
-    for some in asking.split(BLOCK) if count else ():
+    asking = np.arange(len(text)) if asking is None else asking
+    rows, cosines = np.zeros((len(asking), count), np.int64), np.full((len(asking), count), -1, np.float32)
+    for places in torch.from_numpy(np.flatnonzero(described[asking])).split(BLOCK) if count else ():
+        some = torch.from_numpy(asking)[places]
         cosine = unit[some] @ unit[lenders].T
         cosine[some[:, None] == lenders[None]] = -1
         best, place = cosine.topk(count, dim=1)
-        rows[some], cosines[some] = lenders[place].numpy(), best.numpy()
+        rows[places], cosines[places] = lenders[place].numpy(), best.numpy()
     return rows, cosines
 
 
@@ -59,6 +63,19 @@ class Borrowing(nn.Module):
         """Take what `nearest_by_text` found."""
         self.register_buffer("lenders", torch.from_numpy(lenders).to(self.log_scale.device), persistent=False)
         self.register_buffer("cosines", torch.from_numpy(cosines).to(self.log_scale.device), persistent=False)
+
+    def grow(self, text: Tensor) -> None:
+        """Add new items: text [I, D] of the old and the new, who may borrow but not lend."""
+        old = len(self.events)
+        self.events = F.pad(self.events, (0, len(text) - old))
+        popularity = self.events.cpu().numpy()
+        rows, cosines = nearest_by_text(text.cpu().numpy(), popularity, np.arange(old, len(text)))
+        width = self.lenders.shape[1]  # fewer than the rows found where more items were taken since
+        rows, cosines = rows[:, :width], cosines[:, :width]
+        short = width - rows.shape[1]
+        self.lenders = torch.cat([self.lenders, F.pad(torch.from_numpy(rows), (0, short)).to(self.lenders.device)])
+        added = F.pad(torch.from_numpy(cosines), (0, short), value=-1)
+        self.cosines = torch.cat([self.cosines, added.to(self.cosines.device)])
 
     def needed(self, columns: Tensor, cold: Tensor | None) -> Tensor:
         """`columns` [N] of the catalogue with the lenders of those that borrow, ascending: [N'] int64."""

@@ -44,6 +44,11 @@ class RecentPopularity(nn.Module):
         self._end = end
         self.table[-1] = torch.from_numpy(_in_means(self._latest)).to(self.table.device)
 
+    def grow(self, count: int) -> None:
+        """Add `count` items without an event."""
+        self._latest = np.pad(self._latest, (0, count))
+        self.table = F.pad(self.table, (0, count))
+
     def forward(self, now: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """now: [P] int64 ms -> ([P, I] or [P, N] of `columns`, [P] bool: is that time after an edge?)."""
         bucket = torch.searchsorted(self.edges, now, right=True) - 1
@@ -100,6 +105,22 @@ class Channels(nn.Module):
         self.log_popularity.copy_(_centred_log(torch.from_numpy(popularity)))
         if self.borrowing is not None:
             self.borrowing.events.copy_(torch.from_numpy(popularity))
+
+    def grow(self, text: Tensor, popularity: np.ndarray) -> None:
+        """Take new items: whitened text [I, D] and events [I] of the old and the new."""
+        count = len(text) - len(self.log_popularity)
+        if self.memory is not None:
+            self.memory.grow(count)
+        if self.neighbours is not None:
+            self.neighbours.grow(count)
+        if self.recent is not None:
+            self.recent.grow(count)
+        if self.borrowing is not None:
+            self.borrowing.grow(text)
+        if self.by_text:
+            self.text = F.normalize(text, dim=1)
+        self.log_popularity = F.pad(self.log_popularity, (0, count))
+        self.observe_popularity(popularity)
 
     def weights(self, user: Tensor, context: Tensor) -> Tensor:
         """user [B, L, dim], context [B, L, CONTEXT] -> [B, L, C], in the order of `names`."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,6 +82,11 @@ class FusionModel(nn.Module):
         self.rating_head, self.click_head = (
             PairHead(config.dim, len(known), config.dropout) if weight else None for weight in heads
         )
+
+    def grow(self, text: Tensor, popularity: np.ndarray) -> None:
+        """Take new items, which training never saw: text features [I, D] and events [I] of the old and the new."""
+        self.item_vectors.grow(text)
+        self.channels.grow(text, popularity)
 
     def interest(self, batch: Batch, vectors: Tensor) -> Interest:
         """Read the histories. vectors: [I, dim] from `item_vectors()`."""

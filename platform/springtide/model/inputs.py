@@ -47,6 +47,14 @@ class ItemVectors(nn.Module):
             return None
         return torch.rand(len(self.known), device=self.known.device) < self.id_dropout
 
+    @torch.no_grad()
+    def grow(self, text: Tensor) -> None:
+        """Take new items, which training never saw: whitened text [I, text_dim] of the old and the new."""
+        count = len(text) - len(self.known)
+        self.text, self.known = text, F.pad(self.known, (0, count))
+        if self.ids is not None:
+            self.ids.weight = nn.Parameter(F.pad(self.ids.weight, (0, 0, 0, count)))
+
     def forward(self, cold: Tensor | None = None) -> Tensor:
         """All item vectors [I, dim]."""
         vectors = torch.zeros((), device=self.known.device)

@@ -18,6 +18,7 @@ import numpy as np
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def count_transitions(
@@ -57,6 +58,7 @@ class TransitionMemory(nn.Module):
     def __init__(self, items: int, distances: int, decay: float, recent: int, neighbours: int) -> None:
         super().__init__()
         self.items, self.distances, self.decay = items, distances, decay
+        self.smoothed_over = items  # those that tau was learned with
         self.recent, self.neighbours = recent, neighbours
         # Start from the published shape: most weight on the last few events, a slow tail behind them.
         self.log_weight = nn.Parameter(-0.35 * torch.arange(recent, dtype=torch.float32))
@@ -87,6 +89,15 @@ class TransitionMemory(nn.Module):
         for name, value in arrays.items():
             self.register_buffer(name, torch.from_numpy(value).to(self.log_tau.device), persistent=False)
 
+    def grow(self, count: int) -> None:
+        """Add `count` items that nothing was ever followed by, and that were followed by nothing."""
+        source, successor = self.keys // self.items, self.keys % self.items
+        self.items += count
+        self.keys = source * self.items + successor
+        self.successors = F.pad(self.successors, (0, 0, 0, count))
+        self.slots = F.pad(self.slots, (0, 0, 0, count), value=len(self.counts) - 1)
+        self.cutoff, self.runner_up = F.pad(self.cutoff, (0, count)), F.pad(self.runner_up, (0, count), value=-1)
+
     def forward(
         self, recent: Tensor, valid: Tensor, targets: Tensor | None = None, columns: Tensor | None = None
     ) -> Tensor:
@@ -97,7 +108,7 @@ class TransitionMemory(nn.Module):
         targets: [P] int64, the item that really came next, whose own transitions are then taken out of the counts.
         Returns [P, I] or [P, N] float32, zero where no recent event was ever followed by the item.
         """
-        scale = self.items * torch.exp(-self.log_tau)
+        scale = self.smoothed_over * torch.exp(-self.log_tau)
         own = None if targets is None else self._own_counts(recent, valid)
         recent, valid = recent[:, : self.recent], valid[:, : self.recent]
         weight = torch.exp(self.log_weight[: recent.shape[1]]) * valid  # [P, J]

@@ -56,6 +56,12 @@ class Neighbours(nn.Module):
         for name, value in arrays.items():
             self.register_buffer(name, torch.from_numpy(value).to(self.log_scale.device), persistent=False)
 
+    def grow(self, count: int) -> None:
+        """Add `count` items that are not among the M."""
+        self.place = F.pad(self.place, (0, count), value=len(self.items))
+        self.catalogue += count
+        self.whole = self.whole and not count
+
     def forward(
         self,
         items: Tensor,

@@ -52,6 +52,17 @@ class Reasons:
 
 
 @dataclass(frozen=True)
+class NewItem:
+    """An item to be added, or an item of the catalogue with another title, other categories or another text."""
+
+    item_id: str
+    title: str
+    categories: list[str]
+    text_vector: np.ndarray  # [D] float32, of the encoder, normalised; zero = no text
+    features: np.ndarray  # [width] float32, see text.features.TextFeatures
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What the heads say of given items; None where the model has no such head."""
 
@@ -85,15 +96,49 @@ class Recommender:
         self.index = {item_id: row for row, item_id in enumerate(item_ids)}
         self._action_index = {action: number for number, action in enumerate(actions)}
         self._device = torch.device("cpu")
-        with torch.inference_mode():
-            self._vectors = model.item_vectors()
-        self.item_vectors: np.ndarray = self._vectors.numpy()  # [I, dim]
+        self._observed = np.zeros(len(item_ids), bool)  # taken since the model was trained
+        self._read_catalogue()
+
+    @torch.inference_mode()
+    def _read_catalogue(self) -> None:
+        """What follows from the items and their counts."""
+        model = self.model
+        self._vectors = model.item_vectors()
+        self.item_vectors: np.ndarray = self._vectors.cpu().numpy()  # [I, dim]
         # Neither trained nor described: such an item has an arbitrary vector, so it is never recommended. A text counts
         # if the model reads texts; if it does not, the text still answers a query on its own.
-        trained = (popularity > 0) & model.item_vectors.known.cpu().numpy()
-        has_text = np.zeros(len(item_ids), bool) if text_vectors is None else np.abs(text_vectors).sum(1) > 0
+        trained = (self.popularity > 0) & model.item_vectors.known.cpu().numpy() | self._observed
+        texts = self.text_vectors
+        has_text = np.zeros(len(self.item_ids), bool) if texts is None else np.abs(texts).sum(1) > 0
         self.recommendable = trained | (has_text & (model.item_vectors.project is not None))
         self._found_by_query = trained | has_text
+
+    def put_items(self, items: Sequence[NewItem]) -> None:
+        """Add items to the catalogue, or replace what is known of them; each can be recommended from then on.
+
+        Raises ValueError if the model has no texts: nothing is known of an item without events then.
+        """
+        texts, of_model = self.text_vectors, self.model.item_vectors.text
+        if texts is None:
+            raise ValueError("this model has no item texts, so it cannot tell what a new item is like")
+        for item in items:
+            row = self.index.setdefault(item.item_id, len(self.item_ids))
+            if row == len(self.item_ids):
+                self.item_ids.append(item.item_id)
+                self.titles.append("")
+                self.categories.append([])
+            self.titles[row], self.categories[row] = item.title, item.categories
+        rows, count = [self.index[item.item_id] for item in items], len(self.item_ids) - len(texts)
+        self.popularity, self.text_vectors = np.pad(self.popularity, (0, count)), np.pad(texts, ((0, count), (0, 0)))
+        features = torch.nn.functional.pad(of_model, (0, 0, 0, count))
+        for row, item in zip(rows, items, strict=True):
+            self.text_vectors[row] = item.text_vector
+            features[row] = torch.from_numpy(item.features).to(features.device)
+        self._observed = np.pad(self._observed, (0, count))
+        self.model.grow(features, self.popularity)
+        if self._transitions is not None:
+            self._transitions.resize(len(self.item_ids), len(self.item_ids))
+        self._read_catalogue()
 
     def to(self, device: str) -> Recommender:
         """Move the model to a device such as "cuda". Answers stay arrays on the CPU. Returns self."""
@@ -210,8 +255,9 @@ class Recommender:
             added = count_transitions(pieces, len(self.popularity), reach, channels.memory.decay)
             self._transitions = self._transitions + added
             channels.memory.load_counts(self._transitions)
-        self.recommendable |= self.popularity > 0
-        self._found_by_query |= self.popularity > 0
+        self._observed |= np.bincount(items, minlength=len(self.popularity)) > 0
+        self.recommendable |= self._observed
+        self._found_by_query |= self._observed
 
     @torch.inference_mode()
     def interests(self, history: History) -> Interests:
