@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 
 from springtide.errors import SpringtideError
 from springtide.serving.app import create_app
-from springtide.serving.engine import Engine, ScoreRequest, diversify
+from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.popular import PopularItems
 from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, HistoryEvent, RecommendRequest
 from springtide.serving.service import Service, recent_events
@@ -89,8 +89,15 @@ class FakeRecommender:
         weights = np.arange(1, n + 1) / (n * (n + 1) / 2)
         return SimpleNamespace(
             attention_long=weights, attention_short=weights, gate_short=0.25,
-            items_long=np.arange(10), items_short=np.arange(10)[::-1],
+            items_long=np.arange(10), items_short=np.arange(10)[::-1], channels={"transitions": 1.5},
         )  # fmt: skip
+
+    def explain(self, history: FakeHistory, rows: np.ndarray, query: np.ndarray | None, now: int) -> Any:
+        """All of a score is popularity, but for the history's 100, which came through its last event."""
+        through = np.zeros((len(history), len(rows)))
+        if len(history):
+            through[-1, rows == (history.items[-1] + 1) % ITEMS] = 100
+        return SimpleNamespace(shares={"memory": through.sum(0), "popularity": rows.astype(float)}, through=through)
 
     def similar(self, item: int, k: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.asarray([r for r in range(ITEMS) if r != item][:k])
@@ -255,13 +262,26 @@ def test_explanation(client: TestClient) -> None:
     assert recommend(client, user_id="u", explain=True).json()["explanation"]["recent"] == []
 
 
-def test_diversity_takes_unlike_items() -> None:
-    vectors = np.asarray([[1, 0], [1, 0], [0, 1], [1, 0]], np.float32)
-    scores = np.asarray([4.0, 3.9, 3.0, 1.0])
-    assert diversify(scores, vectors, 2, 0.5).tolist() == [0, 2]
-    assert diversify(scores, vectors, 2, 0.01).tolist() == [0, 1]
-    assert sorted(diversify(scores, vectors, 9, 1.0).tolist()) == [0, 1, 2, 3]
-    assert diversify(np.empty(0), np.empty((0, 2)), 3, 0.5).tolist() == []
+def test_every_item_is_explained(client: TestClient) -> None:
+    history = [{"item_id": "i2", "timestamp": 1}, {"item_id": "i4", "timestamp": 2, "action": "view"}]
+    first, second = recommend(client, history=history, k=2, explain=True).json()["items"]
+    assert first["explanation"] == {
+        "shares": {"memory": 100.0, "popularity": 5.0},
+        "because": [{"item_id": "i4", "title": "Title 4", "timestamp": 2000, "action": "view", "weight": 100.0}],
+        "sentence": 'Because you took "Title 4", and people who did often take this too.',
+    }
+    assert second["explanation"]["because"] == []
+    assert second["explanation"]["sentence"] == "Many people take it."
+    assert "explanation" not in recommend(client, history=history).json()["items"][0]
+
+
+def test_an_allow_list(client: TestClient) -> None:
+    allowed = {"allow_items": ["i9", "i2", "i3", "none"]}
+    assert ids(recommend(client, user_id="u", filters=allowed)) == ["i9", "i3", "i2"]
+    assert ids(recommend(client, user_id="u", filters=allowed | {"categories": ["odd"], "exclude_items": ["i3"]})) == [
+        "i9"
+    ]
+    assert ids(recommend(client, user_id="u", filters={"allow_items": []})) == []
 
 
 def test_diversity_keeps_the_count(client: TestClient) -> None:
@@ -323,6 +343,7 @@ def test_interests(client: TestClient) -> None:
     assert body["gate"] == {"long": 0.75, "short": 0.25}
     assert body["long"]["categories"][0] == {"category": "even", "share": pytest.approx(4 / 6, abs=1e-6)}
     assert len(body["short"]["items"]) == 10
+    assert body["channels"] == {"transitions": 1.5}
     unknown = client.get("/v1/users/nobody/interests")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_user")
 

@@ -268,7 +268,7 @@ def _load_engine(options: ScorerOptions) -> Engine:
         bundle.recommender.to(options.device)
     if check_parity(bundle) is None:
         log.warning("bundle %s is older than score samples, so its scores are not checked", bundle.path)
-    engine = Engine(bundle, options.name)
+    engine = Engine(bundle, options.name, options.policies)
     engine.warm_up()
     return engine
 

@@ -14,6 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from springtide.serving.choose import Chosen, Rules, choose
+from springtide.serving.filters import barred, index_catalogue
+from springtide.serving.policies import Policies, counting_events, damping_of, items_of
+from springtide.serving.reasons import explain_items
+
 if TYPE_CHECKING:
     from springtide.bundle import Bundle
     from springtide.model.recommender import History, Interests
@@ -21,7 +26,6 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 EXPLAINED_EVENTS = 5
 TOP_CATEGORIES = 5
-CANDIDATES_PER_ITEM = 4  # items that the diversity re-ranking chooses each answer from
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,13 @@ class ScoreRequest:
     exclude_seen: bool | None = None
     categories: tuple[str, ...] = ()
     exclude_items: tuple[str, ...] = ()
-    diversity: float = 0.0
+    allow_items: tuple[str, ...] | None = None
+    diversity: float | None = None  # None: as the policies say
     explain: bool = False
     model: str | None = None
     assigned: bool = False  # the model was drawn, not asked for: where it is missing the primary answers
     now: int | None = None  # ms; None: the scorer's clock
+    request_id: str | None = None  # seeds the chance of exploration
 
 
 @dataclass(frozen=True)
@@ -51,17 +57,24 @@ class Refusal:
 
 
 class Engine:
-    def __init__(self, bundle: Bundle, name: str) -> None:
+    def __init__(self, bundle: Bundle, name: str, policies: Policies | None = None) -> None:
         self.bundle = bundle
         self.name = name
         self.label = f"{name}@{bundle.version}"
         self.loaded_at = datetime.now(UTC).isoformat(timespec="seconds")
         self._recommender = bundle.recommender
-        rows: dict[str, list[int]] = defaultdict(list)
-        for row, categories in enumerate(self._recommender.categories):
-            for category in categories:
-                rows[category].append(row)
-        self._rows_of_category = {category: np.asarray(found, np.int64) for category, found in rows.items()}
+        self._policies = policies or Policies()
+        self._damped: tuple[np.ndarray, np.ndarray] | None = None
+        self._catalogue = index_catalogue(self._recommender.index, self._recommender.categories)
+        self._barred = np.flatnonzero(
+            barred(
+                self._catalogue,
+                categories=self._policies.categories,
+                exclude_categories=self._policies.exclude_categories,
+                allow_items=self._policies.allow_items,
+                block_items=self._policies.block_items,
+            )
+        )
 
     def describe(self) -> Json:
         return {
@@ -111,38 +124,62 @@ class Engine:
 
     def _answer(self, requests: list[ScoreRequest]) -> list[Json]:
         recommender = self._recommender
-        pairs = [recommender.history(request.events) for request in requests]
+        pairs = [self._history(request.events) for request in requests]
         histories = [history for history, _ in pairs]
         now = np.asarray([request.now or int(time.time() * 1000) for request in requests], np.int64)
         scores = recommender.score(histories, _stack_queries(requests), now)
-        exclude = [self._excluded(request, history) for request, history in zip(requests, histories, strict=True)]
-        wanted = [
-            request.k * (CANDIDATES_PER_ITEM if request.diversity else 1) for request in requests
-        ]  # one call for the batch: the largest list, cut per request
-        rows, values = recommender.top_k(scores.logits, min(max(wanted), len(recommender.item_ids)), exclude)
+        logits = scores.logits + self._damping() if self._policies.popularity_damping else scores.logits
+        for row, request in enumerate(requests):
+            self._bar(logits[row], request, histories[row])
+        rules = [self._rules(request) for request in requests]
+        # One call for the batch: the largest list, cut per request.
+        rows, values = recommender.top_k(logits, max(rule.candidates for rule in rules))
         return [
-            self._compose(request, pairs[i], (rows[i, : wanted[i]], values[i, : wanted[i]]), scores.gate_short[i])
+            self._compose(
+                request,
+                pairs[i],
+                self._choose(request, rules[i], logits[i : i + 1], (rows[i], values[i])),
+                float(scores.gate_short[i]),
+                int(now[i]),
+            )
             for i, request in enumerate(requests)
         ]
 
+    def _rules(self, request: ScoreRequest) -> Rules:
+        policies = self._policies
+        diversity = policies.diversity if request.diversity is None else request.diversity
+        return Rules(request.k, diversity, policies.caps, policies.exploration)
+
+    def _choose(
+        self, request: ScoreRequest, rules: Rules, logits: np.ndarray, best: tuple[np.ndarray, np.ndarray]
+    ) -> Chosen:
+        """Choose among the `best` rows and scores, and only where those run out rank the others of logits [1, I]."""
+
+        def draw(spent: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+            if len(spent):
+                found, their = self._recommender.top_k(logits, count, [spent])
+                rows, values = found[0], their[0]
+            else:
+                rows, values = best[0][:count], best[1][:count]
+            keep = (rows >= 0) & np.isfinite(values)
+            return rows[keep], values[keep]
+
+        vectors, catalogue = self._recommender.item_vectors, self._catalogue
+        return choose(draw, rules, vectors, catalogue.categories, catalogue.in_any, request.request_id)
+
     def _compose(
-        self,
-        request: ScoreRequest,
-        pair: tuple[History, list[str]],
-        best: tuple[np.ndarray, np.ndarray],
-        gate_short: float,
+        self, request: ScoreRequest, pair: tuple[History, list[str]], chosen: Chosen, gate_short: float, now: int
     ) -> Json:
-        """The answer to one request from its known history and unknown ids, and its best rows and their scores."""
+        """The answer to one request from its known history, its unknown ids and what was chosen."""
         history, unknown = pair
-        rows, values = best
-        keep = (rows >= 0) & np.isfinite(values)
-        rows, values = rows[keep], values[keep]
-        if request.diversity:
-            order = diversify(values, self._recommender.item_vectors[rows], request.k, request.diversity)
-            rows, values = rows[order], values[order]
         known = len(history) > 0
+        rows = np.asarray(chosen.rows, np.int64)
+        items = self._items(rows, np.asarray(chosen.scores))
+        if self._policies.exploration.kind != "off":
+            for item, propensity in zip(items, chosen.propensities, strict=True):
+                item["propensity"] = float(f"{propensity:.6g}")
         answer: Json = {
-            "items": self._items(rows, values),
+            "items": items,
             "model": self.label,
             "source": "+".join(["history"] * known + ["query"] * (request.query is not None)) or "popular",
             "gate": _gate(gate_short if known else np.nan),
@@ -150,28 +187,46 @@ class Engine:
         if unknown:
             answer["unknown_items"] = list(dict.fromkeys(unknown))
         if request.explain:
-            answer["explanation"] = self._explain(history)
+            interests = self._recommender.interests(history) if known else None
+            reasons = self._recommender.explain(history, rows, request.query, now)
+            added = self._damping()[rows] if self._policies.popularity_damping else None
+            told = explain_items(reasons, interests, lambda place: self._event(history, place), added)
+            for item, explanation in zip(items, told, strict=True):
+                item["explanation"] = explanation
+            answer["explanation"] = self._explain(history, interests)
         return answer
 
-    def _excluded(self, request: ScoreRequest, history: History) -> np.ndarray:
-        """Catalogue rows that the answer must not hold."""
-        index = self._recommender.index
-        named = [index[item_id] for item_id in request.exclude_items if item_id in index]
-        parts = [np.asarray(named, np.int64)]
-        seen = self.bundle.settings.data.exclude_seen if request.exclude_seen is None else request.exclude_seen
-        if seen:
-            parts.append(history.items)
-        if request.categories:
-            outside = np.ones(len(self._recommender.item_ids), bool)
-            for category in request.categories:
-                outside[self._rows_of_category.get(category, np.empty(0, np.int64))] = False
-            parts.append(np.flatnonzero(outside))
-        return np.unique(np.concatenate(parts))
+    def _history(self, events: list[Json]) -> tuple[History, list[str]]:
+        """The events that count, and the unknown item ids among them."""
+        return self._recommender.history(counting_events(events, self._policies.action_weights))
 
-    def _explain(self, history: History) -> Json:
-        if not len(history):
+    def _bar(self, logits: np.ndarray, request: ScoreRequest, history: History) -> None:
+        """Set the scores [I] of what the answer must not hold to -inf."""
+        logits[self._barred] = -np.inf
+        if request.categories or request.exclude_items or request.allow_items is not None:
+            own = barred(
+                self._catalogue,
+                categories=request.categories,
+                allow_items=request.allow_items,
+                block_items=request.exclude_items,
+            )
+            logits[own] = -np.inf
+        seen = (request.exclude_seen, self._policies.exclude_seen, self.bundle.settings.data.exclude_seen)
+        if next(choice for choice in seen if choice is not None):
+            actions = self._policies.seen_actions
+            taken = history.items if actions is None else self._catalogue.rows(items_of(request.events, actions))
+            logits[taken] = -np.inf
+
+    def _damping(self) -> np.ndarray:
+        """[I] what popularity adds to each score; counted again once the recommender has observed events."""
+        popularity = self._recommender.popularity
+        if self._damped is None or self._damped[0] is not popularity:
+            self._damped = (popularity, damping_of(popularity, self._policies.popularity_damping))
+        return self._damped[1]
+
+    def _explain(self, history: History, interests: Interests | None) -> Json:
+        if interests is None:
             return {"gate": _gate(np.nan), "recent": []}
-        interests = self._recommender.interests(history)
         short = interests.gate_short if np.isfinite(interests.gate_short) else 0.5
         weights = short * interests.attention_short + (1 - short) * interests.attention_long
         heaviest = np.argsort(-weights, kind="stable")[:EXPLAINED_EVENTS]
@@ -181,11 +236,11 @@ class Engine:
     # ---------------------------------------------------------------- interests and similar items
     def interests(self, events: list[Json]) -> Json:
         """What each branch makes of a history of {item_id, timestamp?, action?, rating?}."""
-        history, unknown = self._recommender.history(events)
+        history, unknown = self._history(events)
         answer: Json
         if not len(history):
             nothing: Json = {"categories": [], "items": []}
-            answer = {"gate": _gate(np.nan), "events": [], "long": nothing, "short": nothing}
+            answer = {"gate": _gate(np.nan), "events": [], "long": nothing, "short": nothing, "channels": {}}
         else:
             found = self._recommender.interests(history)
             answer = {
@@ -200,6 +255,7 @@ class Engine:
                 ],
                 "long": self._branch(history, found, "long"),
                 "short": self._branch(history, found, "short"),
+                "channels": {name: _rounded(weight) for name, weight in found.channels.items()},
             }
         unknown_items = {"unknown_items": list(dict.fromkeys(unknown))} if unknown else {}
         return {"model": self.label, **answer, **unknown_items}
@@ -249,29 +305,6 @@ class Engine:
         if np.isfinite(history.ratings[position]):
             event["rating"] = float(history.ratings[position])
         return event
-
-
-def diversify(scores: np.ndarray, vectors: np.ndarray, k: int, diversity: float) -> np.ndarray:
-    """Positions of k candidates by maximal marginal relevance (Carbonell and Goldstein, 1998).
-
-    scores: [C] best first; vectors: [C, d]. Each step takes the greatest (1 - diversity) * relevance
-    - diversity * (greatest cosine to what is taken), with relevance the score scaled to 0..1 over the candidates.
-    """
-    if not len(scores):
-        return np.empty(0, np.int64)
-    spread = float(scores[0] - scores[-1])
-    relevance = (scores - scores[-1]) / spread if spread > 0 else np.ones_like(scores)
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    taken, nearest = [0], unit @ unit[0]
-    free = np.ones(len(scores), bool)
-    free[0] = False
-    while len(taken) < min(k, len(scores)):
-        value = np.where(free, (1 - diversity) * relevance - diversity * nearest, -np.inf)
-        best = int(np.argmax(value))
-        taken.append(best)
-        free[best] = False
-        nearest = np.maximum(nearest, unit @ unit[best])
-    return np.asarray(taken[:k], np.int64)
 
 
 def _stack_queries(requests: Sequence[ScoreRequest]) -> np.ndarray | None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from springtide.serving.policies import Policies
 from springtide.serving.store import file_of
 from springtide.text.encoder import Runtime
 
@@ -114,6 +115,7 @@ class ScorerOptions(Options):
     version: str | None = None  # of the bundle; a new version at the same path is then noticed
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     threads: int = Field(1, ge=1)
+    policies: Policies = Policies()  # of every model
     max_batch: int = Field(32, ge=1, le=1024)  # requests scored at once
     batch_wait_ms: float = Field(2.0, ge=0, le=1000)
     models: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")], ModelOptions] = Field({}, max_length=16)  # by name

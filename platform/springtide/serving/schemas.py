@@ -108,6 +108,7 @@ class Event(HistoryEvent):
 class Filters(Request):
     categories: list[Identifier] = Field(default=[], max_length=1000, description="keep items of any of these")
     exclude_items: list[Identifier] = Field(default=[], max_length=10_000)
+    allow_items: list[Identifier] | None = Field(None, max_length=10_000, description="keep these items only")
 
 
 class RecommendRequest(Request):
@@ -125,9 +126,11 @@ class RecommendRequest(Request):
     )
     query: Query | None = Field(None, description="free text, in any language that the encoder knows")
     k: Count = 10
-    exclude_seen: bool | None = Field(None, description="leave out items of the history; absent: as trained")
+    exclude_seen: bool | None = Field(None, description="leave out items of the history; absent: as configured")
     filters: Filters = Filters()
-    diversity: float = Field(0.0, ge=0, le=1, description="0: by score alone; towards 1: unlike one another")
+    diversity: float | None = Field(
+        None, ge=0, le=1, description="0: by score alone; towards 1: unlike one another; absent: as configured"
+    )
     model: Identifier | None = Field(None, description="a model's name or name@version; absent: the one that is served")
     explain: bool = False
 
@@ -182,17 +185,35 @@ class Gate(Response):
     short: float | None
 
 
-class ScoredItem(Response):
+class PastEvent(Response):
+    item_id: str
+    title: str
+    timestamp: int | None = None
+    action: str | None = None
+    rating: float | None = None
+    weight: float
+
+
+class ItemExplanation(Response):
+    shares: dict[str, float] = Field(
+        description="what long and short branch, memory, text, popularity, query and policy put into the score; "
+        "`joint` is what a fusion adds of neither branch. They sum to it."
+    )
+    because: list[PastEvent] = Field(description="the past events that most of memory and text came through")
+    sentence: str
+
+
+class NamedItem(Response):
     item_id: str
     score: float
     title: str
 
 
-class PastEvent(Response):
-    item_id: str
-    title: str
-    timestamp: int | None = None
-    weight: float
+class ScoredItem(NamedItem):
+    propensity: float | None = Field(
+        None, description="with exploration: the probability of this item at its rank, given those above it"
+    )
+    explanation: ItemExplanation | None = Field(None, description="with `explain`")
 
 
 class Explanation(Response):
@@ -232,7 +253,7 @@ class CategoryShare(Response):
 
 class Branch(Response):
     categories: list[CategoryShare] = Field(description="shares of the branch's attention, greatest first")
-    items: list[ScoredItem] = Field(description="the items nearest to the branch's vector, best first")
+    items: list[NamedItem] = Field(description="the items nearest to the branch's vector, best first")
 
 
 class InterestsResponse(Response):
@@ -242,6 +263,7 @@ class InterestsResponse(Response):
     events: list[WeighedEvent]
     long: Branch
     short: Branch
+    channels: dict[str, float] = Field(description="weights of the counting channels beside the network, by name")
     unknown_items: list[str] | None = None
 
 
@@ -249,7 +271,7 @@ class SimilarResponse(Response):
     item_id: str
     title: str
     model: str
-    items: list[ScoredItem]
+    items: list[NamedItem]
 
 
 class EncodeResponse(Response):

@@ -117,11 +117,13 @@ class Service:
             exclude_seen=request.exclude_seen,
             categories=tuple(request.filters.categories),
             exclude_items=tuple(request.filters.exclude_items),
+            allow_items=None if request.filters.allow_items is None else tuple(request.filters.allow_items),
             diversity=request.diversity,
             explain=request.explain,
             model=choice.model,
             assigned=choice.by == "split",
             now=now,
+            request_id=request_id,
         )
         answer = await self._score(request, wanted)
         if history_lost or query_lost:
