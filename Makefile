@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 MOVIELENS = jobs/configs/movielens-100k.yaml
 CONFIG ?= $(MOVIELENS)
 
-.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-serve bench-events benchmark-quality clean
+.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-serve bench-events benchmark-quality fuzz-http audit clean
 
 setup: $(VENV)/.installed
 
@@ -53,6 +53,13 @@ bench-events: setup
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py
+
+# 10,000 valid and broken requests from the OpenAPI document: none may be answered by a 5xx.
+fuzz-http: setup
+	$(BIN)/python benchmarks/fuzz_http.py $(ARGS)
+
+audit: setup
+	$(BIN)/python .ci/audit.py
 
 # What the model reaches on real logs, beside its peers; ARGS="--seeds 0" is quicker. See benchmarks/quality.py.
 ifneq ($(strip $(DATA)),)
