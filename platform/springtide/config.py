@@ -132,6 +132,9 @@ class TrainConfig(Section):
     reorder: float = Field(0.0, ge=0, le=1)  # of the sequences in which it sees a short stretch turned round
     # Train once more on training and validation events together, for as many epochs as were best.
     refit: bool = True
+    # Popularity is damped in what is recommended, so that lists reach more of the catalogue, as far as that costs at
+    # most this share of the validation NDCG@10. 0 = no damping.
+    coverage_cost: float = Field(0.01, ge=0, le=1)
     # Beside the next item, learn what it will be rated (squared error of standardised ratings, where there is one) and
     # whether it will be taken (against random others), with these weights. 0 = no such head.
     rating_weight: float = Field(0.0, ge=0)

@@ -64,6 +64,7 @@ class Channels(nn.Module):
     """See the module docstring. text: [I, text_dim] whitened; popularity: [I] training events."""
 
     log_popularity: Tensor  # [I], centred
+    damping: Tensor  # []
     text: Tensor  # [I, text_dim] unit rows
 
     def __init__(self, config: ModelConfig, text: Tensor, popularity: Tensor) -> None:
@@ -99,6 +100,7 @@ class Channels(nn.Module):
         self.text_scale = nn.Parameter(torch.tensor(1.0)) if self.by_text else None
         self.register_buffer("text", F.normalize(text, dim=1) if self.by_text else text[:, :0], persistent=False)
         self.register_buffer("log_popularity", _centred_log(popularity))
+        self.register_buffer("damping", torch.zeros(()))  # what a trained model takes off the weight of popularity
 
     def observe_popularity(self, popularity: np.ndarray) -> None:
         """Take new counts [I]."""
@@ -187,7 +189,8 @@ class Channels(nn.Module):
             level = self.log_popularity
             if cold is not None:
                 level = torch.where(cold, level.min(), level)
-            out["popularity"] = weight["popularity"][:, None], level[:, None]
+            damping = 0.0 if self.training else self.damping
+            out["popularity"] = (weight["popularity"] - damping)[:, None], level[:, None]
         return out
 
 

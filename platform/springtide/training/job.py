@@ -20,6 +20,7 @@ from springtide.errors import SpringtideError
 from springtide.files import write_json
 from springtide.model.batch import History
 from springtide.text.embed import load_vectors
+from springtide.training.damping import choose_damping
 from springtide.training.loop import Progress
 from springtide.training.sampling import Sampling
 from springtide.training.sequences import epoch_batches, from_table, validation_cases
@@ -30,6 +31,7 @@ from springtide.training.worker import build_model, load_features, read_progress
 
 log = logging.getLogger(__name__)
 WIDTHS = ((20_000, 32), (5_000_000, 64), (float("inf"), 128))  # events of a log below which a model is so wide
+DAMPED_USERS = 3000  # validation users that the damping of popularity is judged by
 CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder
 
 
@@ -68,7 +70,7 @@ def sized(settings: Settings, prepared: Prepared) -> Settings:
 def fingerprint(settings: Settings, prepared: Prepared) -> str:
     """Ten hex digits that change with the data and with every setting that the trained weights depend on."""
     said = settings.model_dump(mode="json", include={"model", "train"}) | {"exclude_seen": settings.data.exclude_seen}
-    for harmless in ("max_failures", "keep_checkpoints", "collective_timeout_s"):  # change no weight
+    for harmless in ("max_failures", "keep_checkpoints", "collective_timeout_s", "coverage_cost"):  # change no weight
         del said["train"][harmless]
     vectors = Path(settings.workspace) / "vectors" / "manifest.json"
     said |= {"log": prepared.content_hash, "vectors": vectors.read_text() if vectors.exists() else ""}
@@ -184,12 +186,12 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
     return path
 
 
-def _some_cases(prepared: Prepared, share: float) -> list[tuple[History, int]]:
+def _some_cases(prepared: Prepared, share: float, limit: int = JUDGED_USERS) -> list[tuple[History, int]]:
     """Validation cases enough to choose a setting by, from the first files on."""
     cases: list[tuple[History, int]] = []
     for file in prepared.sequence_files:
-        if len(cases) < JUDGED_USERS:
-            cases += validation_cases(from_table(pq.read_table(file), share), JUDGED_USERS - len(cases))
+        if len(cases) < limit:
+            cases += validation_cases(from_table(pq.read_table(file), share), limit - len(cases))
     return cases
 
 
@@ -216,16 +218,31 @@ def write_trained(
         again = with_values(settings, {"train.epochs": progress.best_epoch + 1})
         log.info("fitting again on training and validation events, %d epochs", progress.best_epoch + 1)
         final = train(again, prepared, folder, time.time(), refit=True)
+    damping = _damping(settings, prepared, run_folder, progress) if validated else 0.0
     inputs = folder / "inputs.safetensors"
     model, tables = build_model(settings, len(prepared.actions), inputs)
     model.load_state_dict(final.best_state)
+    model.channels.damping.fill_(damping)
     metrics = summarise(progress, sum(p.numel() for p in model.parameters()))
-    metrics |= {"refit": final is not progress, "refit_epochs": final.epochs if final is not progress else []}
+    metrics |= {
+        "damping": damping,
+        "refit": final is not progress,
+        "refit_epochs": final.epochs if final is not progress else [],
+    }
     vectors, made = load_vectors(settings, prepared.items), load_features(inputs)
     write_bundle(
         bundle, model, settings, prepared.items, prepared.actions, tables, vectors, metrics, prepared.content_hash, made
     )
     return metrics
+
+
+def _damping(settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress) -> float:
+    """How much of the popularity to take off, judged by the model that has not seen the validation events."""
+    model, _ = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
+    model.load_state_dict(progress.best_state)
+    cuts, hide = prepared.report["split"]["cuts_ms"], settings.data.exclude_seen
+    cases = _some_cases(prepared, holdout_share(settings, prepared), DAMPED_USERS)
+    return choose_damping(model, cases, cuts[0] if cuts else None, hide, settings.train.coverage_cost)
 
 
 def summarise(progress: Progress, parameters: int) -> dict[str, Any]:

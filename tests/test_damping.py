@@ -1,0 +1,73 @@
+"""Damping of popularity: as strong as validation allows, part of every score, and no part of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from springtide.model.batch import History, scoring_batch
+from springtide.model.fusion import FusionModel
+from springtide.training.damping import TRIED, choose_damping
+from toy import toy_settings
+
+torch.set_num_threads(1)
+ITEMS = 40
+OFF = dict.fromkeys(("memory", "neighbours", "borrowing", "text_neighbours", "recent_popularity"), False)
+
+
+def model_of(**values: bool) -> FusionModel:
+    """Scores are the item's popularity alone, and it is the lower the later its row."""
+    settings = toy_settings(Path("none"), **{f"model__{name}": value for name, value in (OFF | values).items()})
+    popularity = torch.arange(ITEMS, 0, -1) * 10
+    torch.manual_seed(0)
+    model = FusionModel(settings.model, 2, torch.zeros(ITEMS, 0), popularity > 0, popularity)
+    for parameter in model.item_vectors.parameters():
+        torch.nn.init.zeros_(parameter)
+    if model.channels.weigh is not None:
+        torch.nn.init.zeros_(model.channels.weigh.weight)
+        torch.nn.init.constant_(model.channels.weigh.bias, 0.42)
+    return model
+
+
+def cases_of(*targets: int) -> list[tuple[History, int]]:
+    n = np.zeros(1, np.int64)
+    return [(History(n + ITEMS - 1, n, n.astype(np.float32), n + 1), target) for target in targets]
+
+
+def test_as_far_as_the_order_holds() -> None:
+    """Up to 0.42 popularity still counts for an item, beyond it against."""
+    assert choose_damping(model_of(), cases_of(0, 1, 2), None, False, 0.01) == 0.4
+    assert choose_damping(model_of(), cases_of(0, 1, 2), None, False, 1.0) == TRIED[-1]
+
+
+def test_what_it_may_cost_is_kept() -> None:
+    """Two thirds of the gain come from items that damping beyond 0.42 would lose."""
+    cases = cases_of(0, 0, ITEMS - 2)
+    assert choose_damping(model_of(), cases, None, False, 0.5) == 0.4
+    assert choose_damping(model_of(), cases, None, False, 0.7) == TRIED[-1]
+
+
+@pytest.mark.parametrize("given", [{"popularity": False}, {}])
+def test_nothing_to_choose_by(given: dict[str, bool]) -> None:
+    assert choose_damping(model_of(**given), cases_of(ITEMS - 2) if not given else cases_of(0), None, True, 0.5) == 0
+    assert choose_damping(model_of(), [], None, True, 0.5) == 0
+    assert choose_damping(model_of(), cases_of(0), None, True, 0.0) == 0
+
+
+def test_it_is_in_the_scores_and_not_in_training() -> None:
+    model = model_of().eval()
+    batch = scoring_batch([history for history, _ in cases_of(0)], 20)
+    vectors, moments = model.item_vectors(), torch.tensor([[0, 0]])
+    interest = model.interest(batch, vectors)
+    with torch.no_grad():
+        before = model.logits_at(batch, interest, vectors, moments)
+        model.channels.damping.fill_(0.3)
+        after = model.logits_at(batch, interest, vectors, moments)
+        torch.testing.assert_close(after, before - 0.3 * model.channels.log_popularity)
+        torch.testing.assert_close(sum(model.scores_at(batch, interest, vectors, moments).values()), after)
+        model.train()
+        torch.testing.assert_close(model.logits_at(batch, interest, vectors, moments), before)
+    assert "channels.damping" in model.state_dict()
