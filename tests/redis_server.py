@@ -39,6 +39,8 @@ class RedisServer:
             try:
                 redis.Redis(port=self.port).ping()
                 return self
+            except redis.AuthenticationError:
+                return self
             except redis.RedisError:
                 assert self._process.poll() is None and time.monotonic() < deadline, "redis-server does not start"
                 time.sleep(0.02)

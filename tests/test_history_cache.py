@@ -72,6 +72,15 @@ def test_what_grows_too_old_while_held_is_not_shown(tmp_path: Path, monkeypatch:
     store.close()
 
 
+def test_what_was_read_last_is_there_without_the_store(store: SQLiteStore) -> None:
+    store.append([event(1)])
+    cache = HistoryCache(store, 10, 100)
+    assert cache.last("u") == []
+    read = cache.read("u")
+    store.close()
+    assert cache.last("u") == read
+
+
 USERS = st.sampled_from("uvw")
 STEPS = st.lists(st.one_of(USERS, st.tuples(USERS, st.integers(0, 9)), st.integers(0, 2)), max_size=40)
 

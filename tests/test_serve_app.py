@@ -555,6 +555,13 @@ def test_without_a_store_recommendations_go_on_and_events_are_refused(client: Te
     assert client.get("/readyz").status_code == 503
 
 
+def test_without_a_store_the_history_read_last_is_used(client: TestClient, parts: Parts) -> None:
+    client.post("/v1/events", json={"user_id": "u", "item_id": "i4"})
+    before = recommend(client, user_id="u").json()
+    parts.store.close()
+    assert recommend(client, user_id="u").json() == {**before, "degraded": True}
+
+
 def test_a_full_disk_acknowledges_nothing(client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(events: Any) -> int:
         raise SpringtideError("the event log cannot be used: database or disk is full") from sqlite3.OperationalError()

@@ -487,6 +487,38 @@ def test_a_file_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- refusals
+def test_a_full_disk_refuses_whole_calls_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size of the file is limited in place of the disk's: SQLite then fails in the same way."""
+    store = open_store(str(tmp_path / "log"))
+    assert isinstance(store, store_sqlite.SQLiteStore)
+    pages = 60
+    connect = store._connection
+
+    def limited() -> sqlite3.Connection:
+        db = connect()
+        db.execute(f"PRAGMA max_page_count = {pages}")
+        return db
+
+    monkeypatch.setattr(store, "_connection", limited)
+    stored: list[str] = []
+
+    def work(number: int) -> None:
+        for call in range(40):
+            ids = [f"{number}-{call}-{n}" for n in range(20)]
+            try:
+                assert store.append([event(name, "x" * 40) for name in ids]) == 20
+                stored.extend(ids)
+            except SpringtideError as error:
+                assert "full" in str(error)
+
+    in_threads(4, work)
+    assert 0 < len(stored) < 4 * 40 * 20
+    assert sorted(e["event_id"] for e in followed(store, 1000)) == sorted(stored)
+    pages = 100_000
+    assert store.append([event("at last")]) == 1
+    store.close()
+
+
 def test_unusable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("this is not a database, " * 100)
     with pytest.raises(SpringtideError, match="text cannot be used"):
@@ -525,6 +557,18 @@ def test_a_redis_that_may_lose_events_is_refused(tmp_path: Path) -> None:
             open_store(server.url)
         open_store(server.url, require_aof=False).close()
         server.stop()
+
+
+def test_a_password_may_stand_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = RedisServer(tmp_path).start("--requirepass", "over the hills")
+    with pytest.raises(SpringtideError, match="cannot be used"):
+        open_store(server.url)
+    monkeypatch.setenv(store_redis.PASSWORD_VARIABLE, "over the hills")
+    open_store(server.url).close()
+    with pytest.raises(SpringtideError, match="cannot be used") as told:
+        open_store(server.url.replace("redis://", "redis://:mistaken@"))
+    assert "mistaken" not in str(told.value)
+    server.stop()
 
 
 def test_a_dead_redis_is_told_in_time_and_comes_back(tmp_path: Path) -> None:

@@ -42,6 +42,11 @@ class HistoryCache:
             self._hold(user_id, version, history)
         return history
 
+    def last(self, user_id: str) -> History:
+        """What was read of this user last, without asking the store; empty if that is not held."""
+        with self._lock:
+            return self._kept(self._held.get(user_id, (0, []))[1])
+
     def _find(self, user_id: str, version: int) -> History | None:
         with self._lock:
             held = self._held.get(user_id)

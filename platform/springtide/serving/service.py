@@ -224,8 +224,8 @@ class Service:
         try:
             return await self._stored(self.histories.read, request.user_id), False
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            log.error("history not read, answering without: %s", error or "timeout")
-            return [], True
+            log.error("history not read, answering from what was read last: %s", error or "timeout")
+            return self.histories.last(request.user_id), True
 
     async def _vector_of(self, query: str | None) -> tuple[np.ndarray | None, bool]:
         """The query's vector, and whether it could not be had."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ USERS_AT_ONCE = 500
 TRIM_ROWS = 1_000  # of one user in one step
 LOCK_S = 60.0  # a task whose process died is free again after this
 EVICTING = "allkeys-"
+PASSWORD_VARIABLE = "SPRINGTIDE_REDIS_PASSWORD"
 
 
 class RedisStore:
@@ -58,6 +60,7 @@ class RedisStore:
     second. A server that may evict keys to free memory is refused as well. A replica that takes over after a failure of
     its primary may lack the last events: replication is asynchronous, and nothing here waits for it.
 
+    A password stands in the address or, out of sight of configurations, in the environment variable PASSWORD_VARIABLE.
     Every call ends within 2 * timeout_s: a connection that turns out to be dead is opened once more. A call of `append`
     that was repeated so may count events as known that it stored itself at its first try.
     """
@@ -70,6 +73,7 @@ class RedisStore:
         self._name = f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path}"  # without a password
         pool = redis.BlockingConnectionPool.from_url(
             url,
+            password=os.environ.get(PASSWORD_VARIABLE),  # one in the address goes before it
             max_connections=CONNECTIONS,
             timeout=timeout_s,  # wait for a free connection
             socket_timeout=timeout_s,
@@ -177,6 +181,7 @@ class RedisStore:
                 lock.reacquire()
             with self._redis.pipeline() as swap:
                 swap.hset(PREFIX + "names", str(number), name)
+                swap.set(f"{PREFIX}seeded-count:{number}", imported)
                 swap.set(PREFIX + "active", number)
                 swap.execute()
             self._drop_unseen(lock)
@@ -191,7 +196,6 @@ class RedisStore:
             for user_id, members in of_user.items():
                 step.zadd(f"{PREFIX}seeded:{number}:{user_id}", members)
             step.sadd(f"{PREFIX}seeded-users:{number}", *of_user)
-            step.incrby(f"{PREFIX}seeded-count:{number}", len(chunk))
             step.execute()
 
     def _drop_unseen(self, lock: Lock) -> None:
@@ -223,18 +227,25 @@ class RedisStore:
             if lock is None:
                 return 0
             removed, arrived = 0, now - REMOVAL_DELAY_MS
-            for place, (user, _) in enumerate(self._redis.hscan_iter(PREFIX + "versions", count=USERS_AT_ONCE)):
-                while gone := int(self._trim_live(args=[user, *bounds, arrived, TRIM_ROWS])):
+            users = (user for user, _ in self._redis.hscan_iter(PREFIX + "versions", count=USERS_AT_ONCE))
+            while some := list(islice(users, USERS_AT_ONCE)):
+                calls = [[user, *bounds, arrived, TRIM_ROWS] for user in some]
+                while gone := self._in_one_trip(self._trim_live, calls):
                     removed += gone
-                if place % USERS_AT_ONCE == 0:
-                    lock.reacquire()
+                lock.reacquire()
             active = int(self._redis.get(PREFIX + "active") or 0)
             users = self._redis.sscan_iter(f"{PREFIX}seeded-users:{active}", count=USERS_AT_ONCE)
-            for place, user in enumerate(users):
-                removed += int(self._trim_seeded(args=[active, user, *bounds]))
-                if place % USERS_AT_ONCE == 0:
-                    lock.reacquire()
+            while some := list(islice(users, USERS_AT_ONCE)):
+                removed += self._in_one_trip(self._trim_seeded, [[active, user, *bounds] for user in some])
+                lock.reacquire()
             return removed
+
+    def _in_one_trip(self, script: Any, calls: list[list[Any]]) -> int:
+        """The sum of what a script answers to several calls, each a step of its own."""
+        with self._redis.pipeline(transaction=False) as trip:
+            for arguments in calls:
+                script(args=arguments, client=trip)
+            return sum(int(answer) for answer in trip.execute())
 
     # ---------------------------------------------------------------- items added while serving
     def put_item(self, item: AddedItem) -> int:
