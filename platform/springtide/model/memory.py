@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from springtide.model.successors import count_successors
+
 
 def count_transitions(
     sequences: Iterable[tuple[np.ndarray, np.ndarray]], items: int, distances: int, decay: float
@@ -29,20 +31,13 @@ def count_transitions(
     sequences: pairs (items [n] int, is_target [n] bool) in time order; what is no target is nobody's successor.
     Returns [items, items] float32 CSR, C[a, b].
     """
-    total = sp.csr_matrix((items, items), dtype=np.float32)
     pieces: list[tuple[np.ndarray, np.ndarray]] = list(sequences)
     if not pieces:
-        return total
+        return sp.csr_matrix((items, items), dtype=np.float32)
     flat = np.concatenate([row for row, _ in pieces])
     wanted = np.concatenate([target for _, target in pieces]).astype(bool)
     user = np.repeat(np.arange(len(pieces)), [len(row) for row, _ in pieces])
-    for distance in range(1, distances + 1):
-        valid = (user[distance:] == user[:-distance]) & wanted[distance:]
-        source, successor = flat[:-distance][valid], flat[distance:][valid]
-        weight = np.full(len(source), decay ** (distance - 1), np.float32)
-        total = total + sp.csr_matrix((weight, (source, successor)), shape=(items, items))
-    total.sort_indices()
-    return total
+    return count_successors(flat, user, wanted, items, [decay**step for step in range(distances)])
 
 
 class TransitionMemory(nn.Module):

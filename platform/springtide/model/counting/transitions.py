@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
 
 from springtide.model.counting.log import TrainingLog, history_weights
+from springtide.model.successors import count_successors
 
 if TYPE_CHECKING:
     from springtide.model.batch import History
@@ -53,15 +54,9 @@ class Transitions:
 
 def transition_counts(log: TrainingLog, distances: int, power: float, log_half_life: float) -> sparse.csr_array:
     """C[a, b] = sum over d of d^-power times the weight of the targets b that came d events after a. [I, I] float32."""
-    shape = (log.catalogue, log.catalogue)
-    total: Any = sparse.csr_array(shape, dtype=np.float32)  # the stubs take a sum for one-dimensional
-    weights = log.weights(log_half_life).astype(np.float32)
-    for distance in range(1, distances + 1):
-        follows = (log.users[distance:] == log.users[:-distance]) & log.targets[distance:]
-        before, after = log.items[:-distance][follows], log.items[distance:][follows]
-        weight = weights[distance:][follows] * np.float32(distance**-power)
-        total = total + sparse.coo_array((weight, (before, after)), shape=shape).tocsr()
-    return total
+    kernel = [distance**-power for distance in range(1, distances + 1)]
+    weights = log.weights(log_half_life)
+    return sparse.csr_array(count_successors(log.items, log.users, log.targets, log.catalogue, kernel, weights))
 
 
 def fit_transitions(log: TrainingLog, counts: sparse.csr_array, settings: TransitionSettings) -> Transitions:
