@@ -203,6 +203,7 @@ class ServeConfig(Section):
     port: int | None = Field(None, ge=1, le=65535)  # replaces the file's http_options.port
     allow_public: bool = False  # let the linter accept an address that other machines can reach
     timeout_s: float = Field(180.0, gt=0)  # longest wait for the applications to be ready
+    plan_only: bool = False  # print what would restart and what would be reconfigured, and apply nothing
 
 
 class Settings(Section):

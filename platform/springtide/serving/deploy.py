@@ -1,17 +1,16 @@
-"""Deploy: lint a Serve configuration, fill in the experiment's paths, send the code, apply, wait until it answers."""
+"""Deploy: lint a Serve configuration, fill in the experiment's paths, send the code, tell what will restart, apply, and
+wait until it answers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,18 @@ from springtide.errors import SpringtideError
 from springtide.files import verify_manifest
 from springtide.serving.lint import check_config, load_config
 from springtide.serving.options import IMPORT_PATH
+from springtide.serving.plan import normal, plan, told
+from springtide.serving.readiness import wait_ready, wait_running
 from springtide.serving.store import file_of
 
 Json = dict[str, Any]
-POLL_S = 0.5
-TOKEN_VARIABLE = "SPRINGTIDE_TOKEN"
 STORE_FILE = "history.sqlite3"  # in the workspace
 
 
 def run(settings: Settings) -> Json:
     """The deploy job: serve the experiment's bundle by `serve.config` on the cluster that the environment names."""
-    return deploy(settings, port=settings.serve.port, allow_public=settings.serve.allow_public)
+    serve = settings.serve
+    return deploy(settings, port=serve.port, allow_public=serve.allow_public, plan_only=serve.plan_only)
 
 
 def deploy(
@@ -41,34 +41,47 @@ def deploy(
     port: int | None = None,
     allow_public: bool = False,
     timeout_s: float | None = None,
+    plan_only: bool = False,
     say: Callable[[str], None] = print,
 ) -> Json:
-    """Serve the experiment's bundle on a running cluster and return {"url", "model", "applications", "seconds"}.
+    """Serve the experiment's bundle on a running cluster and return {"url", "model", "models", "applications", "plan",
+    "applied", "seconds"}; with plan_only, tell what would restart and what would only be reconfigured, and stop.
 
     address: the cluster's dashboard (http://host:8265); None finds it as `ray job submit` does. port replaces
     http_options.port. Raises SpringtideError for a configuration that fails the linter, a damaged bundle, an
-    application that Serve reports as failed, or one that does not answer within timeout_s (None: serve.timeout_s).
+    application that Serve reports as failed or that does not answer within timeout_s (None: serve.timeout_s), and a
+    model that was refused while the old one goes on serving.
     """
     started = time.monotonic()
     deadline = started + (timeout_s or settings.serve.timeout_s)
     config = filled(load_config(config_path or settings.serve.config, allow_public), settings, port)
     check_config(config, "filled-in Serve configuration", allow_public)
     jobs, apps = _clients(address)
-    _check_listener(_call(apps.get_serve_details), config)
+    running = _call(apps.get_serve_details)
+    _check_listener(running, config)
     code = upload_code(jobs)
     for app in config["applications"]:
         app.setdefault("runtime_env", {}).setdefault("py_modules", []).append(code)
+    steps = plan(running, normal(config))
+    for line in told(steps):
+        say(line)
+    if plan_only:
+        say("nothing was applied: serve.plan_only is on")
+        return {"plan": [asdict(step) for step in steps], "applied": False}
     say(f"deploying {', '.join(app['name'] for app in config['applications'])} to {jobs.get_address()}")
     _call(lambda: apps.deploy_applications(config))
-    _wait_running(apps, config, deadline)
+    wait_running(lambda: _call(apps.get_serve_details), config, deadline)
     http = config["http_options"]
     url = f"http://{_bracketed(str(http['host']))}:{http.get('port', 8000)}"
-    models = _wait_ready(url, config, deadline)
+    models = wait_ready(url, config, deadline)
     say(f"serving {', '.join(models)} at {url}, API documentation at {url}/docs")
     return {
         "url": url,
         "model": models[0],
+        "models": models,
         "applications": [app["name"] for app in config["applications"]],
+        "plan": [asdict(step) for step in steps],
+        "applied": True,
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -76,13 +89,10 @@ def deploy(
 def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
     """A copy of a linted configuration with the experiment's bundle, its encoder, workspace and event log in it."""
     workspace = Path(settings.workspace).resolve()
-    bundle = workspace / "bundle"
-    verify_manifest(bundle, "bundle")
-    version = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()[:12]
     # Not the settings' encoder: queries must be read by the one that read the items.
-    trained = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+    served, trained = _bundle_at(workspace / "bundle")
+    served["name"] = settings.name
     text = trained["settings"]["text"]
-    served: Json = {"bundle": str(bundle), "version": version, "name": settings.name}
     values: dict[str, Json] = {
         "Ingress": {"log": trained.get("log"), **served},
         "Scorer": served,
@@ -101,6 +111,7 @@ def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
         for deployment in app["deployments"]:
             if deployment["name"] in values:
                 deployment["user_config"] = {**deployment.get("user_config", {}), **values[deployment["name"]]}
+        _fill_models(app, workspace, text["encoder"])
     return config
 
 
@@ -119,6 +130,40 @@ def store_of(settings: Settings, configured: str) -> str:
     if file is None or file.is_absolute():
         return store
     return str(workspace / (STORE_FILE if settings.serve.store is None else file))
+
+
+def _bundle_at(path: Path) -> tuple[Json, Json]:
+    """What a configuration says of a whole bundle, and the bundle's config.json. Raises SpringtideError for others."""
+    verify_manifest(path, "bundle")
+    version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
+    trained: Json = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return {"bundle": str(path), "version": version}, trained
+
+
+def _fill_models(app: Json, workspace: Path, encoder: str) -> None:
+    """Paths and versions of the further models, and a check that traffic goes only to models that are there.
+
+    Raises SpringtideError for a damaged bundle, one whose items another encoder read, and an unknown name.
+    """
+    options = {deployment["name"]: deployment["user_config"] for deployment in app["deployments"]}
+    models = {}
+    for name, model in (options["Scorer"].get("models") or {}).items():
+        models[name], trained = _bundle_at(workspace / model["bundle"])
+        if trained["settings"]["text"]["encoder"] != encoder:
+            raise SpringtideError(
+                f"model {name} was trained with the text encoder {trained['settings']['text']['encoder']} and the "
+                f"primary with {encoder}, but one TextEncoder reads the queries of both; deploy it on its own"
+            )
+    options["Scorer"]["models"] = models
+    served = [options["Scorer"]["name"], *models]
+    traffic = options["Ingress"].get("traffic") or {}
+    for section in ("split", "shadow"):
+        for name in traffic.get(section) or {}:
+            if name not in served:
+                raise SpringtideError(
+                    f"traffic.{section} names the model {name}, but Scorer serves {', '.join(served)} (the primary has "
+                    "the experiment's name); correct the name or add it to Scorer's models"
+                )
 
 
 def upload_code(jobs: Any) -> str:
@@ -157,25 +202,6 @@ def _call(work: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _wait_running(apps: Any, config: Json, deadline: float) -> None:
-    names = [app["name"] for app in config["applications"]]
-    while True:
-        details = _call(apps.get_serve_details)
-        states = {name: details.get("applications", {}).get(name, {}) for name in names}
-        failed = [name for name, app in states.items() if app.get("status") in ("DEPLOY_FAILED", "UNHEALTHY")]
-        if failed:
-            raise SpringtideError(f"Serve could not deploy {failed[0]}: {_why(states[failed[0]])}")
-        if all(app.get("status") == "RUNNING" for app in states.values()):
-            return
-        if time.monotonic() > deadline:
-            name = next(n for n, app in states.items() if app.get("status") != "RUNNING")
-            raise SpringtideError(
-                f"{name} is not ready in time, Serve says {states[name].get('status', 'NOT_STARTED')}: "
-                f"{_why(states[name])}; free resources of the cluster or raise serve.timeout_s"
-            )
-        time.sleep(POLL_S)
-
-
 def _check_listener(details: Json, config: Json) -> None:
     """Serve keeps the address it was started with and only logs that it ignores a new one."""
     running, wanted = details.get("http_options") or {}, config["http_options"]
@@ -185,65 +211,6 @@ def _check_listener(details: Json, config: Json) -> None:
                 f"Serve already runs on this cluster with http_options.{key} {running[key]} and cannot change it to "
                 f"{wanted[key]}; run `serve shutdown` first, or deploy with the old one"
             )
-
-
-def _why(app: Json) -> str:
-    """Serve's reason: the last line of the traceback of a part that failed, else what Serve says of the whole."""
-    parts = [d.get("message", "") for d in app.get("deployments", {}).values()]
-    for message in [*parts, app.get("message", "")]:
-        lines = [line.strip() for line in message.splitlines() if line.strip()]
-        told = next((line for line in reversed(lines) if " cannot start: " in line or "Error: " in line), "")
-        if told:
-            return told.removeprefix("RuntimeError: ")[:800]
-    return " ".join("; ".join(filter(None, [app.get("message", ""), *parts])).split())[-800:] or "no reason given"
-
-
-def _wait_ready(url: str, config: Json, deadline: float) -> list[str]:
-    """Wait for /readyz and for the version that was asked for; return the models' labels."""
-    wanted = {
-        str(deployment["user_config"]["version"])
-        for app in config["applications"]
-        for deployment in app["deployments"]
-        if deployment["name"] == "Scorer"
-    }
-    reason = "no answer"
-    while time.monotonic() < deadline:
-        try:
-            status, state = _get(f"{url}/readyz")
-            if status == 200:
-                status, answer = _get(f"{url}/v1/models")
-                if status in (401, 403):
-                    raise SpringtideError(
-                        f"it serves, but /v1/models refused to tell which model; set {TOKEN_VARIABLE} to a token that "
-                        "has the scope read"
-                    )
-                models = answer["models"]
-                reason = next((m["error"] for m in models if m.get("error")), "the old model is still served")
-                if {m["version"] for m in models} >= wanted:
-                    return [m["model"] for m in models]
-                if reason != "the old model is still served":
-                    raise SpringtideError(f"the new model was refused and the old one still serves: {reason}")
-            else:
-                reason = f"/readyz says {json.dumps(state)[:300]}"
-        except (OSError, ValueError, KeyError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        time.sleep(POLL_S)
-    raise SpringtideError(f"{url} is not ready in time: {reason}; see the Serve logs, or raise serve.timeout_s")
-
-
-def _get(url: str) -> tuple[int, Any]:
-    """Status and JSON of a GET, past any proxy of the environment: the address is this machine's or the cluster's.
-
-    Where tokens are asked for, the environment variable SPRINGTIDE_TOKEN holds one with the scope read.
-    """
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    token = os.environ.get(TOKEN_VARIABLE)
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
-    try:
-        with opener.open(request, timeout=5) as answer:
-            return answer.status, json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read() or b"null")
 
 
 def _bracketed(host: str) -> str:

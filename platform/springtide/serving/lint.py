@@ -6,7 +6,7 @@ import difflib
 import ipaddress
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -65,7 +65,11 @@ def _unknown_keys(value: Json, schema: type[BaseModel], where: str) -> Iterator[
         section = _section_in(field.annotation)
         if section is None:
             continue
-        if isinstance(below, dict):
+        if isinstance(below, dict) and get_origin(field.annotation) is dict:  # names of the user's own -> sections
+            for name, element in below.items():
+                if isinstance(element, dict):
+                    yield from _unknown_keys(element, section, f"{path}.{name}")
+        elif isinstance(below, dict):
             yield from _unknown_keys(below, section, path)
         elif isinstance(below, list):
             for number, element in enumerate(below):

@@ -1,0 +1,136 @@
+"""Waiting until a deployed configuration answers, for a bounded time, and the reason where it never does."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from springtide.errors import SpringtideError
+
+Json = dict[str, Any]
+POLL_S = 0.5
+TOKEN_VARIABLE = "SPRINGTIDE_TOKEN"
+
+
+def wait_running(details: Callable[[], Json], config: Json, deadline: float) -> None:
+    """Wait until Serve calls every application of a configuration running.
+
+    details: asks Serve's REST API. Raises SpringtideError with Serve's reason when an application fails, or is not
+    running by the deadline (time.monotonic).
+    """
+    names = [app["name"] for app in config["applications"]]
+    while True:
+        applications = details().get("applications", {})
+        states = {name: applications.get(name, {}) for name in names}
+        failed = [name for name, app in states.items() if app.get("status") in ("DEPLOY_FAILED", "UNHEALTHY")]
+        if failed:
+            raise SpringtideError(f"Serve could not deploy {failed[0]}: {why(states[failed[0]])}")
+        waiting = [name for name, app in states.items() if app.get("status") != "RUNNING"]
+        if not waiting:
+            return
+        if time.monotonic() > deadline:
+            app = states[waiting[0]]
+            raise SpringtideError(
+                f"{waiting[0]} is not ready in time, Serve says {app.get('status', 'NOT_STARTED')}: {why(app)}; "
+                "free resources of the cluster or raise serve.timeout_s"
+            )
+        time.sleep(POLL_S)
+
+
+def why(app: Json) -> str:
+    """Serve's reason, by deployment: the last error of one that failed, else its state and what Serve says of it."""
+    parts: Json = app.get("deployments") or {}
+    for name, part in [*parts.items(), ("", app)]:
+        lines = [line.strip() for line in part.get("message", "").splitlines() if line.strip()]
+        error = next((line for line in reversed(lines) if " cannot start: " in line or "Error: " in line), "")
+        if error:
+            error = error.removeprefix("RuntimeError: ")[:800]
+            return error if not name or error.startswith(name) else f"{name}: {error}"
+    late = [
+        f"{name} is {part.get('status', 'unknown')} ({_running(part)}) {part.get('message', '')}".strip()
+        for name, part in parts.items()
+        if part.get("status") != "HEALTHY"
+    ]
+    return " ".join("; ".join(filter(None, [app.get("message", ""), *late])).split())[-800:] or "no reason given"
+
+
+def _running(part: Json) -> str:
+    replicas = part.get("replicas") or []
+    running = sum(replica.get("state") == "RUNNING" for replica in replicas)
+    return f"{running} of {part.get('target_num_replicas', len(replicas))} replicas running"
+
+
+def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
+    """Wait for /readyz and for every model and version that a configuration asks for; return the models' labels.
+
+    Raises SpringtideError at once when a model was refused, which leaves the old ones serving, and at the deadline.
+    """
+    wanted = versions(config)
+    reason = "no answer"
+    while time.monotonic() < deadline:
+        try:
+            status, state = get(f"{url}/readyz")
+            if status == 200:
+                status, answer = get(f"{url}/v1/models")
+                if status in (401, 403):
+                    raise SpringtideError(
+                        f"it serves, but /v1/models refused to tell which model; set {TOKEN_VARIABLE} to a token that "
+                        "has the scope read"
+                    )
+                if served := serving(answer["models"], wanted):
+                    return served
+                reason = "the old models are still served"
+            else:
+                reason = f"/readyz says {json.dumps(state)[:300]}"
+        except (OSError, ValueError, KeyError) as error:
+            reason = f"{type(error).__name__}: {error}"
+        time.sleep(POLL_S)
+    raise SpringtideError(f"{url} is not ready in time: {reason}; see the Serve logs, or raise serve.timeout_s")
+
+
+def versions(config: Json) -> dict[str, str | None]:
+    """Name -> version of every model that a filled-in configuration asks for, the primary first."""
+    found: dict[str, str | None] = {}
+    for app in config["applications"]:
+        for deployment in app["deployments"]:
+            if deployment["name"] == "Scorer":
+                options = deployment["user_config"]
+                found[options.get("name", "default")] = options.get("version")
+                found.update({name: model.get("version") for name, model in (options.get("models") or {}).items()})
+    return found
+
+
+def serving(models: list[Json], wanted: dict[str, str | None]) -> list[str] | None:
+    """The labels of the models if they are those wanted and no others; None while they are not.
+
+    Raises SpringtideError if one was refused.
+    """
+    if refused := [model for model in models if model.get("error")]:
+        kept = ", ".join(model["model"] for model in models if model.get("version")) or "none"
+        raise SpringtideError(
+            f"the model {refused[0]['name']} was refused: {refused[0]['error']}; still serving: {kept}"
+        )
+    found = {model["name"]: model["version"] for model in models}
+    if found.keys() != wanted.keys() or any(v is not None and found[name] != v for name, v in wanted.items()):
+        return None
+    return [model["model"] for model in models]
+
+
+def get(url: str) -> tuple[int, Any]:
+    """Status and JSON of a GET, past any proxy of the environment: the address is this machine's or the cluster's.
+
+    Where tokens are asked for, the environment variable SPRINGTIDE_TOKEN holds one with the scope read.
+    """
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    token = os.environ.get(TOKEN_VARIABLE)
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with opener.open(request, timeout=5) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"null")

@@ -1,0 +1,275 @@
+"""What deploy tells and waits for, without a cluster: the plan, further models, readiness and its reasons."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.serve._private.config import DeploymentConfig, DeploymentOptionUpdateType
+from ray.serve.schema import DeploymentSchema
+
+from springtide.errors import SpringtideError
+from springtide.files import write_json, write_manifest
+from springtide.serving.deploy import filled
+from springtide.serving.lint import lint, load_config
+from springtide.serving.plan import RESTARTING, SCALING, normal, plan, told
+from springtide.serving.readiness import serving, versions, wait_ready, wait_running, why
+from toy import toy_settings
+
+LOCAL = load_config(Path(__file__).parents[1] / "serve_configs" / "local.yaml")
+OLD = deepcopy(LOCAL)
+OLD["applications"][0]["runtime_env"] = {"py_modules": ["gcs://one.zip"]}
+
+OWN_POLICY = {"policy": {"policy_function": "ray.serve.autoscaling_policy:default_autoscaling_policy"}}
+
+
+def running(config: Any, status: str = "RUNNING") -> Any:
+    return {
+        "applications": {
+            app["name"]: {"status": status, "deployed_app_config": app} for app in normal(config)["applications"]
+        }
+    }
+
+
+def changed(change: Callable[[Any, dict[str, Any]], None]) -> Any:
+    """OLD after change(application, its deployments by name)."""
+    config = deepcopy(OLD)
+    app = config["applications"][0]
+    change(app, {part["name"]: part for part in app["deployments"]})
+    return config
+
+
+def steps(old: Any, new: Any) -> dict[str, str]:
+    return {step.deployment: str(step) for step in plan(old, normal(new))}
+
+
+# ---------------------------------------------------------------- the plan
+def test_nothing_changes() -> None:
+    assert steps(running(OLD), OLD) == {n: f"{n} unchanged" for n in ("Ingress", "TextEncoder", "Scorer")}
+
+
+def test_absent_and_empty_are_the_same() -> None:
+    def add(app: Any, parts: dict[str, Any]) -> None:
+        app["logging_config"] = None
+        parts["Scorer"]["request_router_config"] = {}
+
+    assert set(steps(running(OLD), changed(add)).values()) == {
+        f"{n} unchanged" for n in ("Ingress", "TextEncoder", "Scorer")
+    }
+
+
+def test_everything_starts_on_an_empty_cluster() -> None:
+    assert {step.effect for step in plan({"applications": {}}, normal(OLD))} == {"starts"}
+    assert {step.effect for step in plan(running(OLD, "DELETING"), normal(OLD))} == {"starts"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda app, d: d["Scorer"]["user_config"].update(version="b", name="x"),
+         {"Scorer": "Scorer reconfigured in place: user_config.name, user_config.version"}),
+        (lambda app, d: d["Ingress"]["user_config"]["traffic"].update(split={"a": 1}),
+         {"Ingress": "Ingress reconfigured in place: user_config.traffic"}),
+        (lambda app, d: d["Scorer"].update(max_ongoing_requests=99, num_replicas=3),
+         {"Scorer": "Scorer reconfigured in place: max_ongoing_requests"}),
+        (lambda app, d: d["Scorer"].update(num_replicas=3),
+         {"Scorer": "Scorer only scaling and queues change: num_replicas"}),
+        (lambda app, d: d["TextEncoder"]["ray_actor_options"].update(num_cpus=1),
+         {"TextEncoder": "TextEncoder restarts: ray_actor_options.num_cpus"}),
+        (lambda app, d: d["TextEncoder"].update(ray_actor_options={"num_cpus": 0.3, "num_gpus": 1}, user_config={}),
+         {"TextEncoder": "TextEncoder restarts: ray_actor_options.num_gpus"}),
+        (lambda app, d: app.update(logging_config={"log_level": "DEBUG"}),
+         {n: f"{n} reconfigured in place: logging_config.log_level" for n in ("Ingress", "TextEncoder", "Scorer")}),
+        (lambda app, d: app["runtime_env"].update(py_modules=["gcs://two.zip"]),
+         {n: f"{n} restarts: runtime_env.py_modules (the code)" for n in ("Ingress", "TextEncoder", "Scorer")}),
+        (lambda app, d: app["args"].update(scorer_timeout_s=9),
+         {n: f"{n} restarts: args.scorer_timeout_s" for n in ("Ingress", "TextEncoder", "Scorer")}),
+        (lambda app, d: d["Scorer"].update(autoscaling_config=OWN_POLICY, num_replicas=None),
+         {n: f"{n} restarts: Scorer.autoscaling_config.policy" for n in ("Ingress", "TextEncoder", "Scorer")}),
+    ],
+)  # fmt: skip
+def test_each_change_has_its_effect(change: Any, expected: dict[str, str]) -> None:
+    found = steps(running(OLD), changed(change))
+    assert {name: step for name, step in found.items() if not step.endswith("unchanged")} == expected
+
+
+def test_an_application_that_is_not_named_stops() -> None:
+    other = changed(lambda app, _: app.update(name="other", route_prefix="/other"))
+    found = plan({"applications": {**running(OLD)["applications"], **running(other)["applications"]}}, normal(OLD))
+    assert [line for line in told(found) if "stops" in line or "plan" in line] == [
+        "plan for springtide:",
+        "plan for other:",
+        *(f"  {n} stops: the configuration does not name it" for n in ("Ingress", "TextEncoder", "Scorer")),
+    ]
+
+
+def test_no_value_is_told() -> None:
+    secret = changed(lambda app, _: app["args"].update(store="redis://:secret@10.0.0.5:6379/0"))
+    assert "secret" not in "".join(told(plan(running(OLD), normal(secret))))
+
+
+def test_our_rules_are_those_of_ray() -> None:
+    """Ray marks how each option of a deployment is applied; options without a mark belong to the placement."""
+    marks = {
+        name: (field.json_schema_extra or {}).get("update_type")  # type: ignore[union-attr]
+        for name, field in DeploymentConfig.model_fields.items()
+    }
+    for name in DeploymentSchema.model_fields:
+        mark = marks.get(name, DeploymentOptionUpdateType.HeavyWeight)
+        if name in ("name", "deployment_actors"):  # of the code version
+            continue
+        assert (name in RESTARTING) == (mark == DeploymentOptionUpdateType.HeavyWeight), name
+        assert (name in SCALING) == (mark == DeploymentOptionUpdateType.LightWeight), name
+
+
+# ---------------------------------------------------------------- filling in further models
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    for folder, encoder in (("bundle", "/bert"), ("bundles/b", "/bert"), ("bundles/other", "/another")):
+        settings = toy_settings(tmp_path, text__encoder=encoder)
+        write_json(tmp_path / folder / "config.json", {"settings": settings.model_dump(mode="json"), "which": folder})
+        write_manifest(tmp_path / folder)
+    return tmp_path
+
+
+def with_models(experiment: Path, models: Any, traffic: Any) -> Any:
+    config = deepcopy(LOCAL)
+    parts = {part["name"]: part["user_config"] for part in config["applications"][0]["deployments"]}
+    parts["Scorer"]["models"], parts["Ingress"]["traffic"] = models, traffic
+    return filled(config, toy_settings(experiment))
+
+
+def test_further_models_are_filled_in(experiment: Path) -> None:
+    config = with_models(
+        experiment, {"b": {"bundle": "bundles/b"}}, {"split": {"toy": 9, "b": 1}, "shadow": {"b": 0.1}}
+    )
+    assert lint(config) == []
+    scorer = next(d for d in config["applications"][0]["deployments"] if d["name"] == "Scorer")["user_config"]
+    assert scorer["models"]["b"]["bundle"] == str(experiment / "bundles" / "b")
+    assert versions(config) == {"toy": scorer["version"], "b": scorer["models"]["b"]["version"]}
+    assert scorer["version"] != scorer["models"]["b"]["version"]
+
+
+@pytest.mark.parametrize(
+    ("models", "traffic", "why"),
+    [
+        ({"b": {"bundle": "bundles/none"}}, {}, "there is no bundle at"),
+        ({"b": {"bundle": "bundles/other"}}, {}, "model b was trained with the text encoder /another and the primary"),
+        ({}, {"split": {"default": 1}}, "traffic.split names the model default, but Scorer serves toy"),
+        ({}, {"shadow": {"c": 1}}, "traffic.shadow names the model c"),
+    ],
+)
+def test_models_that_cannot_be_served_are_told_before(experiment: Path, models: Any, traffic: Any, why: str) -> None:
+    with pytest.raises(SpringtideError, match=why):
+        with_models(experiment, models, traffic)
+
+
+# ---------------------------------------------------------------- waiting
+def model(name: str, version: str, **values: Any) -> dict[str, Any]:
+    return {"model": f"{name}@{version}", "name": name, "version": version, **values}
+
+
+def test_all_the_models_asked_for_and_no_others() -> None:
+    wanted = {"a": "1", "b": "2"}
+    assert serving([model("a", "1"), model("b", "2")], wanted) == ["a@1", "b@2"]
+    assert serving([model("a", "1")], wanted) is None
+    assert serving([model("a", "0"), model("b", "2")], wanted) is None
+    assert serving([model("a", "1"), model("b", "2"), model("c", "3")], wanted) is None
+    assert serving([model("a", "7")], {"a": None}) == ["a@7"]
+    with pytest.raises(SpringtideError, match=r"the model a was refused: damaged; still serving: a@0, b@2"):
+        serving([model("a", "0", error="damaged"), model("b", "2")], wanted)
+    with pytest.raises(SpringtideError, match=r"the model c was refused: none there; still serving: a@1"):
+        serving([model("a", "1"), {"model": "c", "name": "c", "error": "none there"}], wanted)
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Plays an Ingress: `script` is a list of (/readyz status, models), the last of which stays."""
+
+    script: list[tuple[int, Any]] = []
+
+    def do_GET(self) -> None:
+        status, models = self.script[0]
+        if self.path == "/v1/models" and len(self.script) > 1:
+            self.script.pop(0)
+        body = (
+            {"ready": status == 200, "checks": {"scorer": "loading"}} if self.path == "/readyz" else {"models": models}
+        )
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def ingress() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def scorer_of(**models: str) -> Any:
+    primary, *further = models
+    options = {"name": primary, "version": models[primary], "models": {n: {"version": models[n]} for n in further}}
+    return {"applications": [{"name": "x", "deployments": [{"name": "Scorer", "user_config": options}]}]}
+
+
+def test_it_waits_for_the_version(ingress: str) -> None:
+    Answers.script = [(200, [model("a", "0")]), (200, [model("a", "1")])]
+    assert wait_ready(ingress, scorer_of(a="1"), time.monotonic() + 20) == ["a@1"]
+
+
+def test_it_stops_at_a_refusal(ingress: str) -> None:
+    Answers.script = [(200, [model("a", "0", error="bundle x: y differs from its checksum")])]
+    began = time.monotonic()
+    with pytest.raises(SpringtideError, match="the model a was refused: bundle x: y differs"):
+        wait_ready(ingress, scorer_of(a="1"), began + 20)
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(("status", "why"), [(503, "/readyz says .*loading"), (200, "the old models are still served")])
+def test_it_says_what_it_waited_for(ingress: str, status: int, why: str) -> None:
+    Answers.script = [(status, [model("a", "0")])]
+    with pytest.raises(SpringtideError, match=f"is not ready in time: {why}"):
+        wait_ready(ingress, scorer_of(a="1"), time.monotonic() + 1)
+
+
+def test_nobody_answers() -> None:
+    with pytest.raises(SpringtideError, match="not ready in time: URLError"):
+        wait_ready("http://127.0.0.1:9", scorer_of(a="1"), time.monotonic() + 1)
+
+
+def test_waiting_for_serve_is_bounded_and_says_which_part() -> None:
+    part = {"status": "UPDATING", "message": "", "target_num_replicas": 2, "replicas": [{"state": "RUNNING"}]}
+    healthy = {"status": "HEALTHY", "message": ""}
+    state = {"status": "DEPLOYING", "message": "", "deployments": {"Scorer": part, "Ingress": healthy}}
+    with pytest.raises(
+        SpringtideError, match=r"x is not ready in time, Serve says DEPLOYING: Scorer is UPDATING \(1 of 2"
+    ):
+        wait_running(lambda: {"applications": {"x": state}}, scorer_of(a="1"), time.monotonic() - 1)
+    with pytest.raises(SpringtideError, match="Serve says NOT_STARTED"):
+        wait_running(lambda: {"applications": {}}, scorer_of(a="1"), time.monotonic() - 1)
+    failed = {**state, "status": "DEPLOY_FAILED"}
+    failed["deployments"] = {
+        "Scorer": {**part, "message": "Traceback\n  RuntimeError: Scorer cannot start: no bundle\n\n"}
+    }
+    with pytest.raises(SpringtideError, match=r"^Serve could not deploy x: Scorer cannot start: no bundle$"):
+        wait_running(lambda: {"applications": {"x": failed}}, scorer_of(a="1"), time.monotonic() + 9)
+
+
+def test_reasons() -> None:
+    assert why({}) == "no reason given"
+    error = {"status": "UNHEALTHY", "message": "Traceback (most recent call last)\n  MemoryError: out of memory\n"}
+    assert why({"deployments": {"Scorer": error}}) == "Scorer: MemoryError: out of memory"
+    assert why({"message": "ValueError: no such import path", "deployments": {}}) == "ValueError: no such import path"
