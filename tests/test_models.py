@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from springtide.bundle import PARITY, check_parity, load_bundle
+from springtide.bundle import check_parity, load_bundle
 from springtide.files import write_manifest
 from springtide.serving.engine import Engine, Refusal, ScoreRequest
 from springtide.serving.models import Models, load_models
@@ -63,9 +63,9 @@ def flip_a_byte(path: Path) -> None:
 
 
 def forge_a_score(path: Path) -> None:
-    kept = json.loads((path / PARITY).read_text())
+    kept = json.loads((path / "parity.json").read_text())
     kept["cases"][5]["scores"][0] += 1
-    (path / PARITY).write_text(json.dumps(kept))
+    (path / "parity.json").write_text(json.dumps(kept))
     write_manifest(path)
 
 
@@ -139,7 +139,7 @@ def test_a_new_model_that_fails_is_left_out_and_told(paths: dict[str, Path]) -> 
     flip_a_byte(paths["two"])
     models = load_models(options(paths, "one", "two"), None, Loader())
     one, two = models.models()["models"]
-    assert (one["name"], one["primary"], one["parity_checked"], "error" in one) == ("one", True, True, False)
+    assert (one["name"], one["primary"], "error" in one) == ("one", True, False)
     assert (two["name"], two["primary"]) == ("two", False)
     assert "model.safetensors differs from its checksum" in two["error"]
     assert isinstance(answer_of(models, model="two"), Refusal)

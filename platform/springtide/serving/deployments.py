@@ -266,8 +266,7 @@ def _load_engine(options: ScorerOptions) -> Engine:
         log.warning("bundle %s has version %s, the configuration says %s", bundle.path, bundle.version, options.version)
     if options.device != "cpu":
         bundle.recommender.to(options.device)
-    if check_parity(bundle) is None:
-        log.warning("bundle %s is older than score samples, so its scores are not checked", bundle.path)
+    check_parity(bundle)
     engine = Engine(bundle, options.name, options.policies)
     engine.warm_up()
     return engine

@@ -71,9 +71,8 @@ class Models:
 
     def _described(self, name: str) -> Json:
         engine = self.engines[name]
-        told = {"primary": name == self.primary, "parity_checked": engine.bundle.parity is not None}
         error = {"error": self.refused[name]} if name in self.refused else {}
-        return {**engine.describe(), **told, **error}
+        return {**engine.describe(), "primary": name == self.primary, **error}
 
     def _name_of(self, model: str | None) -> str | None:
         """The engine that a request means by nothing, a name, or name@version."""

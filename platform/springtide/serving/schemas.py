@@ -289,7 +289,6 @@ class ModelInfo(Response):
     text: bool | None = Field(None, description="whether its items have texts, so that it answers a query")
     loaded_at: str | None = None
     metrics: dict[str, Any] | None = None
-    parity_checked: bool | None = Field(None, description="false: an older bundle, without a sample of its scores")
     error: str | None = Field(None, description="why the last change of model was refused, if it was")
 
 
