@@ -8,7 +8,10 @@ the model in training what it will be asked about new ones.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +45,19 @@ def nearest_by_text(
         best, place = cosine.topk(count, dim=1)
         rows[places], cosines[places] = lenders[place].numpy(), best.numpy()
     return rows, cosines
+
+
+@dataclass(frozen=True)
+class Lending:
+    """What every item of the catalogue borrows, as one sparse matrix over those that lend."""
+
+    rows: np.ndarray  # [U] int64 catalogue rows of the lenders
+    weights: sp.csr_matrix  # [I, U] float32
+
+    def lent(self, counted: np.ndarray) -> np.ndarray:
+        """What is added to the counted scores [P, I]: [P, I] float32."""
+        lent: np.ndarray = (self.weights @ counted[:, self.rows].T).T
+        return lent
 
 
 class Borrowing(nn.Module):
@@ -100,11 +116,32 @@ class Borrowing(nn.Module):
         if have is not None:
             lenders = torch.searchsorted(have, lenders)
         events = self.events[borrower] if cold is None else self.events[borrower] * ~cold[borrower]
+        weights = self._weights(borrower, events)
+        lent = F.embedding_bag(lenders, counted.T.contiguous(), per_sample_weights=weights, mode="sum")
+        return own.index_add(1, place, lent.T)
+
+    def _weights(self, borrower: Tensor, events: Tensor) -> Tensor:
+        """[n, M]: what each lender's score counts for items `borrower` [n] of so many `events` [n]."""
         kappa = torch.exp(self.log_kappa)
         near = torch.exp((self.cosines[borrower] - 1) * torch.exp(-self.log_tau))
         share = torch.exp(self.log_scale) * kappa / (kappa + events) / near.sum(1).clamp(min=1)
-        lent = F.embedding_bag(lenders, counted.T.contiguous(), per_sample_weights=near * share[:, None], mode="sum")
-        return own.index_add(1, place, lent.T)
+        return near * share[:, None]
+
+    @torch.no_grad()
+    def lending(self) -> Lending | None:
+        """All of `forward` that does not depend on the scores; None where nobody borrows."""
+        place = self._borrows(torch.arange(len(self.events), device=self.events.device), None).nonzero()[:, 0]
+        if not len(place) or not self.lenders.shape[1]:
+            return None
+        rows, column = np.unique(self.lenders[place].cpu().numpy(), return_inverse=True)
+        weights = self._weights(place, self.events[place]).cpu().numpy()
+        starts = np.zeros(len(self.events) + 1, np.int32)
+        starts[place.cpu().numpy() + 1] = weights.shape[1]
+        matrix = sp.csr_matrix(
+            (weights.ravel(), column.ravel().astype(np.int32), np.cumsum(starts, dtype=np.int32)),
+            shape=(len(self.events), len(rows)),
+        )
+        return Lending(rows, matrix)
 
     def _borrows(self, items: Tensor, cold: Tensor | None) -> Tensor:
         few = self.events[items] < BORROWERS_BELOW

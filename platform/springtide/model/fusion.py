@@ -108,13 +108,14 @@ class FusionModel(nn.Module):
         scores = self.channels.counted(batch, interest.weights, moments)
         if self.channels.borrowing is not None:
             scores = {name: self.channels.borrowing(score, None, None, None) for name, score in scores.items()}
-        for name, (query, keys) in self._products(batch, interest, vectors, moments, None).items():
+        for name, (query, keys) in self.products(batch, interest, vectors, moments, None).items():
             scores[name] = query @ keys.T
         return scores
 
-    def _products(
-        self, batch: Batch, interest: Interest, vectors: Tensor, moments: Tensor, cold: Tensor | None
+    def products(
+        self, batch: Batch, interest: Interest, vectors: Tensor, moments: Tensor, cold: Tensor | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
+        """The parts of the logits at `moments` [P, 2] that are a product of a query [P, K] and keys [I, K]."""
         row, place = moments.unbind(1)
         user = F.dropout(interest.user[row, place], self.config.dropout, self.training)
         network = {"network": (user * (torch.exp(self.log_temperature) * self.config.dim**-0.5), vectors)}
@@ -137,7 +138,7 @@ class FusionModel(nn.Module):
         held_out, repeats: see Channels; training must hold out what the moments themselves added to the counts.
         cold: [I] bool, items to be scored as if never counted.
         """
-        products = self._products(batch, interest, vectors, moments, cold).values()
+        products = self.products(batch, interest, vectors, moments, cold).values()
         # One matrix product for all of them.
         keys = torch.cat([key if columns is None else key[columns] for _, key in products], 1)
         logits = torch.cat([query for query, _ in products], 1) @ keys.T

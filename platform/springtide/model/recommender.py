@@ -14,6 +14,7 @@ import torch
 
 from springtide.model.batch import EMPTY, History, scoring_batch
 from springtide.model.explain import SHARES, by_event, shares
+from springtide.model.frozen import FrozenModel
 from springtide.model.fusion import FusionModel, Interest
 from springtide.model.memory import count_transitions
 from springtide.model.tables import Tables
@@ -103,6 +104,7 @@ class Recommender:
     def _read_catalogue(self) -> None:
         """What follows from the items and their counts."""
         model = self.model
+        self._frozen: FrozenModel | None = None  # made at the next request
         self._vectors = model.item_vectors()
         self.item_vectors: np.ndarray = self._vectors.cpu().numpy()  # [I, dim]
         # Neither trained nor described: such an item has an arbitrary vector, so it is never recommended. A text counts
@@ -181,11 +183,13 @@ class Recommender:
         absent: with the last event of each, or for a model that is told the time, when its log ended. A request with
         neither history nor query gets log popularity.
         """
-        logits = np.tile(np.log1p(self.popularity).astype(np.float32), (len(histories), 1))
+        logits = np.empty((len(histories), len(self.item_ids)), np.float32)
         gate = np.full(len(histories), np.nan, np.float32)
         asked = np.zeros(len(histories), bool) if queries is None else ~np.isnan(queries).any(1)
-        logits[asked] = 0
-        rows = [row for row, history in enumerate(histories) if len(history)]
+        told = np.array([len(history) > 0 for history in histories], bool)
+        logits[asked & ~told] = 0
+        logits[~asked & ~told] = np.log1p(self.popularity)
+        rows = np.flatnonzero(told).tolist()
         if rows:
             logits[rows], gate[rows] = self._score_histories(
                 [histories[r] for r in rows], None if now is None else now[rows]
@@ -193,16 +197,20 @@ class Recommender:
         if asked.any() and queries is not None:
             if self.text_vectors is None:
                 raise ValueError("this model has no item texts, so it cannot answer a query")
-            logits[asked] += queries[asked] @ self.text_vectors.T / QUERY_TEMPERATURE
-        by_query_alone = asked & ~np.isin(np.arange(len(histories)), rows)
-        logits[np.ix_(~by_query_alone, ~self.recommendable)] = -np.inf
-        logits[np.ix_(by_query_alone, ~self._found_by_query)] = -np.inf
+            logits[asked] += (queries[asked] / QUERY_TEMPERATURE) @ self.text_vectors.T
+        for row, by_query_alone in enumerate(asked & ~told):
+            allowed = self._found_by_query if by_query_alone else self.recommendable
+            logits[row][~allowed] = -np.inf
         return Scores(logits, gate)
 
     @torch.inference_mode()
     def _score_histories(self, histories: list[History], now: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         batch, interest, last = self._read(histories, now)
-        logits = self.model.logits_at(batch, interest, self._vectors, last)
+        if self._device.type != "cpu":
+            logits = self.model.logits_at(batch, interest, self._vectors, last)
+        else:
+            self._frozen = self._frozen or FrozenModel(self.model, self._vectors)
+            logits = self._frozen.logits(batch, interest, last)
         gate = interest.gate[last[:, 0], last[:, 1]].mean(-1)
         return logits.cpu().numpy(), gate.cpu().numpy()
 
@@ -255,6 +263,7 @@ class Recommender:
             added = count_transitions(pieces, len(self.popularity), reach, channels.memory.decay)
             self._transitions = self._transitions + added
             channels.memory.load_counts(self._transitions)
+        self._frozen = None
         self._observed |= np.bincount(items, minlength=len(self.popularity)) > 0
         self.recommendable |= self._observed
         self._found_by_query |= self._observed
