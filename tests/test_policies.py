@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from springtide.bundle import load_bundle
+from springtide.model.recommender import NewItem
 from springtide.model.top_k import top_k
 from springtide.serving.choose import Chosen, Rules, choose
 from springtide.serving.engine import Engine, ScoreRequest
@@ -342,6 +343,19 @@ def test_shares_sum_to_the_adjusted_score(tmp_path: Path) -> None:
             assert sum(explanation["shares"].values()) == pytest.approx(item["score"], abs=1e-4)
             assert explanation["shares"]["policy"] < 0
             assert explanation["sentence"].endswith(".")
+
+
+def test_an_added_item_passes_and_fails_filters_like_the_others(tmp_path: Path) -> None:
+    bundle = load_bundle(toy_bundle(tmp_path))
+    texts = bundle.recommender.text_vectors
+    assert texts is not None
+    engine = Engine(bundle, "toy", Policies(categories=("new", "fresh"), block_items=("blocked",)))
+    assert answer_of(engine, ScoreRequest())["items"] == []
+    features = bundle.recommender.model.item_vectors.text.numpy()
+    described = {"added": ["new"], "blocked": ["new"], "other": ["old"], "i03": ["fresh"]}
+    engine.put_items([NewItem(name, name, found, texts[3], features[3]) for name, found in described.items()])
+    assert {item["item_id"] for item in answer_of(engine, ScoreRequest())["items"]} == {"added", "i03"}
+    assert [i["item_id"] for i in answer_of(engine, ScoreRequest(categories=("new",)))["items"]] == ["added"]
 
 
 # ---------------------------------------------------------------- as configuration

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from springtide.errors import SpringtideError
+from springtide.serving.policies import Policies
 from springtide.serving.popular import PopularItems, load_popular
 from toy import toy_bundle
 
@@ -28,6 +29,7 @@ CATEGORIES = st.sampled_from(["a", "b", "c"])
     exclude_items=st.lists(NAMES, max_size=4),
     allow_items=st.none() | st.lists(NAMES, max_size=6),
 )
+@settings(deadline=None)
 def test_the_best_k_that_pass(
     catalogue: list[Any],
     k: int,
@@ -73,6 +75,9 @@ def test_read_from_a_bundle(tmp_path: Path) -> None:
     answer = load_popular(bundle, "toy").answer(2, ["i39"])
     assert [item["item_id"] for item in answer["items"]] == ["i38", "i37"]
     assert answer["model"].startswith("toy@")
+    policies = Policies(exclude_seen=False, categories=("odd",), block_items=("i37",))
+    answer = load_popular(bundle, "toy", policies).answer(2, ["i39"])
+    assert [item["item_id"] for item in answer["items"]] == ["i39", "i35"]
     (bundle / "items.parquet").write_bytes(b"not parquet")
     with pytest.raises(SpringtideError, match="popular items"):
         load_popular(bundle, "toy")

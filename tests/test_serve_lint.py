@@ -149,6 +149,7 @@ def test_deploy_fills_in_the_experiment(tmp_path: Path) -> None:
     write_json(tmp_path / "bundle" / "config.json", {"settings": trained.model_dump(mode="json")})
     write_manifest(tmp_path / "bundle")
     config = filled(LOCAL, settings, port=8123)
+    assert part(config, "Ingress")["user_config"]["policies"] == part(LOCAL, "Scorer")["user_config"]["policies"]
     assert lint(config) == []
     assert config["http_options"]["port"] == 8123
     assert app(config)["args"]["store"] == str(tmp_path / "history.sqlite3")

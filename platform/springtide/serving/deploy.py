@@ -108,10 +108,12 @@ def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
         args = {**(app.get("args") or {}), "workspace": str(workspace)}
         args["store"] = store_of(settings, args["store"])
         app["args"] = args
-        for deployment in app["deployments"]:
-            if deployment["name"] in values:
-                deployment["user_config"] = {**deployment.get("user_config", {}), **values[deployment["name"]]}
+        parts = {deployment["name"]: deployment for deployment in app["deployments"]}
+        for name in values.keys() & parts.keys():
+            parts[name]["user_config"] = {**parts[name].get("user_config", {}), **values[name]}
         _fill_models(app, workspace, text["encoder"])
+        policies = parts["Scorer"]["user_config"].get("policies")
+        parts["Ingress"]["user_config"]["policies"] = policies  # what is blocked stays so while the Scorer is down
     return config
 
 

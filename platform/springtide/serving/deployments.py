@@ -194,7 +194,7 @@ class Ingress:
         self._service.queries.clear()  # a new bundle may have come with another encoder
         if options.bundle is not None:
             try:
-                self._service.popular = load_popular(options.bundle, options.name)
+                self._service.popular = load_popular(options.bundle, options.name, options.policies)
             except SpringtideError as error:  # those read before go on being the fallback
                 log.error("popular items not read: %s", error)
         self._service.direct(options.traffic)

@@ -1,6 +1,6 @@
 """Answers from one bundle, free of Ray and HTTP: batches of score requests, interests and similar items.
 
-An Engine never changes after it is built, so a swap of models is a swap of one reference.
+An Engine changes only where items are put into its catalogue, so a swap of models is a swap of one reference.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from springtide.serving.choose import Chosen, Rules, choose
-from springtide.serving.filters import barred, index_catalogue
+from springtide.serving.filters import barred, barred_by, index_catalogue
 from springtide.serving.policies import Policies, counting_events, damping_of, items_of
 from springtide.serving.reasons import explain_items
 
 if TYPE_CHECKING:
     from springtide.bundle import Bundle
-    from springtide.model.recommender import History, Interests
+    from springtide.model.recommender import History, Interests, NewItem
 
 Json = dict[str, Any]
 EXPLAINED_EVENTS = 5
@@ -65,16 +65,19 @@ class Engine:
         self._recommender = bundle.recommender
         self._policies = policies or Policies()
         self._damped: tuple[np.ndarray, np.ndarray] | None = None
+        self._index_catalogue()
+
+    def put_items(self, items: Sequence[NewItem]) -> None:
+        """Add items to the catalogue or replace what is known of them. Not while another thread scores.
+
+        Raises ValueError if the model has no texts.
+        """
+        self._recommender.put_items(items)
+        self._index_catalogue()
+
+    def _index_catalogue(self) -> None:
         self._catalogue = index_catalogue(self._recommender.index, self._recommender.categories)
-        self._barred = np.flatnonzero(
-            barred(
-                self._catalogue,
-                categories=self._policies.categories,
-                exclude_categories=self._policies.exclude_categories,
-                allow_items=self._policies.allow_items,
-                block_items=self._policies.block_items,
-            )
-        )
+        self._barred = np.flatnonzero(barred_by(self._catalogue, self._policies))
 
     def describe(self) -> Json:
         return {

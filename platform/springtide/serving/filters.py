@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from springtide.serving.policies import Policies
+
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -36,6 +38,17 @@ def index_catalogue(item_ids: Mapping[str, int], categories: Sequence[Sequence[s
         for name in names:
             rows.setdefault(name, []).append(row)
     return Catalogue(item_ids, categories, {name: np.asarray(found, np.int64) for name, found in rows.items()})
+
+
+def barred_by(catalogue: Catalogue, policies: Policies) -> np.ndarray:
+    """[I] bool: rows that fail the configured filters."""
+    return barred(
+        catalogue,
+        categories=policies.categories,
+        exclude_categories=policies.exclude_categories,
+        allow_items=policies.allow_items,
+        block_items=policies.block_items,
+    )
 
 
 def barred(

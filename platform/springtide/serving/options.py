@@ -96,6 +96,7 @@ class IngressOptions(Options):
     exposures: ExposureOptions | None = None  # absent: nothing is logged
     log: str | None = None  # content hash of the prepared log, which `deploy` fills in
     bundle: str | None = None  # its popular items are the answer while no Scorer gives one
+    policies: Policies | None = None  # filters of these items: the Scorer's, which `deploy` fills in
     version: str | None = None  # of the bundle; a new version at the same path is then noticed
     name: str = Field("default", min_length=1, max_length=64, pattern=r"^[\w.-]+$")
 

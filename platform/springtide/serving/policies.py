@@ -68,6 +68,10 @@ class Policies(Section):
     caps: Caps = Caps()
     exploration: Exploration = Exploration()
 
+    @property
+    def filtering(self) -> bool:
+        return self.allow_items is not None or bool(self.categories or self.exclude_categories or self.block_items)
+
 
 # ---------------------------------------------------------------- of the history
 def counting_events(events: Sequence[Json], weights: Mapping[str, float]) -> list[Json]:

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 
 from springtide.errors import SpringtideError
 from springtide.schemas import ITEMS, check_schema
+from springtide.serving.filters import barred_by, index_catalogue
+from springtide.serving.policies import Policies
 
 Json = dict[str, Any]
 _COLUMNS = ("item_id", "title", "categories", "events")
@@ -23,8 +25,13 @@ _COLUMNS = ("item_id", "title", "categories", "events")
 class PopularItems:
     """The catalogue of one bundle, most training events first; of equals, the first of the catalogue first."""
 
-    def __init__(self, items: pa.Table, label: str, exclude_seen: bool) -> None:
-        """items: the columns item_id, title, categories and events of schemas.ITEMS; label: name@version."""
+    def __init__(self, items: pa.Table, label: str, exclude_seen: bool, policies: Policies | None = None) -> None:
+        """items: the columns item_id, title, categories and events of schemas.ITEMS; label: name@version; exclude_seen:
+        where neither a request nor the policies say. Of the policies, the filters hold here too."""
+        if policies is not None:
+            if policies.filtering:
+                items = items.filter(pa.array(~_barred(items, policies)))
+            exclude_seen = exclude_seen if policies.exclude_seen is None else policies.exclude_seen
         order = np.argsort(-items["events"].to_numpy(), kind="stable")
         ranked = items.take(pa.array(order)).combine_chunks()
         self.label, self._exclude_seen = label, exclude_seen
@@ -75,18 +82,24 @@ class PopularItems:
         return np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
 
 
-def load_popular(bundle: str | Path, name: str) -> PopularItems:
+def load_popular(bundle: str | Path, name: str, policies: Policies | None = None) -> PopularItems:
     """The popular items of a bundle, labelled as its Scorer does. Raises SpringtideError if a file cannot be read."""
     path = Path(bundle)
     try:
         version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))["settings"]
         items = check_schema(pq.read_table(path / "items.parquet"), ITEMS, str(path / "items.parquet"))
-        return PopularItems(items.select(_COLUMNS), f"{name}@{version}", bool(settings["data"]["exclude_seen"]))
+        trained = bool(settings["data"]["exclude_seen"])
+        return PopularItems(items.select(_COLUMNS), f"{name}@{version}", trained, policies)
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise SpringtideError(
             f"cannot read the popular items of the bundle {path}: {' '.join(str(error).split())[:300]}; train it again"
         ) from None
+
+
+def _barred(items: pa.Table, policies: Policies) -> np.ndarray:
+    index = {item_id: row for row, item_id in enumerate(items["item_id"].to_pylist())}
+    return barred_by(index_catalogue(index, items["categories"].to_pylist()), policies)
 
 
 def _ranks_by_category(categories: pa.ChunkedArray) -> dict[str, np.ndarray]:

@@ -254,6 +254,7 @@ class Service:
             exclude_seen=request.exclude_seen,
             categories=request.filters.categories,
             exclude_items=request.filters.exclude_items,
+            allow_items=request.filters.allow_items,
         )
 
     async def _score_apart(self, request: ScoreRequest) -> Json:
