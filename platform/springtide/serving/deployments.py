@@ -31,7 +31,6 @@ from springtide.serving.metrics_ray import RayMetrics
 from springtide.serving.models import Models, load_models
 from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
 from springtide.serving.popular import load_popular
-from springtide.serving.retaining import retain_in_background
 from springtide.serving.seeding import seed_histories
 from springtide.serving.service import Service
 from springtide.serving.store import HistoryStore, open_store
@@ -180,7 +179,6 @@ class Ingress:
             query_cache_s=options.query_cache_s,
             history_cache_events=options.history_cache_events,
         )
-        retain_in_background(self._service.store)
         self._workspace = options.workspace
         self._log: str | None = None
         self._exposures: ExposureOptions | None = None

@@ -27,6 +27,7 @@ from springtide.serving.metrics import Metrics, NoMetrics
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.query_cache import QueryCache
+from springtide.serving.retaining import retain_in_background
 from springtide.serving.schemas import HISTORY_USED, ApiError, EncodeRequest, Event, HistoryEvent, RecommendRequest
 from springtide.serving.store import HistoryStore
 from springtide.serving.traffic import Traffic, shares
@@ -73,6 +74,7 @@ class Service:
     ) -> None:
         """other_timeout_s: for calls that have no degraded answer, such as storing events."""
         self.store = store
+        self._stop_retaining = retain_in_background(store)
         self.histories = HistoryCache(store, HISTORY_USED, history_cache_events, metrics)
         self.seeding = "ok"  # or why the stored histories are not complete yet
         self.popular: PopularItems | None = None  # the answer while the scorer is down
@@ -100,6 +102,7 @@ class Service:
         """Give the store back. No request may be under way."""
         if self.exposures is not None:
             self.exposures.close()
+        self._stop_retaining()
         self._store_threads.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
