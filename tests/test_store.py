@@ -308,6 +308,21 @@ def test_a_replaced_log_leaves_nothing_behind(store: HistoryStore, monkeypatch: 
         assert store._all_rows("SELECT name, active FROM seeds") == [("log-2", 1)]
 
 
+def test_replicas_that_seed_at_once_import_one_log(url: str) -> None:
+    stores = [open_store(url) for _ in range(3)]
+    imported = [-1] * 3
+    log = [("u", str(i), i, None, None) for i in range(2000)]
+
+    def work(number: int) -> None:
+        imported[number] = stores[number].seed("log", iter(log))
+
+    in_threads(3, work)
+    assert sorted(imported) == [0, 0, 2000]
+    assert stores[0].count() == 2000
+    for store in stores:
+        store.close()
+
+
 def test_an_interrupted_seed_is_invisible_and_done_again(store: HistoryStore) -> None:
     def broken() -> Iterator[tuple[str, str, int, None, None]]:
         for i in range(25_000):
