@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -165,7 +165,7 @@ def has_room(caps: Caps, categories: list[str], taken: Counter[str]) -> bool:
 
 
 @given(shelves, policies_drawn, requests)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_every_combination_keeps_the_guarantee(shelf: Shelf, policies: Policies, request: ScoreRequest) -> None:
     events = [event for event in request.events if event["item_id"] in shelf.index]
     request = ScoreRequest(**{**vars(request), "events": events})
@@ -241,6 +241,25 @@ def test_each_item_has_the_greatest_marginal_relevance(seed: int, diversity: flo
         value = (1 - diversity) * relevance - diversity * (unit @ unit[chosen[:rank]].T).max(1)
         left = [row for row in range(12) if row not in chosen[:rank]]
         assert value[chosen[rank]] == pytest.approx(value[left].max(), abs=1e-9)
+
+
+def test_diversity_goes_on_where_caps_end_the_first_candidates() -> None:
+    """The third item is compared with both chosen before, though they are not among the candidates any more."""
+    scores = np.concatenate([np.linspace(10, 9, 12), [1.0, 1.0]])
+    categories = [["a"]] * 12 + [["b"], ["b"]]
+    vectors = np.tile([1.0, 0.0], (14, 1))
+    vectors[1], vectors[13] = [0.0, 1.0], [0.7, 0.7]  # 12 is like 0; 13 is halfway between 0 and 1
+
+    def draw(spent: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        left = np.setdiff1d(np.arange(14), spent)[:count]
+        return left, scores[left]
+
+    def rows_of(names: Iterable[str]) -> np.ndarray:
+        return np.flatnonzero([bool(set(names) & set(own)) for own in categories])
+
+    rules = Rules(3, 0.9, Caps(per_category=2, strict=True))
+    assert rules.candidates == 12
+    assert choose(draw, rules, vectors, categories, rows_of).rows == [0, 1, 13]
 
 
 # ---------------------------------------------------------------- exploration

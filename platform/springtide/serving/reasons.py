@@ -31,7 +31,7 @@ def explain_items(
         through = reasons.through[:, column]
         order = np.argsort(-through, kind="stable")[:BECAUSE]
         because = [{**event(int(i)), "weight": round(float(through[i]), 6)} for i in order if through[i] > 0]
-        told = {name: round(value, 6) for name, value in own.items()}
+        told = {name: round(value, 6) + 0.0 for name, value in own.items()}  # no -0.0
         out.append({"shares": told, "because": because, "sentence": sentence(own, because, fitting)})
     return out
 
