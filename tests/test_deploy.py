@@ -57,7 +57,7 @@ def test_nothing_changes() -> None:
 
 def test_absent_and_empty_are_the_same() -> None:
     def add(app: Any, parts: dict[str, Any]) -> None:
-        app["logging_config"] = None
+        app["logging_config"] = None  # as the whole configuration's
         parts["Scorer"]["request_router_config"] = {}
 
     assert set(steps(running(OLD), changed(add)).values()) == {

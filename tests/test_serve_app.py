@@ -22,6 +22,9 @@ from starlette.testclient import TestClient
 from springtide.errors import SpringtideError
 from springtide.serving.app import create_app
 from springtide.serving.engine import Engine, ScoreRequest
+from springtide.serving.exposures import ExposureLog
+from springtide.serving.exposures import read as read_exposures
+from springtide.serving.options import ExposureOptions, TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, HistoryEvent, RecommendRequest
 from springtide.serving.service import Service, recent_events
@@ -468,6 +471,35 @@ def test_without_an_encoder_the_history_answers(client: TestClient, parts: Parts
     assert "degraded" not in recommend(client, history=[{"item_id": "i4"}]).json()
     refused = client.post("/v1/encode", json={"text": "a"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "encoder_unavailable")
+
+
+def test_every_answer_is_an_exposure(client: TestClient, parts: Parts, service: Service, tmp_path: Path) -> None:
+    service.direct(TrafficOptions(split={"films": 1}))
+    service.exposures = ExposureLog(tmp_path / "exposures", ExposureOptions(pseudonymise=False))
+    recommend(client, user_id="u", k=2)
+    recommend(client, history=[{"item_id": "i4"}], model="films", k=1)
+    parts.scorer = "dead"
+    recommend(client, user_id="u", k=1)
+    told = client.get("/v1/models")
+    assert told.status_code == 503  # the models' part; the exposures go on
+    service.exposures.close()
+    lines = list(read_exposures(tmp_path / "exposures"))
+    assert [(e["user"], e["arm"], e["by"], e["items"], e["degraded"]) for e in lines] == [
+        ("u", "films", "split", ["i11", "i10"], False),
+        (None, "films", "request", ["i5"], False),
+        ("u", "films", "split", ["i11"], True),
+    ]
+    assert len({e["request_id"] for e in lines}) == 3
+
+
+def test_models_tell_of_split_shadows_and_exposures(client: TestClient, service: Service, tmp_path: Path) -> None:
+    assert set(client.get("/v1/models").json()) == {"models"}
+    service.direct(TrafficOptions(split={"films": 3, "b": 1}, shadow={"b": 1}))
+    service.exposures = ExposureLog(tmp_path / "exposures", ExposureOptions())
+    told = client.get("/v1/models").json()
+    assert told["split"] == {"films": 0.75, "b": 0.25}
+    assert told["shadows"] == []
+    assert told["exposures"]["dropped"] == 0
 
 
 @pytest.mark.parametrize("state", ["slow", "dead"])

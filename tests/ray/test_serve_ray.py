@@ -23,7 +23,9 @@ from ray.serve.schema import ServeDeploySchema
 from springtide.files import write_json, write_manifest
 from springtide.schemas import SEQUENCES
 from springtide.serving.deploy import filled
+from springtide.serving.exposures import read as read_exposures
 from springtide.serving.lint import load_config
+from springtide.serving.plan import normal, plan
 from toy import ACTIONS, toy_bundle, toy_items, toy_log, toy_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -40,8 +42,8 @@ class Served:
     port: int
     client: httpx.Client
 
-    def config(self) -> dict[str, Any]:
-        config = filled(load_config(CONFIG), toy_settings(self.workspace), self.port)
+    def config(self, file: Path = CONFIG) -> dict[str, Any]:
+        config = filled(load_config(file), toy_settings(self.workspace), self.port)
         config["applications"][0]["runtime_env"] = {
             "py_modules": self.ray.get_runtime_context().runtime_env["py_modules"]
         }
@@ -66,6 +68,19 @@ class Served:
         found = self.ray.util.list_named_actors(all_namespaces=True)
         replicas = [self.ray.get_actor(a["name"], a["namespace"]) for a in found if f"::{APP}#" in a["name"]]
         return set(self.ray.get([replica.__ray_call__.remote(lambda _: os.getpid()) for replica in replicas]))
+
+    def replicas(self, deployment: str) -> int:
+        """Replicas of a deployment that take requests."""
+        states = serve.status().applications[APP].deployments[deployment].replica_states
+        return int(states.get("RUNNING", 0))
+
+    def wait_replicas(self, deployment: str, wanted: int, seconds: float) -> float:
+        """Wait until so many replicas run, and return the seconds that it took."""
+        began = time.monotonic()
+        while (found := self.replicas(deployment)) != wanted:
+            assert time.monotonic() - began < seconds, f"{deployment} has {found} replicas, not {wanted}"
+            time.sleep(0.1)
+        return time.monotonic() - began
 
     def wait_model(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         deadline = time.monotonic() + 60
@@ -240,3 +255,96 @@ def test_an_acknowledged_event_survives_kill_9_of_every_replica(served: Served) 
         time.sleep(0.5)
     assert [event["item_id"] for event in answer.json()["events"]] == ["i07"]
     assert served.recommend(user_id="survivor", query="back again")["source"].startswith("history")
+
+
+def test_a_further_model_is_added_split_and_taken_away(served: Served) -> None:
+    """By changed configurations alone: no replica restarts, as the plan says."""
+    toy_bundle(served.workspace / "challenger", seed=2)
+    config = served.config()
+    parts = {part["name"]: part["user_config"] for part in config["applications"][0]["deployments"]}
+    before, pids = _get_global_client().get_serve_details(), served.pids()
+    assert {step.effect for step in plan(before, normal(config))} == {"unchanged"}
+    parts["Scorer"]["models"] = {"challenger": {"bundle": str(served.workspace / "challenger" / "bundle")}}
+    parts["Ingress"]["traffic"] = {"split": {"toy": 1, "challenger": 1}, "shadow": {"challenger": 1}}
+    effects = {step.deployment: step.effect for step in plan(before, normal(config))}
+    assert effects == {"Ingress": "reconfigured", "TextEncoder": "unchanged", "Scorer": "reconfigured"}
+    served.apply(config)
+    models = [[served.recommend(user_id=f"user-{n}")["model"] for n in range(20)] for _ in range(2)]
+    assert models[0] == models[1]
+    assert {model.split("@")[0] for model in models[0]} == {"toy", "challenger"}
+    assert served.recommend(user_id="u1", model="challenger")["model"].startswith("challenger@")
+    deadline = time.monotonic() + 30
+    while True:
+        told = served.client.get("/v1/models").json()
+        if told["shadows"] and told["exposures"]["written"] >= 41:
+            break
+        assert time.monotonic() < deadline, told
+        time.sleep(0.1)
+    assert [model["name"] for model in told["models"]] == ["toy", "challenger"]
+    assert told["split"] == {"toy": 0.5, "challenger": 0.5}
+    assert (told["shadows"][0]["shadow"], told["shadows"][0]["failed"]) == ("challenger", 0)
+    lines = list(read_exposures(served.workspace / "exposures"))
+    assert {line["by"] for line in lines} >= {"split", "request"}
+    assert not any(str(line["user"]).startswith("user-") for line in lines)
+    served.apply(served.config())
+    assert [model["name"] for model in served.client.get("/v1/models").json()["models"]] == ["toy"]
+    assert served.client.post("/v1/recommend", json={"user_id": "u", "model": "challenger"}).status_code == 404
+    assert served.pids() == pids
+
+
+def test_scorer_and_encoder_follow_their_own_load(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """serve_configs/autoscaling.yaml with short delays: encoder to zero and back, Scorer from one to two and back."""
+    config = served.config(CONFIG.with_name("autoscaling.yaml"))
+    app = config["applications"][0]
+    often = {f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5" for who in ("REPLICA", "HANDLE")}
+    app["runtime_env"]["env_vars"] = often
+    for part in app["deployments"]:
+        if "autoscaling_config" in part:
+            short = {"look_back_period_s": 2, "upscale_delay_s": 1, "downscale_delay_s": 2, "max_replicas": 2}
+            part["autoscaling_config"] |= {**short, "target_ongoing_requests": 2}
+        if part["name"] == "TextEncoder":
+            part["autoscaling_config"]["downscale_to_zero_delay_s"] = 2
+        if part["name"] == "Scorer":
+            part["user_config"]["batch_wait_ms"] = 100  # a queue without work for the processor
+    served.apply(config)
+    served.wait_ready()
+    to_zero = served.wait_replicas("TextEncoder", 0, 30)
+
+    began = time.monotonic()
+    first = served.recommend(history=[{"item_id": "i03"}], query="first words after a quiet time")
+    answered = time.monotonic() - began
+    assert first["degraded"] and first["items"]
+    assert answered < 5  # the limit is a second; it must not wait for the encoder's start
+    number = 0
+    while served.recommend(history=[{"item_id": "i03"}], query=f"words {number}").get("degraded"):
+        assert time.monotonic() - began < 60, "no query was answered whole"
+        time.sleep(0.5)
+        number += 1
+    whole = time.monotonic() - began
+    assert served.replicas("TextEncoder") >= 1
+
+    stop = threading.Event()
+    answers: list[tuple[int, bool]] = []
+
+    def load() -> None:
+        with httpx.Client(base_url=served.client.base_url, timeout=60, trust_env=False) as client:
+            while not stop.is_set():
+                answer = client.post("/v1/recommend", json={"user_id": "u2"})
+                answers.append((answer.status_code, answer.json().get("degraded", False)))
+
+    threads = [threading.Thread(target=load) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    try:
+        up = served.wait_replicas("Scorer", 2, 40)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    down = served.wait_replicas("Scorer", 1, 40)
+    assert set(answers) == {(200, False)}
+    with capsys.disabled():
+        print(
+            f"\nencoder to zero {to_zero:.1f} s; from zero: first query degraded after {answered:.1f} s, whole after "
+            f"{whole:.1f} s; Scorer 1 -> 2 in {up:.1f} s of load, 2 -> 1 {down:.1f} s after it"
+        )

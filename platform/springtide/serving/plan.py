@@ -143,4 +143,9 @@ def _value(value: Any) -> Any:
 
 def normal(config: Json) -> Json:
     """A configuration as Serve would tell it back, so that both sides of a comparison are written alike."""
-    return ServeDeploySchema.model_validate(config).model_dump(mode="json", exclude_unset=True)
+    parsed = ServeDeploySchema.model_validate(config)
+    for app in parsed.applications:  # as Serve does when it takes the configuration
+        if app.logging_config is None:
+            app.logging_config = parsed.logging_config
+    filled: Json = parsed.model_dump(mode="json", exclude_unset=True)
+    return filled
