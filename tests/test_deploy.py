@@ -85,7 +85,7 @@ def test_everything_starts_on_an_empty_cluster() -> None:
          {"TextEncoder": "TextEncoder restarts: ray_actor_options.num_cpus"}),
         (lambda app, d: d["TextEncoder"].update(ray_actor_options={"num_cpus": 0.3, "num_gpus": 1}, user_config={}),
          {"TextEncoder": "TextEncoder restarts: ray_actor_options.num_gpus"}),
-        (lambda app, d: app.update(logging_config={"log_level": "DEBUG"}),
+        (lambda app, d: app.update(logging_config={"enable_access_log": False, "log_level": "DEBUG"}),
          {n: f"{n} reconfigured in place: logging_config.log_level" for n in ("Ingress", "TextEncoder", "Scorer")}),
         (lambda app, d: app["runtime_env"].update(py_modules=["gcs://two.zip"]),
          {n: f"{n} restarts: runtime_env.py_modules (the code)" for n in ("Ingress", "TextEncoder", "Scorer")}),
