@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 MOVIELENS = jobs/configs/movielens-100k.yaml
 CONFIG ?= $(MOVIELENS)
 
-.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-serve bench-events benchmark-quality fuzz-http audit clean
+.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-retrieval bench-serve bench-events benchmark-quality fuzz-http audit clean
 
 setup: $(VENV)/.installed
 
@@ -50,6 +50,9 @@ bench-train: setup
 # Durable events per second of the event log, in SQLite and in Redis.
 bench-events: setup
 	$(BIN)/python benchmarks/events.py
+
+bench-retrieval: setup
+	$(BIN)/python benchmarks/retrieval.py
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py

@@ -45,8 +45,8 @@ class TransitionMemory(nn.Module):
 
     keys: Tensor  # [nnz] int64, a * I + b of every kept transition, ascending
     counts: Tensor  # [nnz + 1] float32, the last one 0 for empty slots
-    successors: Tensor  # [I, N] int64, the N most frequent successors of each item
-    slots: Tensor  # [I, N] int64, their positions in `counts`
+    successors: Tensor  # [I, N] int32, the N most frequent successors of each item
+    slots: Tensor  # [I, N] int32, their positions in `counts`
     cutoff: Tensor  # [I] float32, the largest count left out of a list that was cut, 0 of a whole one
     runner_up: Tensor  # [I] int64, the item of that count, -1 of a whole list
 
@@ -71,8 +71,8 @@ class TransitionMemory(nn.Module):
         width = int(rank[rank < self.neighbours].max(initial=0)) + 1
         position = np.sort(kept)  # back to ascending (a, b)
         keys = row[position].astype(np.int64) * self.items + counts.indices[position]
-        successors = np.zeros((self.items, width), np.int64)
-        slots = np.full((self.items, width), len(position), np.int64)
+        successors = np.zeros((self.items, width), np.int32)  # the two tables of a large catalogue are gigabytes
+        slots = np.full((self.items, width), len(position), np.int32)
         kept_rank = rank[rank < self.neighbours]
         successors[row[kept], kept_rank] = counts.indices[kept]
         slots[row[kept], kept_rank] = np.searchsorted(position, kept)
@@ -117,7 +117,7 @@ class TransitionMemory(nn.Module):
         for j in range(recent.shape[1]):  # one event at a time keeps the peak at [P, N]
             of = recent[:, j]
             value = torch.log1p(self.counts[self.slots[of]] * scale) if table is None else table[of]  # [P, N]
-            to = self.successors[of] if columns is None else column_of[self.successors[of]]
+            to = self.successors[of].long() if columns is None else column_of[self.successors[of]]
             score.scatter_add_(1, to, weight[:, j, None] * value)
         if targets is not None and own is not None:
             own_share = self._own_share(recent, weight, own, targets, scale)[:, None]
