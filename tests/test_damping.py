@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from springtide.model.batch import History, scoring_batch
@@ -50,11 +49,17 @@ def test_what_it_may_cost_is_kept() -> None:
     assert choose_damping(model_of(), cases, None, False, 0.7) == TRIED[-1]
 
 
-@pytest.mark.parametrize("given", [{"popularity": False}, {}])
-def test_nothing_to_choose_by(given: dict[str, bool]) -> None:
-    assert choose_damping(model_of(**given), cases_of(ITEMS - 2) if not given else cases_of(0), None, True, 0.5) == 0
+def test_nothing_to_choose_by() -> None:
+    assert choose_damping(model_of(), cases_of(ITEMS - 2), None, True, 0.5) == 0
     assert choose_damping(model_of(), [], None, True, 0.5) == 0
     assert choose_damping(model_of(), cases_of(0), None, True, 0.0) == 0
+
+
+def test_what_nobody_took_is_left_where_it_is() -> None:
+    model = model_of()
+    model.channels.observe_popularity(np.array([0, 0, *range(1, ITEMS - 1)]))
+    assert not model.channels.excess[:2].any()
+    assert model.channels.excess[2:].mean().abs() < 1e-5 and (model.channels.excess[2:].diff() > 0).all()
 
 
 def test_it_is_in_the_scores_and_not_in_training() -> None:
@@ -66,7 +71,7 @@ def test_it_is_in_the_scores_and_not_in_training() -> None:
         before = model.logits_at(batch, interest, vectors, moments)
         model.channels.damping.fill_(0.3)
         after = model.logits_at(batch, interest, vectors, moments)
-        torch.testing.assert_close(after, before - 0.3 * model.channels.log_popularity)
+        torch.testing.assert_close(after, before - 0.3 * model.channels.excess)
         torch.testing.assert_close(sum(model.scores_at(batch, interest, vectors, moments).values()), after)
         model.train()
         torch.testing.assert_close(model.logits_at(batch, interest, vectors, moments), before)

@@ -64,7 +64,8 @@ class Channels(nn.Module):
     """See the module docstring. text: [I, text_dim] whitened; popularity: [I] training events."""
 
     log_popularity: Tensor  # [I], centred
-    damping: Tensor  # []
+    damping: Tensor  # [] times this a trained model takes off every score:
+    excess: Tensor  # [I] log popularity beyond the mean of the items that were taken at all, 0 of the others
     text: Tensor  # [I, text_dim] unit rows
 
     def __init__(self, config: ModelConfig, text: Tensor, popularity: Tensor) -> None:
@@ -100,11 +101,13 @@ class Channels(nn.Module):
         self.text_scale = nn.Parameter(torch.tensor(1.0)) if self.by_text else None
         self.register_buffer("text", F.normalize(text, dim=1) if self.by_text else text[:, :0], persistent=False)
         self.register_buffer("log_popularity", _centred_log(popularity))
-        self.register_buffer("damping", torch.zeros(()))  # what a trained model takes off the weight of popularity
+        self.register_buffer("damping", torch.zeros(()))
+        self.register_buffer("excess", _excess_log(popularity), persistent=False)
 
     def observe_popularity(self, popularity: np.ndarray) -> None:
         """Take new counts [I]."""
         self.log_popularity.copy_(_centred_log(torch.from_numpy(popularity)))
+        self.excess.copy_(_excess_log(torch.from_numpy(popularity)))
         if self.borrowing is not None:
             self.borrowing.events.copy_(torch.from_numpy(popularity))
 
@@ -121,7 +124,7 @@ class Channels(nn.Module):
             self.borrowing.grow(text)
         if self.by_text:
             self.text = F.normalize(text, dim=1)
-        self.log_popularity = F.pad(self.log_popularity, (0, count))
+        self.log_popularity, self.excess = F.pad(self.log_popularity, (0, count)), F.pad(self.excess, (0, count))
         self.observe_popularity(popularity)
 
     def weights(self, user: Tensor, context: Tensor) -> Tensor:
@@ -189,11 +192,17 @@ class Channels(nn.Module):
             level = self.log_popularity
             if cold is not None:
                 level = torch.where(cold, level.min(), level)
-            damping = 0.0 if self.training else self.damping
-            out["popularity"] = (weight["popularity"] - damping)[:, None], level[:, None]
+            out["popularity"] = weight["popularity"][:, None], level[:, None]
+        if self.damping and not self.training:
+            out["damping"] = (-self.damping).expand(len(row), 1), self.excess[:, None]
         return out
 
 
 def _centred_log(popularity: Tensor) -> Tensor:
     logs = torch.log1p(popularity.float())
     return logs - logs.mean()
+
+
+def _excess_log(popularity: Tensor) -> Tensor:
+    logs, taken = torch.log1p(popularity.float()), popularity > 0
+    return torch.where(taken, logs - (logs[taken].mean() if taken.any() else 0.0), 0.0)

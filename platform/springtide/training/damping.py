@@ -1,7 +1,8 @@
 """How much popularity is damped: lists that reach more of the catalogue, for next to nothing in accuracy.
 
-Subtracting d * log popularity from every score spreads recommendations over more items. Up to a point that costs no
-accuracy, because a softmax learns to favour what is popular more than a list of ten needs; validation shows the point.
+Subtracting d * log popularity from every score spreads recommendations over more items; those that nobody took yet
+have none, and are left where they are. Up to a point that costs no accuracy, because a softmax learns to favour what is
+popular more than a list of ten needs; validation shows the point.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ def choose_damping(
     """The strongest damping of TRIED that costs at most a share `cost` of the validation NDCG@10.
 
     cases: (history, item that came next); asked_at: ms at which all of them are asked, None = with their last event.
-    Returns 0 without a popularity channel, without cases, and where no case is in its list of ten.
+    Returns 0 without cases, and where no case is in its list of ten.
     """
-    if not model.channels.by_popularity or not cases or not cost:
+    if not cases or not cost:
         return 0.0
     gains = np.zeros(len(TRIED))
     for begin in range(0, len(cases), BATCH):
@@ -50,7 +51,7 @@ def _gains(
             logits[row, torch.from_numpy(history.items[history.items != target])] = -torch.inf
     out = []
     for damping in TRIED:
-        damped = logits - damping * model.channels.log_popularity
+        damped = logits - damping * model.channels.excess
         rank = (damped > damped[rows, targets][:, None]).sum(1)
         out.append(float((1 / torch.log2(rank[rank < LIST] + 2.0)).sum()))
     return np.array(out)
