@@ -85,6 +85,7 @@ def test_serve_runs_in_its_fast_mode_on_every_node(prepared: dict[str, Any]) -> 
     for role in ("head", "worker"):
         (start,) = prepared[f"{role}_start_ray_commands"]
         assert "RAY_SERVE_ENABLE_HA_PROXY=1" in start and "RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in start
+        assert "/bin/springtide-haproxy;" in start
 
 
 def test_it_offers_what_the_gpu_serve_config_asks_for(prepared: dict[str, Any]) -> None:

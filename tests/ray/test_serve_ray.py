@@ -63,10 +63,11 @@ class Served:
         assert answer.status_code == 200, answer.text
         return answer.json()
 
-    def pids(self) -> set[int]:
-        """Processes of the application's replicas."""
+    def pids(self, deployment: str = "") -> set[int]:
+        """Processes of the application's replicas, or of those of one deployment."""
         found = self.ray.util.list_named_actors(all_namespaces=True)
-        replicas = [self.ray.get_actor(a["name"], a["namespace"]) for a in found if f"::{APP}#" in a["name"]]
+        wanted = f"::{APP}#{deployment}"
+        replicas = [self.ray.get_actor(a["name"], a["namespace"]) for a in found if wanted in a["name"]]
         return set(self.ray.get([replica.__ray_call__.remote(lambda _: os.getpid()) for replica in replicas]))
 
     def replicas(self, deployment: str) -> int:
@@ -235,6 +236,44 @@ def test_a_model_is_swapped_without_a_failed_request(served: Served) -> None:
     assert served.pids() == pids  # swapped inside the running replicas
     served.apply(served.config())
     served.wait_model(lambda model: "error" not in model)
+
+
+def test_kill_9_of_the_only_scorer_degrades_and_fails_nothing(served: Served) -> None:
+    answers: list[tuple[int, bool, float]] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            began = time.monotonic()
+            answer = served.client.post("/v1/recommend", json={"user_id": "u1", "k": 3})
+            degraded = answer.status_code == 200 and answer.json().get("degraded", False)
+            answers.append((answer.status_code, degraded, time.monotonic() - began))
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        time.sleep(1)
+        (pid,) = served.pids("Scorer")
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 120
+        while not any(degraded for _, degraded, _ in answers) or answers[-1][1]:
+            assert time.monotonic() < deadline, "no degraded answer, or no whole one after it"
+            time.sleep(0.1)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert {status for status, _, _ in answers} == {200}
+    assert max(seconds for _, _, seconds in answers) < 10  # the limit of one call is 2, on a busy machine
+    served.wait_ready()
+
+
+def test_metrics_tell_what_happened(served: Served) -> None:
+    text = served.client.get("/metrics").text
+    assert 'springtide_requests_total{method="POST",route="/v1/recommend",status="200"}' in text
+    assert 'springtide_stage_seconds_count{stage="scorer"}' in text
+    assert 'degraded="true"' in text
 
 
 def test_an_acknowledged_event_survives_kill_9_of_every_replica(served: Served) -> None:

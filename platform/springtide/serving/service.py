@@ -88,7 +88,7 @@ class Service:
         self._encoder, self._scorer = guard("encoder", encoder_timeout_s), guard("scorer", scorer_timeout_s)
         self._reads, self._writes = guard("store", store_timeout_s), guard("store_writes", other_timeout_s)
         self._encoder_answered = False
-        self.queries = QueryCache(self._encode_query, query_cache, query_cache_s)
+        self.queries = QueryCache(self._encode_query, query_cache, query_cache_s, metrics=metrics)
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
         self.exposures: ExposureLog | None = None
         self.traffic = Traffic(TrafficOptions(), self._score_apart)
@@ -128,7 +128,7 @@ class Service:
             now=now,
             request_id=request_id,
         )
-        answer = await self._score(request, wanted)
+        answer = await self._score(wanted)
         if history_lost or query_lost:
             answer["degraded"] = True
         told_of(answer, self._metrics)
@@ -154,7 +154,7 @@ class Service:
         try:
             accepted = await self._writes.run(self._in_store, self.store.append, rows)
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            log.error("events not stored: %s", error or "timeout")
+            _log_failure("events not stored", error)
             raise ApiError(
                 503, "store_unavailable", "the events may not be stored; send them again with the same event_id"
             ) from None
@@ -164,7 +164,7 @@ class Service:
         try:
             events = await self._stored(self.histories.read, user_id)
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            log.error("history not read: %s", error or "timeout")
+            _log_failure("history not read", error)
             raise ApiError(503, "store_unavailable", "the event log cannot be read at the moment") from None
         if not events:
             raise ApiError(404, "unknown_user", "no event of this user is known")
@@ -178,7 +178,7 @@ class Service:
         try:
             vectors = await self._encoder.run(self._encode, texts, timeout_s=self._other_timeout_s)
         except Exception as error:
-            log.error("texts not encoded: %r", error)
+            _log_failure("texts not encoded", error)
             raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
         rows = np.asarray(vectors, np.float64).round(7).tolist()
         one = {"vector": rows[0]} if request.text is not None else {"vectors": rows}
@@ -202,7 +202,7 @@ class Service:
         try:
             await self._stored(self.store.history, "", 1)
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            log.error("not ready, the store fails: %s", error or "timeout")
+            _log_failure("not ready, the store fails", error)
             checks["store"] = "the event log cannot be read at the moment"
         try:
             described = await self._ask("describe", timeout_s=self._scorer.timeout_s)
@@ -237,28 +237,21 @@ class Service:
         try:
             return await self.queries(query), False
         except Exception as error:  # a dead replica, a full queue, a time-out: the answer does without the query
-            log.error("query not encoded, answering without: %r", error)
+            _log_failure("query not encoded, answering without", error)
             return None, True
 
     async def _encode_query(self, query: str) -> np.ndarray:
         vectors: np.ndarray = await self._encoder.run(self._encode, [query])
         return vectors[0]
 
-    async def _score(self, request: RecommendRequest, wanted: ScoreRequest) -> Json:
+    async def _score(self, wanted: ScoreRequest) -> Json:
         """The scorer's answer, or popular items where it has none."""
         try:
             return await self._ask("score", wanted, timeout_s=self._scorer.timeout_s)
         except ApiError as error:
             if error.status != 503 or self.popular is None:
                 raise
-        return self.popular.answer(
-            request.k,
-            [event["item_id"] for event in wanted.events],
-            exclude_seen=request.exclude_seen,
-            categories=request.filters.categories,
-            exclude_items=request.filters.exclude_items,
-            allow_items=request.filters.allow_items,
-        )
+        return self.popular.answer(wanted)
 
     async def _score_apart(self, request: ScoreRequest) -> Json:
         """For copies that nobody waits for: outside the batches, and past the circuit breaker of those that count."""
@@ -273,7 +266,7 @@ class Service:
                 self._call, method, *arguments, timeout_s=timeout_s or self._other_timeout_s
             )
         except Exception as error:
-            log.error("scorer.%s failed: %r", method, error)
+            _log_failure(f"scorer.{method} failed", error)
             raise ApiError(503, "scorer_unavailable", "the model does not answer at the moment; try again") from None
         if isinstance(answer, Refusal):
             raise ApiError(answer.status, answer.code, answer.message)
@@ -284,6 +277,12 @@ class Service:
 
     async def _in_store(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._store_threads, work, *arguments)
+
+
+def _log_failure(what: str, error: Exception) -> None:
+    """A line for each call that failed, and none for calls that an open circuit spared: a crowd would flood the log."""
+    if not isinstance(error, Unavailable):
+        log.error("%s: %r", what, error)
 
 
 def told_of(answer: Json, metrics: Metrics) -> None:
