@@ -364,6 +364,41 @@ def test_encode(client: TestClient) -> None:
     assert client.post("/v1/encode", json={"texts": ["a", "b"]}).json()["vectors"] == [[0.5] * WIDTH] * 2
 
 
+def test_an_item_is_put_durably_with_its_vector(client: TestClient, parts: Parts) -> None:
+    answer = client.put("/v1/items/a/b", json={"title": "Red umbrella", "categories": ["rain"]})
+    assert answer.status_code == 200 and answer.json() == {"item_id": "a/b", "revision": parts.store.items_revision()}
+    (kept,) = parts.store.items_since(0)
+    assert (kept["item_id"], kept["title"], kept["categories"]) == ("a/b", "Red umbrella", ["rain"])
+    assert kept["text"] == "Red umbrella. rain" and kept["vector"] == np.full(WIDTH, 0.5, "<f4").tobytes()
+    again = client.put("/v1/items/a/b", json={"text": "another"}).json()
+    assert again["revision"] > answer.json()["revision"]
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        ({}, "text"),
+        ({"title": "  "}, "text"),
+        ({"txt": "a"}, "txt"),
+        ({"text": " "}, "text"),
+        ({"title": "a\nb"}, "title"),
+    ],
+)
+def test_an_item_of_which_nothing_is_said_is_refused(
+    client: TestClient, parts: Parts, body: dict[str, Any], where: str
+) -> None:
+    refused = client.put("/v1/items/a", json=body)
+    assert refused.status_code == 422 and where in refused.json()["error"]["message"]
+    assert not parts.store.items_since(0)
+
+
+def test_an_item_whose_text_cannot_be_read_is_not_half_put(client: TestClient, parts: Parts) -> None:
+    parts.encoder = "dead"
+    refused = client.put("/v1/items/a", json={"text": "red"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "encoder_unavailable")
+    assert not parts.store.items_since(0)
+
+
 def test_operations(client: TestClient, service: Service) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").json()["ready"] is True

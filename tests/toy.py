@@ -15,6 +15,7 @@ from springtide.config import ModelConfig, Settings, parse_settings
 from springtide.model.fusion import FusionModel
 from springtide.model.tables import Tables
 from springtide.schemas import ITEMS, SEQUENCES, TRAIN
+from springtide.text.features import fit_features
 from springtide.training.sequences import Sequences, from_table
 from springtide.training.statistics import collect
 from springtide.training.tabulate import tabulate
@@ -118,7 +119,8 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
     text = rng.normal(size=(len(items), 384)).astype(np.float32)
     text /= np.linalg.norm(text, axis=1, keepdims=True)
     events = items["events"].to_numpy()
-    features = rng.normal(size=(len(items), settings.model.text_dim)).astype(np.float32)
+    made = fit_features("meaning", text, items["text"].to_pylist(), settings.model.text_dim)
+    features = made.apply(text, items["text"].to_pylist())
     counted = tables_of(toy_sequences(seed), len(items), settings.model, text=features)
     tables = replace(counted, popularity=events)
     torch.manual_seed(seed)
@@ -133,5 +135,5 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
     )
     tables.fill(model)
     path = folder / "bundle"
-    write_bundle(path, model, settings, items, ACTIONS, tables, text, {"validation": {"ndcg@10": 0.1}}, "toy")
+    write_bundle(path, model, settings, items, ACTIONS, tables, text, {"validation": {"ndcg@10": 0.1}}, "toy", made)
     return path

@@ -197,6 +197,19 @@ def test_an_event_changes_the_next_answer(served: Served) -> None:
     assert "i20" not in {item["item_id"] for item in after["items"]}
 
 
+def test_an_item_put_and_what_is_taken_reach_the_model(served: Served) -> None:
+    text = "a violet kite with a very long tail"
+    answer = served.client.put("/v1/items/kite", json={"title": "Kite", "text": text, "categories": ["toys"]})
+    assert answer.status_code == 200, answer.text
+    assert served.recommend(query=text, k=1)["items"][0]["item_id"] == "kite"
+    assert served.recommend(query=text, k=3, filters={"categories": ["toys"]})["items"][0]["item_id"] == "kite"
+    now = int(time.time() * 1000)
+    many = [{"user_id": f"k{n}", "item_id": "kite", "timestamp": now, "event_id": f"kite-{n}"} for n in range(900)]
+    assert served.client.post("/v1/events", json=many).json()["accepted"] == 900
+    served.wait_model(lambda model: model["live"]["observed_events"] >= 900)
+    assert served.recommend(user_id="nobody yet", k=1)["items"][0]["item_id"] == "kite"
+
+
 def test_a_model_is_swapped_without_a_failed_request(served: Served) -> None:
     before = served.recommend(user_id="u1")["model"]
     pids = served.pids()

@@ -62,6 +62,15 @@ class TransitionMemory(nn.Module):
 
     def load_counts(self, counts: sp.csr_matrix) -> None:
         """Take new counts [I, I], keeping the `neighbours` largest of each row (ties by item)."""
+        self.load(self.arrange(counts))
+
+    def load(self, tables: dict[str, Tensor]) -> None:
+        """Take what `arrange` made."""
+        for name, value in tables.items():
+            self.register_buffer(name, value, persistent=False)
+
+    def arrange(self, counts: sp.csr_matrix) -> dict[str, Tensor]:
+        """The buffers for counts [I, I], made without changing the memory: others may score meanwhile."""
         counts = counts.tocsr()
         counts.sort_indices()
         row = np.repeat(np.arange(self.items), np.diff(counts.indptr))
@@ -81,8 +90,7 @@ class TransitionMemory(nn.Module):
         cutoff[row[next_best]], runner_up[row[next_best]] = counts.data[next_best], counts.indices[next_best]
         arrays = {"keys": keys, "successors": successors, "slots": slots, "cutoff": cutoff, "runner_up": runner_up}
         arrays["counts"] = np.append(counts.data[position], 0).astype(np.float32)
-        for name, value in arrays.items():
-            self.register_buffer(name, torch.from_numpy(value).to(self.log_tau.device), persistent=False)
+        return {name: torch.from_numpy(value).to(self.log_tau.device) for name, value in arrays.items()}
 
     def grow(self, count: int) -> None:
         """Add `count` items that nothing was ever followed by, and that were followed by nothing."""

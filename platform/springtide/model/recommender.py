@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from springtide.model.batch import EMPTY, History, scoring_batch
@@ -64,6 +65,17 @@ class NewItem:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """New events, E in all, and the transition counts with them."""
+
+    items: np.ndarray  # [E]
+    actions: np.ndarray  # [E]
+    timestamps: np.ndarray  # [E] ms
+    transitions: sp.csr_matrix | None  # [I, I]
+    tables: dict[str, torch.Tensor] | None  # see TransitionMemory.arrange
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What the heads say of given items; None where the model has no such head."""
 
@@ -92,7 +104,7 @@ class Recommender:
         self.popularity = popularity
         self.text_vectors = text_vectors
         self._transitions = None if tables is None else tables.transitions
-        self._log_end = None if tables is None else tables.end
+        self.log_end = None if tables is None else tables.end  # ms
         self._predictable = np.ones(len(actions), bool) if predictable is None else predictable
         self.index = {item_id: row for row, item_id in enumerate(item_ids)}
         self._action_index = {action: number for number, action in enumerate(actions)}
@@ -215,8 +227,8 @@ class Recommender:
         return logits.cpu().numpy(), gate.cpu().numpy()
 
     def _read(self, histories: list[History], now: np.ndarray | None) -> tuple[Any, Interest, torch.Tensor]:
-        if now is None and self.model.config.request_time and self._log_end is not None:
-            now = np.array([max(self._log_end, history.timestamps[-1]) for history in histories], np.int64)
+        if now is None and self.model.config.request_time and self.log_end is not None:
+            now = np.array([max(self.log_end, history.timestamps[-1]) for history in histories], np.int64)
         batch = scoring_batch(histories, self.model.config.long_window, now).to(self._device)
         interest = self.model.interest(batch, self._vectors)
         last = torch.stack([torch.arange(len(histories), device=self._device), batch.mask.sum(1) - 1], 1)
@@ -238,31 +250,46 @@ class Recommender:
         values[best < 0] = -np.inf
         return best, values
 
-    @torch.inference_mode()
     def observe(self, histories: Sequence[History], events: Sequence[History]) -> None:
         """Count new events without training: transitions, popularity, recent popularity. The network stays as it is.
 
         events: what each of B users did after histories[b], in time order.
         """
-        channels = self.model.channels
-        items = np.concatenate([new.items for new in events]) if events else np.zeros(0, np.int64)
+        self.take(self.count(histories, events))
+
+    def count(self, histories: Sequence[History], events: Sequence[History]) -> Observed:
+        """What `observe` would count, for `take`. Changes nothing, so that others may score while it is made."""
+        joined = {
+            name: np.concatenate([getattr(new, name) for new in events] or [np.zeros(0, np.int64)])
+            for name in ("items", "actions", "timestamps")
+        }
+        transitions = tables = None
+        memory = self.model.channels.memory
+        if memory is not None and self._transitions is not None and len(joined["items"]):
+            pieces = []
+            for history, new in zip(histories, events, strict=True):
+                before = history.items[-memory.distances :]
+                successors = np.concatenate([np.zeros(len(before), bool), self._predictable[new.actions]])
+                pieces.append((np.concatenate([before, new.items]), successors))
+            added = count_transitions(pieces, len(self.popularity), memory.distances, memory.decay)
+            transitions = self._transitions + added
+            tables = memory.arrange(transitions)
+        return Observed(**joined, transitions=transitions, tables=tables)
+
+    @torch.no_grad()
+    def take(self, observed: Observed) -> None:
+        """Add what `count` made of new events."""
+        items, channels = observed.items, self.model.channels
         if not len(items):
             return
         self.popularity = self.popularity + np.bincount(items, minlength=len(self.popularity))
         channels.observe_popularity(self.popularity)
         if channels.recent is not None:
-            counted = self._predictable[np.concatenate([new.actions for new in events])]
-            channels.recent.observe(items[counted], np.concatenate([new.timestamps for new in events])[counted])
-        if channels.memory is not None and self._transitions is not None:
-            reach = channels.memory.distances
-            pieces = []
-            for history, new in zip(histories, events, strict=True):
-                before = history.items[-reach:]
-                successors = np.concatenate([np.zeros(len(before), bool), self._predictable[new.actions]])
-                pieces.append((np.concatenate([before, new.items]), successors))
-            added = count_transitions(pieces, len(self.popularity), reach, channels.memory.decay)
-            self._transitions = self._transitions + added
-            channels.memory.load_counts(self._transitions)
+            wanted = self._predictable[observed.actions]
+            channels.recent.observe(items[wanted], observed.timestamps[wanted])
+        if channels.memory is not None and observed.tables is not None:
+            self._transitions = observed.transitions
+            channels.memory.load(observed.tables)
         self._frozen = None
         self._observed |= np.bincount(items, minlength=len(self.popularity)) > 0
         self.recommendable |= self._observed

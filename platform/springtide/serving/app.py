@@ -29,6 +29,8 @@ from springtide.serving.schemas import (
     EventsResponse,
     Identifier,
     InterestsResponse,
+    ItemBody,
+    ItemResponse,
     ModelsResponse,
     Readiness,
     RecommendRequest,
@@ -125,6 +127,11 @@ def _add_recommending(app: FastAPI, backend: Backend) -> None:
     async def similar(item_id: Identifier, k: Annotated[Count, Query()] = 10) -> Any:
         """The nearest items by the model's item vectors."""
         return JSONResponse(await backend.similar(item_id, k))
+
+    @app.put("/v1/items/{item_id:path}", response_model=ItemResponse, tags=["items"])
+    async def put_item(item_id: Identifier, item: ItemBody) -> Any:
+        """Add an item, or replace what is known of it. Durable when answered; the next `recommend` can hold it."""
+        return JSONResponse(await backend.put_item(item_id, item))
 
     @app.post("/v1/encode", response_model=EncodeResponse, tags=["text"])
     async def encode(request: EncodeRequest) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,6 +28,7 @@ from springtide.errors import SpringtideError
 from springtide.serving.app import Edge, create_app
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.exposures import FOLDER, ExposureLog
+from springtide.serving.live import Live
 from springtide.serving.metrics_ray import RayMetrics
 from springtide.serving.models import Models, load_models
 from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
@@ -38,6 +40,7 @@ from springtide.serving.store_rows import Retention
 from springtide.serving.tokens import open_tokens
 
 log = logging.getLogger("ray.serve")
+STORE_PATIENCE_S = 0.25  # of a Scorer, which goes on with what it knows
 
 
 def _padded_tokens(items: list[tuple[str, int]]) -> int:
@@ -88,8 +91,11 @@ class TextEncoder:
 class Scorer:
     """Histories and query vectors -> items, from the bundle that `user_config` (ScorerOptions) names."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: AppOptions) -> None:
         self._models: Models | None = None
+        self._live = Live(lambda: open_store(options.store, timeout_s=STORE_PATIENCE_S, require_aof=False))
+        self._observe_every_s = 0.0
+        threading.Thread(target=self._follow, daemon=True).start()
         self._apart = ThreadPoolExecutor(1)  # copies for comparison: one at a time, never in a batch that is awaited
         self._metrics = RayMetrics()
 
@@ -97,7 +103,7 @@ class Scorer:
         """Load, check and warm new models beside the old ones, then swap one reference; see load_models."""
         try:
             options = ScorerOptions.model_validate(config)
-            models = await asyncio.to_thread(load_models, options, self._models, _load_engine, _sentence)
+            models = await asyncio.to_thread(load_models, options, self._models, self._load, _sentence)
         except Exception as error:
             if self._models is None:
                 raise _startup_error("Scorer", error) from None
@@ -109,7 +115,7 @@ class Scorer:
         for served, engines in ((0, gone), (1, models.engines.values())):
             for engine in engines:
                 self._metrics.set("springtide_model", served, model=engine.label)
-        self._models = models
+        self._models, self._observe_every_s = models, options.observe_every_s
         self._batch.set_max_batch_size(options.max_batch)
         self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
         log.info("Scorer serves %s", ", ".join(engine.label for engine in models.engines.values()))
@@ -121,13 +127,13 @@ class Scorer:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def _batch(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
         self._metrics.observe("springtide_batch_size", len(requests), part="scorer")
-        return await asyncio.to_thread(self._ready_models().score, requests)
+        return await asyncio.to_thread(lambda: self._current_models().score(requests))
 
     async def interests(self, events: list[Json]) -> Json:
-        return await asyncio.to_thread(self._ready_models().interests, events)
+        return await asyncio.to_thread(lambda: self._current_models().interests(events))
 
     async def similar(self, item_id: str, k: int) -> Json | Refusal:
-        return await asyncio.to_thread(self._ready_models().similar, item_id, k)
+        return await asyncio.to_thread(lambda: self._current_models().similar(item_id, k))
 
     async def score_apart(self, request: ScoreRequest) -> Json | Refusal:
         """Score a request that nobody waits for."""
@@ -138,7 +144,36 @@ class Scorer:
         return self._ready_models().describe()
 
     async def models(self) -> Json:
-        return self._ready_models().models()
+        models = self._ready_models()
+        told = models.models()
+        for model in told["models"]:
+            if model["name"] in models.engines:
+                model["live"] = self._live.told(models.engines[model["name"]])
+        return told
+
+    def _load(self, options: ScorerOptions) -> Engine:
+        """An engine that knows what was stored since its bundle was trained."""
+        engine = _load_engine(options)
+        self._live.prepare(engine)
+        return engine
+
+    def _current_models(self) -> Models:
+        """The models with every item that was added until now. Not on the event loop: it asks the store."""
+        models = self._ready_models()
+        self._live.add_items(models.engines.values())
+        return models
+
+    def _follow(self) -> None:
+        """Count new events now and then, for as long as the replica lives."""
+        while True:
+            time.sleep(self._observe_every_s or 1.0)
+            models = self._models
+            if models is not None and self._observe_every_s:
+                try:
+                    while self._live.observe(models.engines.values()):
+                        pass
+                except Exception:  # whatever it is, the next events deserve another try
+                    log.exception("new events were not counted")
 
     def _ready_models(self) -> Models:
         if self._models is None:
@@ -235,7 +270,7 @@ class Ingress:
 def build(args: dict[str, Any]) -> Application:
     """The application builder that Serve configurations name in `import_path`; `args` are AppOptions."""
     options = AppOptions.model_validate(args)
-    return Ingress.bind(TextEncoder.bind(), Scorer.bind(), options)  # type: ignore[attr-defined]
+    return Ingress.bind(TextEncoder.bind(), Scorer.bind(options), options)  # type: ignore[attr-defined]
 
 
 async def _again_if_died(send: Callable[[], Awaitable[Any]]) -> Any:

@@ -1,6 +1,7 @@
 """Answers from one bundle, free of Ray and HTTP: batches of score requests, interests and similar items.
 
-An Engine changes only where items are put into its catalogue, so a swap of models is a swap of one reference.
+An Engine changes only by items put into its catalogue and events counted, so a swap of models is a swap of one
+reference.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from springtide.serving.choose import Chosen, Rules, choose
 from springtide.serving.filters import barred, barred_by, index_catalogue
 from springtide.serving.policies import Policies, counting_events, damping_of, items_of
 from springtide.serving.reasons import explain_items
+from springtide.serving.sharing import SharedLock
 
 if TYPE_CHECKING:
     from springtide.bundle import Bundle
@@ -65,15 +67,41 @@ class Engine:
         self._recommender = bundle.recommender
         self._policies = policies or Policies()
         self._damped: tuple[np.ndarray, np.ndarray] | None = None
+        self._lock = SharedLock()
         self._index_catalogue()
+
+    @property
+    def takes_new_items(self) -> bool:
+        """Whether the model can tell from a text what an item is like."""
+        return self._recommender.text_vectors is not None
+
+    @property
+    def text_width(self) -> int:
+        """Width of the encoder's vectors; 0 for a model without texts."""
+        texts = self._recommender.text_vectors
+        return 0 if texts is None else int(texts.shape[1])
+
+    @property
+    def log_end(self) -> int:
+        """Time in ms of the last event that the model was trained on."""
+        return self._recommender.log_end or 0
 
     def put_items(self, items: Sequence[NewItem]) -> None:
-        """Add items to the catalogue or replace what is known of them. Not while another thread scores.
+        """Add items to the catalogue or replace what is known of them. Raises ValueError if the model has no texts."""
+        with self._lock.writing():
+            self._recommender.put_items(items)
+            self._index_catalogue()
 
-        Raises ValueError if the model has no texts.
+    def observe(self, users: Sequence[tuple[list[Json], list[Json]]]) -> None:
+        """Count new events without training: of each user what came before, and the new ones. One thread at a time.
+
+        Scoring waits only while what was counted is put in its place.
         """
-        self._recommender.put_items(items)
-        self._index_catalogue()
+        histories = [self._recommender.history(before)[0] for before, _ in users]
+        events = [self._recommender.history(new)[0] for _, new in users]
+        counted = self._recommender.count(histories, events)
+        with self._lock.writing():
+            self._recommender.take(counted)
 
     def _index_catalogue(self) -> None:
         self._catalogue = index_catalogue(self._recommender.index, self._recommender.categories)
@@ -103,6 +131,10 @@ class Engine:
     # ---------------------------------------------------------------- recommend
     def score(self, requests: Sequence[ScoreRequest]) -> list[Json | Refusal]:
         """One answer per request, in order. A request that is refused costs the others nothing."""
+        with self._lock.reading():
+            return self._score(requests)
+
+    def _score(self, requests: Sequence[ScoreRequest]) -> list[Json | Refusal]:
         answers: list[Json | Refusal | None] = [self._refuse(request) for request in requests]
         open_ = [i for i, answer in enumerate(answers) if answer is None]
         if open_:
@@ -239,6 +271,10 @@ class Engine:
     # ---------------------------------------------------------------- interests and similar items
     def interests(self, events: list[Json]) -> Json:
         """What each branch makes of a history of {item_id, timestamp?, action?, rating?}."""
+        with self._lock.reading():
+            return self._interests(events)
+
+    def _interests(self, events: list[Json]) -> Json:
         history, unknown = self._history(events)
         answer: Json
         if not len(history):
@@ -264,6 +300,11 @@ class Engine:
         return {"model": self.label, **answer, **unknown_items}
 
     def similar(self, item_id: str, k: int) -> Json | Refusal:
+        """The nearest items by the model's item vectors."""
+        with self._lock.reading():
+            return self._similar(item_id, k)
+
+    def _similar(self, item_id: str, k: int) -> Json | Refusal:
         row = self._recommender.index.get(item_id)
         if row is None:
             return Refusal(404, "unknown_item", "the model does not know this item_id")

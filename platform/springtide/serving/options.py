@@ -119,6 +119,7 @@ class ScorerOptions(Options):
     policies: Policies = Policies()  # of every model
     max_batch: int = Field(32, ge=1, le=1024)  # requests scored at once
     batch_wait_ms: float = Field(2.0, ge=0, le=1000)
+    observe_every_s: float = Field(5.0, ge=0, le=86_400)  # then popularity and transitions know new events; 0 = never
     models: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")], ModelOptions] = Field({}, max_length=16)  # by name
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ MAX_QUERY = 2000  # characters
 MAX_ID = 512
 MAX_EVENTS = 1000  # in one call of POST /v1/events
 MAX_TEXTS = 64
+MAX_ITEM_TEXT = 20_000  # characters
 _MILLISECONDS_FROM = 1e11  # numbers at or above this are milliseconds, below it seconds
 _LAST_MS = 253_402_300_799_999  # the end of the year 9999
 _FIRST_MS = -62_135_596_800_000  # the start of the year 1
@@ -154,6 +155,25 @@ class EncodeRequest(Request):
         return self
 
 
+class ItemBody(Request):
+    """An item as the catalogue would have it. Its text says what it is like; absent: title and categories."""
+
+    title: Annotated[str, Field(max_length=MAX_ITEM_TEXT), AfterValidator(_plain)] = ""
+    categories: list[Identifier] = Field(default=[], max_length=100)
+    text: Annotated[str, Field(min_length=1, max_length=MAX_ITEM_TEXT), AfterValidator(_speaking)] | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> ItemBody:
+        if not self.told:
+            raise ValueError("give a text, a title or categories: nothing else is known of a new item")
+        return self
+
+    @property
+    def told(self) -> str:
+        """What the encoder reads."""
+        return self.text or ". ".join(part for part in (self.title.strip(), ", ".join(self.categories)) if part)
+
+
 def _one_or_list(value: Any) -> str:
     return "list" if isinstance(value, list) else "event"
 
@@ -236,6 +256,11 @@ class EventsResponse(Response):
     duplicates: int
 
 
+class ItemResponse(Response):
+    item_id: str
+    revision: int = Field(description="grows with every item put")
+
+
 class WeighedEvent(Response):
     item_id: str
     title: str
@@ -280,6 +305,14 @@ class EncodeResponse(Response):
     vector: list[float] | None = None
 
 
+class LiveInfo(Response):
+    """What a model knows of what was stored since it was trained, as the Scorer replica that answers has it."""
+
+    observed_events: int = Field(description="counted in popularity and transitions")
+    items_revision: int = Field(description="of the last item added that it knows")
+    seconds_ago: float | None = Field(None, description="since it last looked for events")
+
+
 class ModelInfo(Response):
     model: str
     name: str
@@ -289,6 +322,7 @@ class ModelInfo(Response):
     text: bool | None = Field(None, description="whether its items have texts, so that it answers a query")
     loaded_at: str | None = None
     metrics: dict[str, Any] | None = None
+    live: LiveInfo | None = None
     error: str | None = Field(None, description="why the last change of model was refused, if it was")
 
 

@@ -28,8 +28,17 @@ from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.query_cache import QueryCache
 from springtide.serving.retaining import retain_in_background
-from springtide.serving.schemas import HISTORY_USED, ApiError, EncodeRequest, Event, HistoryEvent, RecommendRequest
+from springtide.serving.schemas import (
+    HISTORY_USED,
+    ApiError,
+    EncodeRequest,
+    Event,
+    HistoryEvent,
+    ItemBody,
+    RecommendRequest,
+)
 from springtide.serving.store import HistoryStore
+from springtide.serving.store_rows import AddedItem
 from springtide.serving.traffic import Traffic, shares
 
 log = logging.getLogger("springtide.serving")
@@ -46,6 +55,7 @@ class Backend(Protocol):
     async def events(self, events: list[Event]) -> Json: ...
     async def interests(self, user_id: str) -> Json: ...
     async def similar(self, item_id: str, k: int) -> Json: ...
+    async def put_item(self, item_id: str, item: ItemBody) -> Json: ...
     async def encode(self, request: EncodeRequest) -> Json: ...
     async def models(self) -> Json: ...
     async def ready(self) -> Json: ...
@@ -175,14 +185,35 @@ class Service:
 
     async def encode(self, request: EncodeRequest) -> Json:
         texts = [request.text] if request.text is not None else list(request.texts or [])
-        try:
-            vectors = await self._encoder.run(self._encode, texts, timeout_s=self._other_timeout_s)
-        except Exception as error:
-            _log_failure("texts not encoded", error)
-            raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
+        vectors = await self._encoded(texts)
         rows = np.asarray(vectors, np.float64).round(7).tolist()
         one = {"vector": rows[0]} if request.text is not None else {"vectors": rows}
         return {"dim": len(rows[0]), **one}
+
+    async def put_item(self, item_id: str, item: ItemBody) -> Json:
+        """Raises ApiError 503 if its text cannot be encoded or it cannot be stored; nothing is half done then."""
+        vector = (await self._encoded([item.told]))[0]
+        added: AddedItem = {
+            "item_id": item_id,
+            "title": item.title,
+            "categories": item.categories,
+            "text": item.told,
+            "vector": np.asarray(vector, "<f4").tobytes(),
+        }
+        try:
+            revision = await self._writes.run(self._in_store, self.store.put_item, added)
+        except (SpringtideError, TimeoutError, Unavailable) as error:
+            _log_failure("item not stored", error)
+            raise ApiError(503, "store_unavailable", "the item may not be stored; send it again") from None
+        return {"item_id": item_id, "revision": revision}
+
+    async def _encoded(self, texts: list[str]) -> np.ndarray:
+        """[n, D]. Raises ApiError 503 if the encoder does not answer."""
+        try:
+            return await self._encoder.run(self._encode, texts, timeout_s=self._other_timeout_s)
+        except Exception as error:
+            _log_failure("texts not encoded", error)
+            raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
 
     async def models(self) -> Json:
         answer = await self._ask("models")

@@ -1,0 +1,160 @@
+"""What is stored while a model is served reaches the model: items added before the next answer, events soon after.
+
+Every Scorer reads the store by itself, so that all replicas come to know the same. One that cannot read it goes on with
+what it knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from springtide.errors import SpringtideError
+from springtide.model.recommender import NewItem
+from springtide.serving.engine import Engine
+from springtide.serving.store import HistoryStore
+from springtide.serving.store_rows import StoredItem
+
+log = logging.getLogger("ray.serve")
+Json = dict[str, Any]
+PAGE = 2000  # events counted in one go
+REST_S = 1.0  # after the store has failed, before it is asked again
+PRECEDING = 50  # events of a user that are read to find what came before new ones
+
+
+@dataclass
+class Place:
+    """How far one engine has come."""
+
+    revision: int = 0  # of the items added
+    cursor: int = 0  # in the event log
+    observed: int = 0  # events counted
+    at: float = 0.0  # time of the last look, seconds since 1970
+
+
+class Live:
+    """Brings engines up to date. Called from several threads: one changes engines at a time, under their locks."""
+
+    def __init__(self, open_store: Callable[[], HistoryStore]) -> None:
+        """open_store is called when the store is needed first, and again after it failed to open."""
+        self._open = open_store
+        self._store: HistoryStore | None = None
+        self._one = threading.Lock()
+        self._places: WeakKeyDictionary[Engine, Place] = WeakKeyDictionary()
+        self._rest_until = 0.0
+
+    def place(self, engine: Engine) -> Place:
+        return self._places.setdefault(engine, Place())
+
+    def prepare(self, engine: Engine) -> None:
+        """Bring an engine that nobody uses yet up to date. A store that fails is logged and left for later."""
+        self.add_items([engine])
+        while self.observe([engine]):
+            pass
+
+    def add_items(self, engines: Iterable[Engine]) -> None:
+        """Give engines the items added since they last looked; one question to the store if there are none."""
+        engines = list(engines)
+        store = self._reachable()
+        if store is None:
+            return
+        try:
+            newest = store.items_revision()
+            if all(self.place(engine).revision >= newest for engine in engines):
+                return
+            with self._one:
+                for engine in engines:
+                    self._add_to(engine, store)
+        except SpringtideError as error:
+            self._rest("added items not read", error)
+
+    def observe(self, engines: Iterable[Engine]) -> bool:
+        """Let engines count the next PAGE of events, those after the end of the log that each was trained on.
+
+        Returns whether there may be more.
+        """
+        store, more = self._reachable(), False
+        if store is None:
+            return False
+        try:
+            with self._one:
+                for engine in engines:
+                    more |= self._observe_with(engine, store)
+        except SpringtideError as error:
+            self._rest("events not counted", error)
+            return False
+        return more
+
+    def told(self, engine: Engine) -> Json:
+        """How far an engine has come, for /v1/models."""
+        place = self.place(engine)
+        looked = {"seconds_ago": round(time.time() - place.at, 1)} if place.at else {}
+        return {"observed_events": place.observed, "items_revision": place.revision, **looked}
+
+    def _add_to(self, engine: Engine, store: HistoryStore) -> None:
+        place = self.place(engine)
+        found = store.items_since(place.revision)
+        if not found:
+            return
+        if engine.takes_new_items:
+            engine.put_items(new_items(engine, found))
+        place.revision = found[-1]["revision"]
+
+    def _observe_with(self, engine: Engine, store: HistoryStore) -> bool:
+        place = self.place(engine)
+        rows, cursor = store.since(place.cursor, PAGE)
+        fresh = [row for row in rows if row["timestamp"] > engine.log_end]
+        by_user: dict[str, list[Json]] = defaultdict(list)
+        for row in fresh:
+            by_user[row["user_id"]].append(row)
+        before = {user: _before(store.history(user, PRECEDING + len(new)), new) for user, new in by_user.items()}
+        if by_user:
+            engine.observe([(before[user], new) for user, new in by_user.items()])
+        place.cursor, place.observed, place.at = cursor, place.observed + len(fresh), time.time()
+        return len(rows) == PAGE
+
+    def _reachable(self) -> HistoryStore | None:
+        if time.monotonic() < self._rest_until:
+            return None
+        if self._store is None:
+            try:
+                with self._one:
+                    self._store = self._store or self._open()
+            except SpringtideError as error:
+                self._rest("the event log cannot be opened", error)
+        return self._store
+
+    def _rest(self, what: str, error: SpringtideError) -> None:
+        self._rest_until = time.monotonic() + REST_S
+        log.error("%s: %s", what, error)
+
+
+def new_items(engine: Engine, stored: list[StoredItem]) -> list[NewItem]:
+    """Stored items as a model takes them. A vector of another encoder's width counts as no text."""
+    width = engine.text_width
+    vectors = np.zeros((len(stored), width), np.float32)
+    for row, item in enumerate(stored):
+        vector = np.frombuffer(item["vector"] or b"", "<f4")
+        if len(vector) == width:
+            vectors[row] = vector
+    texts = [item["text"] or "" for item in stored]
+    features = engine.bundle.features.apply(vectors, texts)
+    return [
+        NewItem(item["item_id"], item["title"], item["categories"], vectors[row], features[row])
+        for row, item in enumerate(stored)
+    ]
+
+
+def _before(history: list[Json], new: list[Json]) -> list[Json]:
+    """The events of a history that came before the first of the new ones."""
+    first = min(row["timestamp"] for row in new)
+    own = {(row["item_id"], row["timestamp"]) for row in new}
+    return [e for e in history if e["timestamp"] <= first and (e["item_id"], e["timestamp"]) not in own]

@@ -1,0 +1,232 @@
+"""What is stored while a model is served: added items are in the next answer, events are counted once and in order."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from springtide.bundle import load_bundle
+from springtide.errors import SpringtideError
+from springtide.serving import live as live_module
+from springtide.serving.engine import Engine, Refusal, ScoreRequest
+from springtide.serving.live import Live
+from springtide.serving.sharing import SharedLock
+from springtide.serving.store_sqlite import SQLiteStore
+from toy import ITEMS_IN_TOY, toy_bundle
+
+torch.set_num_threads(1)
+NOW = 1_800_000_000_000  # after the end of the toy log
+
+
+def engine_of(folder: Path, **values: Any) -> Engine:
+    folder.mkdir(exist_ok=True)
+    return Engine(load_bundle(toy_bundle(folder, **values)), "toy")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SQLiteStore]:
+    opened = SQLiteStore(tmp_path / "log.sqlite3")
+    yield opened
+    opened.close()
+
+
+def put(store: SQLiteStore, item_id: str, vector: np.ndarray, categories: list[str] | None = None) -> None:
+    item = {"item_id": item_id, "title": "New", "categories": categories or [], "text": "red", "vector": b""}
+    store.put_item(item | {"vector": np.asarray(vector, "<f4").tobytes()})  # type: ignore[arg-type]
+
+
+def take(store: SQLiteStore, user: str, *items: str, at: int = NOW) -> None:
+    rows = [
+        {"event_id": f"{user}-{at}-{n}", "user_id": user, "item_id": item, "timestamp": at + n, "action": "purchase"}
+        for n, item in enumerate(items)
+    ]
+    store.append(rows)
+
+
+def best(engine: Engine, **request: Any) -> list[str]:
+    answer = engine.score([ScoreRequest(now=NOW, **request)])[0]
+    assert not isinstance(answer, Refusal)
+    return [item["item_id"] for item in answer["items"]]
+
+
+# ---------------------------------------------------------------- items
+def test_an_added_item_is_in_the_next_answer_of_every_engine(tmp_path: Path, store: SQLiteStore) -> None:
+    engines = [engine_of(tmp_path / "a"), engine_of(tmp_path / "b", seed=1)]
+    live = Live(lambda: store)
+    query = np.zeros(384, np.float32)
+    query[3] = 1
+    put(store, "new", query, ["fresh"])
+    live.add_items(engines)
+    for engine in engines:
+        assert best(engine, query=query, k=1) == ["new"]
+        assert best(engine, query=query, categories=("fresh",), k=5) == ["new"]
+        similar = engine.similar("new", 3)
+        assert not isinstance(similar, Refusal) and len(similar["items"]) == 3
+        assert live.told(engine)["items_revision"] == store.items_revision()
+    put(store, "new", -query)  # put again: replaced
+    live.add_items(engines)
+    assert all(best(engine, query=query, k=1) != ["new"] for engine in engines)
+
+
+def test_a_model_that_is_swapped_in_knows_everything_before_it_answers(tmp_path: Path, store: SQLiteStore) -> None:
+    query = np.zeros(384, np.float32)
+    query[3] = 1
+    put(store, "new", query)
+    take(store, "u", *["i07"] * 30)
+    live, engine = Live(lambda: store), engine_of(tmp_path / "a")
+    live.prepare(engine)
+    assert best(engine, query=query, k=1) == ["new"]
+    assert live.told(engine)["observed_events"] == 30
+
+
+def test_models_without_texts_and_vectors_of_another_width_are_left_as_they_are(
+    tmp_path: Path, store: SQLiteStore
+) -> None:
+    put(store, "narrow", np.ones(7))
+    engine, live = engine_of(tmp_path / "a"), Live(lambda: store)
+    engine.bundle.recommender.text_vectors, kept = None, engine.bundle.recommender.text_vectors
+    live.add_items([engine])
+    assert "narrow" not in engine.bundle.recommender.index
+    engine.bundle.recommender.text_vectors = kept
+    other = Live(lambda: store)
+    other.add_items([engine])
+    assert "narrow" in engine.bundle.recommender.index
+    assert "narrow" not in best(engine, k=ITEMS_IN_TOY + 1)  # known, but without a text it is like nothing
+
+
+# ---------------------------------------------------------------- events
+def test_events_are_counted_once_in_pages_and_with_what_came_before(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a single call of `observe` had seen all of them."""
+    monkeypatch.setattr(live_module, "PAGE", 7)
+    live, followed, told = Live(lambda: store), engine_of(tmp_path / "a"), engine_of(tmp_path / "b")
+    items = [f"i{n % 9:02d}" for n in range(40)]
+    for n, item in enumerate(items):
+        take(store, "u" if n % 2 else "v", item, at=NOW + 1000 * n)
+        if n % 10 == 9:
+            while live.observe([followed]):
+                pass
+    for user in (0, 1):
+        new = [
+            {"item_id": item, "timestamp": NOW + 1000 * n, "action": "purchase"}
+            for n, item in enumerate(items)
+            if n % 2 == user
+        ]
+        told.observe([([], new)])
+    assert live.told(followed)["observed_events"] == 40
+    first, second = (one.bundle.recommender for one in (followed, told))
+    np.testing.assert_array_equal(first.popularity, second.popularity)
+    pair = first._transitions, second._transitions
+    assert pair[0] is not None and pair[1] is not None
+    np.testing.assert_allclose(pair[0].toarray(), pair[1].toarray(), rtol=1e-5)
+    again = Live(lambda: store)
+    assert not again.observe([]) and live.observe([followed]) is False
+    assert live.told(followed)["observed_events"] == 40
+
+
+def test_events_of_before_the_end_of_the_trained_log_are_in_its_counts_already(
+    tmp_path: Path, store: SQLiteStore
+) -> None:
+    engine, live = engine_of(tmp_path / "a"), Live(lambda: store)
+    before = engine.bundle.recommender.popularity.copy()
+    take(store, "u", "i01", "i02", at=engine.log_end - 10)
+    take(store, "u", "unheard of")
+    live.observe([engine])
+    np.testing.assert_array_equal(engine.bundle.recommender.popularity, before)
+
+
+def test_popularity_follows(tmp_path: Path, store: SQLiteStore) -> None:
+    engine, live = engine_of(tmp_path / "a"), Live(lambda: store)
+    last = best(engine, k=ITEMS_IN_TOY)[-1]
+    for n in range(300):
+        take(store, f"u{n}", last)
+    live.observe([engine])
+    assert best(engine, k=1) == [last]
+
+
+# ---------------------------------------------------------------- a store that fails
+def test_a_store_that_fails_costs_nothing_but_the_news(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_module, "REST_S", 0.05)
+    opened: list[int] = []
+
+    def open_late() -> SQLiteStore:
+        opened.append(1)
+        if len(opened) == 1:
+            raise SpringtideError("the disk is away")
+        return store
+
+    engine, live = engine_of(tmp_path / "a"), Live(open_late)
+    take(store, "u", "i01")
+    live.add_items([engine])
+    assert not live.observe([engine]) and live.told(engine)["observed_events"] == 0
+    assert len(opened) == 1  # it rests before it asks again
+    assert len(best(engine, k=3)) == 3
+    time.sleep(0.06)
+    live.observe([engine])
+    assert live.told(engine)["observed_events"] == 1
+
+
+# ---------------------------------------------------------------- the lock
+def test_readers_together_and_a_writer_alone() -> None:
+    lock, inside, seen, errors = SharedLock(), [0, 0], [0], list[str]()
+
+    def read() -> None:
+        for _ in range(200):
+            with lock.reading():
+                inside[0] += 1
+                seen[0] = max(seen[0], inside[0])
+                if inside[1]:
+                    errors.append("a writer beside a reader")
+                time.sleep(0)
+                inside[0] -= 1
+
+    def write() -> None:
+        for _ in range(50):
+            with lock.writing():
+                inside[1] += 1
+                if inside != [0, 1]:
+                    errors.append("not alone")
+                time.sleep(0)
+                inside[1] -= 1
+
+    threads = [threading.Thread(target=work) for work in (read, read, write, read, write)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not errors and inside == [0, 0]
+
+
+def test_scoring_goes_on_while_items_are_added_and_events_counted(tmp_path: Path, store: SQLiteStore) -> None:
+    engine, live, failures = engine_of(tmp_path / "a"), Live(lambda: store), list[BaseException]()
+
+    def ask() -> None:
+        try:
+            for n in range(60):
+                assert len(best(engine, events=[{"item_id": f"i{n % 30:02d}"}], k=5)) == 5
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for n in range(15):
+        put(store, f"new{n}", np.random.default_rng(n).normal(size=384))
+        take(store, "u", f"new{n}", at=NOW + n * 1000)
+        live.add_items([engine])
+        live.observe([engine])
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    assert len(engine.bundle.recommender.item_ids) == ITEMS_IN_TOY + 15
+    assert engine.bundle.recommender.popularity[-15:].tolist() == [1] * 15
