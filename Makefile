@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 MOVIELENS = jobs/configs/movielens-100k.yaml
 CONFIG ?= $(MOVIELENS)
 
-.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-retrieval bench-serve bench-events benchmark-quality fuzz-http audit clean
+.PHONY: setup quickstart compare test lint bench bench-prepare bench-train bench-retrieval bench-serve bench-events chaos-serve benchmark-quality fuzz-http audit clean
 
 setup: $(VENV)/.installed
 
@@ -56,6 +56,10 @@ bench-retrieval: setup
 
 bench-serve: setup
 	$(BIN)/python benchmarks/serve.py
+
+# Faults under a steady load, three minutes each; ARGS="--seconds 25 --faults scorer" is quicker.
+chaos-serve: setup
+	$(BIN)/python benchmarks/chaos.py $(ARGS)
 
 # 10,000 valid and broken requests from the OpenAPI document: none may be answered by a 5xx.
 fuzz-http: setup
