@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from springtide.errors import SpringtideError
 from springtide.files import write_json
 from springtide.jobs import STAGES
 
-AB_REPORT = "ab-report"
+AB_REPORT, REPLAY = "ab-report", "replay"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,9 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _ab_options(
         commands.add_parser(AB_REPORT, help="compare the models of a split by what users took of their answers")
     )
+    _replay_options(commands.add_parser(REPLAY, help="feed a log's test part through a running service"))
     options = parser.parse_args(given)
     try:
-        _ab_report(options)
+        _ab_report(options) if options.command == AB_REPORT else _replay(options)
     except SpringtideError as error:
         sys.exit(f"{options.command}: {error}")
 
@@ -68,6 +70,36 @@ def _ab_report(options: argparse.Namespace) -> None:
     out = options.out or options.workspace / "results" / f"{AB_REPORT}.json"
     write_json(out, {"job": AB_REPORT, "status": "ok", **plain(found)})
     print(table(found))
+    print(f"written to {out}")
+
+
+def _replay_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workspace", type=Path, default=Path("workspace"), metavar="DIR", help="whose prepared/ is replayed")
+    add("--url", default="http://127.0.0.1:8000", help="of the running service")
+    add("--token", metavar="NAME", help="environment variable that holds a token with the scopes read and write")
+    add("--limit", type=int, metavar="N", help="only the first N events of the test part")
+    add("--k", type=int, default=10, help="length of the answers")
+    add("--repeats", action="store_true", help="ask also about items that the user has taken before")
+    add("--out", type=Path, metavar="FILE", help="default: results/replay.json of the workspace")
+
+
+def _replay(options: argparse.Namespace) -> None:
+    import httpx
+
+    from springtide.serving.replay import read_log, replay, table
+
+    if options.k < 1 or (options.limit is not None and options.limit < 1):
+        raise SpringtideError("--k and --limit must be 1 or more")
+    if options.token is not None and not os.environ.get(options.token):
+        raise SpringtideError(f"--token {options.token}: there is no environment variable of that name")
+    headers = {"Authorization": f"Bearer {os.environ[options.token]}"} if options.token else {}
+    log = read_log(options.workspace, options.limit)
+    with httpx.Client(base_url=options.url, headers=headers, timeout=30) as client:
+        figures = replay(client, log, k=options.k, exclude_seen=not options.repeats).figures()
+    out = options.out or options.workspace / "results" / f"{REPLAY}.json"
+    write_json(out, {"job": REPLAY, "status": "ok", "url": options.url, **figures})
+    print(table(figures))
     print(f"written to {out}")
 
 

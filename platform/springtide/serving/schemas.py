@@ -133,6 +133,7 @@ class RecommendRequest(Request):
         None, ge=0, le=1, description="0: by score alone; towards 1: unlike one another; absent: as configured"
     )
     model: Identifier | None = Field(None, description="a model's name or name@version; absent: the one that is served")
+    now: Timestamp | None = Field(None, description="the time to answer for, as when a log is replayed; absent: now")
     explain: bool = False
 
     @model_validator(mode="after")

@@ -135,7 +135,7 @@ class Service:
             explain=request.explain,
             model=choice.model,
             assigned=choice.by == "split",
-            now=now,
+            now=now if request.now is None else request.now,
             request_id=request_id,
         )
         answer = await self._score(wanted)
@@ -258,7 +258,7 @@ class Service:
         try:
             return await self._stored(self.histories.read, request.user_id), False
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            log.error("history not read, answering from what was read last: %s", error or "timeout")
+            _log_failure("history not read, answering from what was read last", error)
             return self.histories.last(request.user_id), True
 
     async def _vector_of(self, query: str | None) -> tuple[np.ndarray | None, bool]:
