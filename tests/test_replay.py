@@ -15,7 +15,6 @@ from springtide import cli
 from springtide.errors import SpringtideError
 from springtide.files import write_json
 from springtide.schemas import EVENTS
-from springtide.serving import replay as module
 from springtide.serving.replay import Log, Outcome, read_log, replay, table
 
 

@@ -173,7 +173,20 @@ def test_every_endpoint_answers(served: Served) -> None:
 
 def test_concurrent_queries_get_their_own_vectors(served: Served) -> None:
     """In int8 a vector differs a little with its company, so each must be nearest to its own."""
-    words = "river piano bread rocket winter doctor carpet lemon soldier window tiger market".split()
+    words = [
+        "river",
+        "piano",
+        "bread",
+        "rocket",
+        "winter",
+        "doctor",
+        "carpet",
+        "lemon",
+        "soldier",
+        "window",
+        "tiger",
+        "market",
+    ]
     texts = [f"{word} " + "and more of it " * (n % 7) for n, word in enumerate(words)]
     alone = {text: served.client.post("/v1/encode", json={"text": text}).json()["vector"] for text in texts}
     found: dict[str, list[float]] = {}
