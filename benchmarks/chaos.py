@@ -147,7 +147,7 @@ def burst(run: Run) -> float:
     process.wait(60)
     run.beside.append(out)
     capacity = len(json.loads(out.read_text())["requests"]) / 4
-    out, process = run.load("burst", "--rate", str(10 * capacity), "--seconds", str(run.outage))
+    out, process = run.load("beside", "--rate", str(10 * capacity), "--seconds", str(run.outage))
     run.beside.append(out)
     process.wait(run.seconds)
     over = time.monotonic()
@@ -235,6 +235,8 @@ def measure(cluster: Cluster, name: str, fault: Fault, args: argparse.Namespace)
     if process.poll() is not None:
         raise SystemExit(f"the load ended early; see {cluster.root / 'logs' / 'load.log'}")
     since = fault.act(run)
+    if process.poll() is not None:
+        print(f"  {fault.title}: the load ended before this was over, so take more --seconds", flush=True)
     if process.wait(args.seconds + 120):
         raise SystemExit(f"the load failed; see {cluster.root / 'logs' / 'load.log'}")
     log = json.loads(out.read_text())

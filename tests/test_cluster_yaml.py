@@ -86,6 +86,7 @@ def test_serve_runs_in_its_fast_mode_on_every_node(prepared: dict[str, Any]) -> 
         (start,) = prepared[f"{role}_start_ray_commands"]
         assert "RAY_SERVE_ENABLE_HA_PROXY=1" in start and "RAY_SERVE_THROUGHPUT_OPTIMIZED=1" in start
         assert "/bin/springtide-haproxy;" in start
+        assert 'RAY_SERVE_HAPROXY_RETRY_ON="conn-failure empty-response"' in start
 
 
 def test_it_offers_what_the_gpu_serve_config_asks_for(prepared: dict[str, Any]) -> None:
