@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from springtide.bundle import load_bundle
+from springtide.bundle import FORMAT, load_bundle
 from springtide.config import Settings
 from springtide.errors import SpringtideError
 from springtide.jobs import explain
@@ -167,4 +167,4 @@ def test_what_can_never_run_is_refused_at_once(undisturbed: tuple[Path, dict[str
         )
     with pytest.raises(SpringtideError, match="no sequence to learn from"):
         run(settings_of(short))
-    assert json.loads((workspace / "bundle" / "config.json").read_text())["format"] == 2
+    assert json.loads((workspace / "bundle" / "config.json").read_text())["format"] == FORMAT
