@@ -22,7 +22,7 @@ from springtide.serving.store_sqlite import SQLiteStore
 from toy import ITEMS_IN_TOY, toy_bundle
 
 torch.set_num_threads(1)
-NOW = 1_800_000_000_000  # after the end of the toy log
+NOW = 1_700_000_000_000  # after the end of the toy log
 
 
 def engine_of(folder: Path, **values: Any) -> Engine:
@@ -152,6 +152,51 @@ def test_popularity_follows(tmp_path: Path, store: SQLiteStore) -> None:
     assert best(engine, k=1) == [last]
 
 
+def test_events_of_an_item_just_added_are_counted_by_every_replica(tmp_path: Path, store: SQLiteStore) -> None:
+    engine, live = engine_of(tmp_path / "a"), Live(lambda: store)
+    put(store, "new", np.ones(384))
+    take(store, "u", *["new"] * 30)
+    live.observe([engine])  # nobody has asked for a recommendation since
+    recommender = engine.bundle.recommender
+    assert recommender.popularity[recommender.index["new"]] == 30
+
+
+def test_a_clock_that_is_years_ahead_is_not_counted(tmp_path: Path, store: SQLiteStore) -> None:
+    engine, live = engine_of(tmp_path / "a"), Live(lambda: store)
+    before = engine.bundle.recommender.popularity.copy()
+    take(store, "u", "i05", at=int(time.time() * 1000) + 10**12)
+    live.observe([engine])
+    np.testing.assert_array_equal(engine.bundle.recommender.popularity, before)
+    take(store, "u", "i09", at=int(time.time() * 1000))
+    live.observe([engine])
+    assert engine.bundle.recommender.popularity.sum() == before.sum() + 1
+
+
+def test_added_items_do_not_wait_for_events_to_be_read(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, reading, go_on = engine_of(tmp_path / "a"), threading.Event(), threading.Event()
+    real = store.history
+
+    def slow(user: str, limit: int = 1000) -> list[dict[str, Any]]:
+        reading.set()
+        assert go_on.wait(20)
+        return real(user, limit)
+
+    monkeypatch.setattr(store, "history", slow)
+    live = Live(lambda: store)
+    take(store, "u", "i01")
+    counting = threading.Thread(target=live.observe, args=([engine],), daemon=True)
+    counting.start()
+    assert reading.wait(20)
+    put(store, "new", np.ones(384))
+    live.add_items([engine])
+    assert "new" in engine.bundle.recommender.index
+    go_on.set()
+    counting.join(20)
+    assert live.told(engine)["observed_events"] == 1
+
+
 # ---------------------------------------------------------------- a store that fails
 def test_a_store_that_fails_costs_nothing_but_the_news(
     tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
@@ -178,16 +223,15 @@ def test_a_store_that_fails_costs_nothing_but_the_news(
 
 # ---------------------------------------------------------------- the lock
 def test_readers_together_and_a_writer_alone() -> None:
-    lock, inside, seen, errors = SharedLock(), [0, 0], [0], list[str]()
+    lock, inside, errors = SharedLock(), [0, 0], list[str]()
 
     def read() -> None:
         for _ in range(200):
             with lock.reading():
                 inside[0] += 1
-                seen[0] = max(seen[0], inside[0])
                 if inside[1]:
                     errors.append("a writer beside a reader")
-                time.sleep(0)
+                time.sleep(0.0001)
                 inside[0] -= 1
 
     def write() -> None:
@@ -199,12 +243,28 @@ def test_readers_together_and_a_writer_alone() -> None:
                 time.sleep(0)
                 inside[1] -= 1
 
-    threads = [threading.Thread(target=work) for work in (read, read, write, read, write)]
+    threads = [threading.Thread(target=work, daemon=True) for work in (read, read, write, read, write)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
     assert not errors and inside == [0, 0]
+
+
+def test_readers_do_not_wait_for_each_other() -> None:
+    lock, both = SharedLock(), threading.Barrier(2, timeout=10)
+
+    def read() -> None:
+        with lock.reading():
+            both.wait()  # nobody passes unless both are inside
+
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads) and not both.broken
 
 
 def test_scoring_goes_on_while_items_are_added_and_events_counted(tmp_path: Path, store: SQLiteStore) -> None:
@@ -217,7 +277,7 @@ def test_scoring_goes_on_while_items_are_added_and_events_counted(tmp_path: Path
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=ask) for _ in range(3)]
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
     for thread in threads:
         thread.start()
     for n in range(15):
@@ -227,6 +287,6 @@ def test_scoring_goes_on_while_items_are_added_and_events_counted(tmp_path: Path
         live.observe([engine])
     for thread in threads:
         thread.join(60)
-    assert not failures
+    assert not failures and not any(thread.is_alive() for thread in threads)
     assert len(engine.bundle.recommender.item_ids) == ITEMS_IN_TOY + 15
     assert engine.bundle.recommender.popularity[-15:].tolist() == [1] * 15

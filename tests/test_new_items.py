@@ -90,6 +90,8 @@ def test_an_item_put_again_is_replaced(tmp_path: Path) -> None:
     np.testing.assert_array_equal(model.text_vectors[-1], model.text_vectors[6])
     np.testing.assert_array_equal(model.text_vectors[0], model.text_vectors[8])
     assert model.titles[0] == model.titles[-1] == "Twin" and model.categories[0] == ["new"]
+    borrowing = model.model.channels.borrowing
+    assert borrowing is not None and borrowing.lenders[-1, 0] == 6  # of the text that it has now
 
 
 def test_an_item_without_a_text_is_kept_and_not_recommended(tmp_path: Path) -> None:

@@ -210,6 +210,24 @@ def test_a_token_taken_out_of_the_file_is_refused_soon(client: TestClient, file:
     file.write_text("{")
     clock.now += 10
     assert ask(client, "writer").status_code == 200  # a file half written takes nobody's access
+    file.write_text('{"tokens": []}')
+    clock.now += 10
+    assert ask(client, "writer").status_code == 401
+
+
+def test_a_file_that_is_taken_away_revokes_every_token(client: TestClient, file: Path, clock: Clock) -> None:
+    kept = file.read_text()
+    file.unlink()
+    clock.now += 10
+    assert ask(client, "writer").status_code == 401
+    file.write_text(kept)
+    clock.now += 10
+    assert ask(client, "writer").status_code == 200
+
+
+def test_a_file_without_a_token_is_refused_at_the_start() -> None:
+    with pytest.raises(SpringtideError, match="names no token"):
+        TokenBook('{"tokens": []}')
 
 
 def test_the_command_writes_an_entry_and_shows_the_token_once(tmp_path: Path, capsys: Any) -> None:

@@ -80,18 +80,19 @@ class Borrowing(nn.Module):
         self.register_buffer("lenders", torch.from_numpy(lenders).to(self.log_scale.device), persistent=False)
         self.register_buffer("cosines", torch.from_numpy(cosines).to(self.log_scale.device), persistent=False)
 
-    def grow(self, text: Tensor) -> None:
-        """Add new items: text [I, D] of the old and the new, who may borrow but not lend."""
-        old = len(self.events)
-        self.events = F.pad(self.events, (0, len(text) - old))
-        popularity = self.events.cpu().numpy()
-        rows, cosines = nearest_by_text(text.cpu().numpy(), popularity, np.arange(old, len(text)))
-        width = self.lenders.shape[1]  # fewer than the rows found where more items were taken since
-        rows, cosines = rows[:, :width], cosines[:, :width]
-        short = width - rows.shape[1]
-        self.lenders = torch.cat([self.lenders, F.pad(torch.from_numpy(rows), (0, short)).to(self.lenders.device)])
-        added = F.pad(torch.from_numpy(cosines), (0, short), value=-1)
-        self.cosines = torch.cat([self.cosines, added.to(self.cosines.device)])
+    def grow(self, text: Tensor, changed: np.ndarray) -> None:
+        """Take new items, who may borrow but not lend: text [I, D] of all; changed: rows whose text is another one."""
+        count = len(text) - len(self.events)
+        self.events = F.pad(self.events, (0, count))
+        found, near = nearest_by_text(text.cpu().numpy(), self.events.cpu().numpy(), changed)
+        width = self.lenders.shape[1]  # fewer than the lenders found where more items were taken since
+        found, near = found[:, :width], near[:, :width]
+        short = width - found.shape[1]
+        rows = torch.from_numpy(changed).to(self.lenders.device)
+        lenders, cosines = F.pad(self.lenders, (0, 0, 0, count)), F.pad(self.cosines, (0, 0, 0, count), value=-1)
+        lenders[rows] = F.pad(torch.from_numpy(found), (0, short)).to(lenders)
+        cosines[rows] = F.pad(torch.from_numpy(near), (0, short), value=-1).to(cosines)
+        self.lenders, self.cosines = lenders, cosines
 
     def needed(self, columns: Tensor, cold: Tensor | None) -> Tensor:
         """`columns` [N] of the catalogue with the lenders of those that borrow, ascending: [N'] int64."""

@@ -111,8 +111,8 @@ class Channels(nn.Module):
         if self.borrowing is not None:
             self.borrowing.events.copy_(torch.from_numpy(popularity))
 
-    def grow(self, text: Tensor, popularity: np.ndarray) -> None:
-        """Take new items: whitened text [I, D] and events [I] of the old and the new."""
+    def grow(self, text: Tensor, popularity: np.ndarray, changed: np.ndarray) -> None:
+        """Take new items: whitened text [I, D] and events [I] of the old and the new; changed: rows of new text."""
         count = len(text) - len(self.log_popularity)
         if self.memory is not None:
             self.memory.grow(count)
@@ -121,7 +121,7 @@ class Channels(nn.Module):
         if self.recent is not None:
             self.recent.grow(count)
         if self.borrowing is not None:
-            self.borrowing.grow(text)
+            self.borrowing.grow(text, changed)
         if self.by_text:
             self.text = F.normalize(text, dim=1)
         self.log_popularity, self.excess = F.pad(self.log_popularity, (0, count)), F.pad(self.excess, (0, count))

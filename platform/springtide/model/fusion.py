@@ -83,10 +83,13 @@ class FusionModel(nn.Module):
             PairHead(config.dim, len(known), config.dropout) if weight else None for weight in heads
         )
 
-    def grow(self, text: Tensor, popularity: np.ndarray) -> None:
-        """Take new items, which training never saw: text features [I, D] and events [I] of the old and the new."""
+    def grow(self, text: Tensor, popularity: np.ndarray, changed: np.ndarray) -> None:
+        """Take new items, which training never saw: text features [I, D] and events [I] of the old and the new.
+
+        changed: rows whose text is another one, those of the new items among them.
+        """
         self.item_vectors.grow(text)
-        self.channels.grow(text, popularity)
+        self.channels.grow(text, popularity, changed)
 
     def interest(self, batch: Batch, vectors: Tensor) -> Interest:
         """Read the histories. vectors: [I, dim] from `item_vectors()`."""

@@ -149,7 +149,7 @@ class Recommender:
             self.text_vectors[row] = item.text_vector
             features[row] = torch.from_numpy(item.features).to(features.device)
         self._observed = np.pad(self._observed, (0, count))
-        self.model.grow(features, self.popularity)
+        self.model.grow(features, self.popularity, np.unique(rows))
         if self._transitions is not None:
             self._transitions.resize(len(self.item_ids), len(self.item_ids))
         self._read_catalogue()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -35,7 +34,7 @@ from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptio
 from springtide.serving.popular import load_popular
 from springtide.serving.seeding import seed_histories
 from springtide.serving.service import Service
-from springtide.serving.store import HistoryStore, open_store
+from springtide.serving.store import HistoryStore, file_of, open_store
 from springtide.serving.store_rows import Retention
 from springtide.serving.tokens import open_tokens
 
@@ -93,8 +92,9 @@ class Scorer:
 
     def __init__(self, options: AppOptions) -> None:
         self._models: Models | None = None
-        self._live = Live(lambda: open_store(options.store, timeout_s=STORE_PATIENCE_S, require_aof=False))
+        self._live = Live(lambda: _store_to_follow(options.store))
         self._observe_every_s = 0.0
+        self._reconfigured = threading.Event()
         threading.Thread(target=self._follow, daemon=True).start()
         self._apart = ThreadPoolExecutor(1)  # copies for comparison: one at a time, never in a batch that is awaited
         self._metrics = RayMetrics()
@@ -103,6 +103,7 @@ class Scorer:
         """Load, check and warm new models beside the old ones, then swap one reference; see load_models."""
         try:
             options = ScorerOptions.model_validate(config)
+            self._observe_every_s = options.observe_every_s
             models = await asyncio.to_thread(load_models, options, self._models, self._load, _sentence)
         except Exception as error:
             if self._models is None:
@@ -115,7 +116,8 @@ class Scorer:
         for served, engines in ((0, gone), (1, models.engines.values())):
             for engine in engines:
                 self._metrics.set("springtide_model", served, model=engine.label)
-        self._models, self._observe_every_s = models, options.observe_every_s
+        self._models = models
+        self._reconfigured.set()
         self._batch.set_max_batch_size(options.max_batch)
         self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
         log.info("Scorer serves %s", ", ".join(engine.label for engine in models.engines.values()))
@@ -154,7 +156,7 @@ class Scorer:
     def _load(self, options: ScorerOptions) -> Engine:
         """An engine that knows what was stored since its bundle was trained."""
         engine = _load_engine(options)
-        self._live.prepare(engine)
+        self._live.prepare(engine, count=self._observe_every_s > 0)
         return engine
 
     def _current_models(self) -> Models:
@@ -166,7 +168,8 @@ class Scorer:
     def _follow(self) -> None:
         """Count new events now and then, for as long as the replica lives."""
         while True:
-            time.sleep(self._observe_every_s or 1.0)
+            if self._reconfigured.wait(self._observe_every_s or None):
+                self._reconfigured.clear()
             models = self._models
             if models is not None and self._observe_every_s:
                 try:
@@ -285,6 +288,17 @@ def _open_store(options: AppOptions) -> HistoryStore:
     retention = Retention(options.retention_events, options.retention_days)
     # Patience of a write: an import of a log may hold the lock meanwhile. A read is given up before, by the service.
     return open_store(options.store, retention, timeout_s=options.other_timeout_s, require_aof=options.require_aof)
+
+
+def _store_to_follow(url: str) -> HistoryStore:
+    """The event log as a Scorer reads it. Never makes one: an empty file of its own would tell it nothing."""
+    path = file_of(url)
+    if path is not None and not path.exists():
+        raise SpringtideError(
+            f"the event log {path} is not on this node, so added items and new events stay unknown here; use Redis "
+            "where Ingress and Scorer run on several nodes"
+        )
+    return open_store(url, timeout_s=STORE_PATIENCE_S, require_aof=False)
 
 
 # ---------------------------------------------------------------- loading, in a thread

@@ -6,6 +6,7 @@ reference.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -68,6 +69,7 @@ class Engine:
         self._policies = policies or Policies()
         self._damped: tuple[np.ndarray, np.ndarray] | None = None
         self._lock = SharedLock()
+        self._changing = threading.Lock()  # one change at a time, from its first look to its last write
         self._index_catalogue()
 
     @property
@@ -88,20 +90,21 @@ class Engine:
 
     def put_items(self, items: Sequence[NewItem]) -> None:
         """Add items to the catalogue or replace what is known of them. Raises ValueError if the model has no texts."""
-        with self._lock.writing():
+        with self._changing, self._lock.writing():
             self._recommender.put_items(items)
             self._index_catalogue()
 
     def observe(self, users: Sequence[tuple[list[Json], list[Json]]]) -> None:
-        """Count new events without training: of each user what came before, and the new ones. One thread at a time.
+        """Count new events without training: of each user what came before, and the new ones.
 
         Scoring waits only while what was counted is put in its place.
         """
-        histories = [self._recommender.history(before)[0] for before, _ in users]
-        events = [self._recommender.history(new)[0] for _, new in users]
-        counted = self._recommender.count(histories, events)
-        with self._lock.writing():
-            self._recommender.take(counted)
+        with self._changing:
+            histories = [self._recommender.history(before)[0] for before, _ in users]
+            events = [self._recommender.history(new)[0] for _, new in users]
+            counted = self._recommender.count(histories, events)
+            with self._lock.writing():
+                self._recommender.take(counted)
 
     def _index_catalogue(self) -> None:
         self._catalogue = index_catalogue(self._recommender.index, self._recommender.categories)

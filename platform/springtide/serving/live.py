@@ -27,6 +27,8 @@ log = logging.getLogger("ray.serve")
 Json = dict[str, Any]
 PAGE = 2000  # events counted in one go
 REST_S = 1.0  # after the store has failed, before it is asked again
+PREPARE_S = 10.0  # longest that a new model counts before it serves
+AHEAD_MS = 3_600_000  # events later than now by more are not counted
 PRECEDING = 50  # events of a user that are read to find what came before new ones
 
 
@@ -41,23 +43,27 @@ class Place:
 
 
 class Live:
-    """Brings engines up to date. Called from several threads: one changes engines at a time, under their locks."""
+    """Brings engines up to date. May be called from several threads at once."""
 
     def __init__(self, open_store: Callable[[], HistoryStore]) -> None:
         """open_store is called when the store is needed first, and again after it failed to open."""
         self._open = open_store
         self._store: HistoryStore | None = None
-        self._one = threading.Lock()
+        self._adding, self._observing = threading.Lock(), threading.Lock()  # items never wait for events to be read
         self._places: WeakKeyDictionary[Engine, Place] = WeakKeyDictionary()
         self._rest_until = 0.0
 
     def place(self, engine: Engine) -> Place:
         return self._places.setdefault(engine, Place())
 
-    def prepare(self, engine: Engine) -> None:
-        """Bring an engine that nobody uses yet up to date. A store that fails is logged and left for later."""
+    def prepare(self, engine: Engine, count: bool = True) -> None:
+        """Bring an engine that nobody uses yet up to date. A store that fails is logged and left for later.
+
+        count: whether events are counted too, as far as PREPARE_S allow; the rest follows while it serves.
+        """
         self.add_items([engine])
-        while self.observe([engine]):
+        until = time.monotonic() + PREPARE_S
+        while count and self.observe([engine]) and time.monotonic() < until:
             pass
 
     def add_items(self, engines: Iterable[Engine]) -> None:
@@ -70,9 +76,8 @@ class Live:
             newest = store.items_revision()
             if all(self.place(engine).revision >= newest for engine in engines):
                 return
-            with self._one:
-                for engine in engines:
-                    self._add_to(engine, store)
+            for engine in engines:
+                self._add_to(engine, store)
         except SpringtideError as error:
             self._rest("added items not read", error)
 
@@ -85,7 +90,7 @@ class Live:
         if store is None:
             return False
         try:
-            with self._one:
+            with self._observing:
                 for engine in engines:
                     more |= self._observe_with(engine, store)
         except SpringtideError as error:
@@ -100,18 +105,22 @@ class Live:
         return {"observed_events": place.observed, "items_revision": place.revision, **looked}
 
     def _add_to(self, engine: Engine, store: HistoryStore) -> None:
-        place = self.place(engine)
-        found = store.items_since(place.revision)
-        if not found:
-            return
-        if engine.takes_new_items:
-            engine.put_items(new_items(engine, found))
-        place.revision = found[-1]["revision"]
+        with self._adding:
+            place = self.place(engine)
+            found = store.items_since(place.revision)
+            if not found:
+                return
+            if engine.takes_new_items:
+                engine.put_items(new_items(engine, found))
+            place.revision = found[-1]["revision"]
 
     def _observe_with(self, engine: Engine, store: HistoryStore) -> bool:
         place = self.place(engine)
         rows, cursor = store.since(place.cursor, PAGE)
-        fresh = [row for row in rows if row["timestamp"] > engine.log_end]
+        self._add_to(engine, store)  # events of an item that was just added are known, whoever asked for what before
+        # One event of a clock that is years ahead would make everything else old for recent popularity.
+        latest = time.time() * 1000 + AHEAD_MS
+        fresh = [row for row in rows if engine.log_end < row["timestamp"] <= latest]
         by_user: dict[str, list[Json]] = defaultdict(list)
         for row in fresh:
             by_user[row["user_id"]].append(row)
@@ -126,7 +135,7 @@ class Live:
             return None
         if self._store is None:
             try:
-                with self._one:
+                with self._adding:
                     self._store = self._store or self._open()
             except SpringtideError as error:
                 self._rest("the event log cannot be opened", error)

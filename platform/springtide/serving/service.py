@@ -43,6 +43,7 @@ from springtide.serving.traffic import Traffic, shares
 
 log = logging.getLogger("springtide.serving")
 STORE_THREADS = 16  # a store that hangs holds these, not the threads that everything else shares
+WRITE_THREADS = 64  # of their own, so that writes that wait keep no read waiting; they share commits
 Json = dict[str, Any]
 Encode = Callable[[list[str]], Awaitable[np.ndarray]]  # texts -> [n, D] float32, L2-normalised
 Call = Callable[..., Awaitable[Any]]  # (method of the scorer, its arguments) -> its answer
@@ -100,6 +101,7 @@ class Service:
         self._encoder_answered = False
         self.queries = QueryCache(self._encode_query, query_cache, query_cache_s, metrics=metrics)
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
+        self._write_threads = ThreadPoolExecutor(WRITE_THREADS, "store-writes")
         self.exposures: ExposureLog | None = None
         self.traffic = Traffic(TrafficOptions(), self._score_apart)
 
@@ -113,7 +115,8 @@ class Service:
         if self.exposures is not None:
             self.exposures.close()
         self._stop_retaining()
-        self._store_threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._store_threads, self._write_threads):
+            threads.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
     async def recommend(self, request: RecommendRequest) -> Json:
@@ -162,7 +165,7 @@ class Service:
             for event in events
         ]
         try:
-            accepted = await self._writes.run(self._in_store, self.store.append, rows)
+            accepted = await self._writes.run(self._in_threads, self._write_threads, self.store.append, rows)
         except (SpringtideError, TimeoutError, Unavailable) as error:
             _log_failure("events not stored", error)
             raise ApiError(
@@ -191,7 +194,12 @@ class Service:
         return {"dim": len(rows[0]), **one}
 
     async def put_item(self, item_id: str, item: ItemBody) -> Json:
-        """Raises ApiError 503 if its text cannot be encoded or it cannot be stored; nothing is half done then."""
+        """Raises ApiError 422 if the model reads no texts, 503 if this one cannot be encoded or stored; nothing is half
+        done then."""
+        if not (await self._ask("describe"))["text"]:
+            raise ApiError(
+                422, "no_text", "this model's items have no text, so it cannot take a new item; train it again"
+            )
         vector = (await self._encoded([item.told]))[0]
         added: AddedItem = {
             "item_id": item_id,
@@ -201,7 +209,7 @@ class Service:
             "vector": np.asarray(vector, "<f4").tobytes(),
         }
         try:
-            revision = await self._writes.run(self._in_store, self.store.put_item, added)
+            revision = await self._writes.run(self._in_threads, self._write_threads, self.store.put_item, added)
         except (SpringtideError, TimeoutError, Unavailable) as error:
             _log_failure("item not stored", error)
             raise ApiError(503, "store_unavailable", "the item may not be stored; send it again") from None
@@ -304,10 +312,11 @@ class Service:
         return dict(answer)
 
     async def _stored(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await self._reads.run(self._in_store, work, *arguments)
+        return await self._reads.run(self._in_threads, self._store_threads, work, *arguments)
 
-    async def _in_store(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._store_threads, work, *arguments)
+    @staticmethod
+    async def _in_threads(threads: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
 
 def _log_failure(what: str, error: Exception) -> None:

@@ -45,6 +45,7 @@ class SQLiteStore:
         self.retention = retention or Retention()
         self._path, self._timeout_s = Path(path), timeout_s
         self._write_lock = threading.Lock()
+        self._all_lock = threading.Lock()  # never held while waiting for another process, as a writer does
         self._local = threading.local()
         self._all: list[sqlite3.Connection] = []
         self._closed = False
@@ -226,7 +227,7 @@ class SQLiteStore:
 
     def close(self) -> None:
         self._appends.close()
-        with self._write_lock:
+        with self._write_lock, self._all_lock:
             self._closed = True
             for connection in self._all:
                 connection.close()
@@ -283,7 +284,7 @@ class SQLiteStore:
             self._enter_wal(found)
             found.execute("PRAGMA synchronous = FULL")
             self._local.connection = found
-            with self._write_lock:
+            with self._all_lock:
                 self._all.append(found)
         return found
 

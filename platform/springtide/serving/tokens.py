@@ -53,7 +53,7 @@ class Token(BaseModel):
 class TokenFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tokens: tuple[Token, ...] = Field(min_length=1)
+    tokens: tuple[Token, ...]
 
     @model_validator(mode="after")
     def _all_differ(self) -> TokenFile:
@@ -74,6 +74,10 @@ class TokenBook:
         self._stamp = self._stamp_now()
         self._looked_at = clock()
         self._tokens = read_tokens(source)
+        if not self._tokens:
+            raise SpringtideError(
+                "the token file names no token, so nobody could ask; make one with serving.tokens new"
+            )
 
     def find(self, secret: str) -> Token | None:
         """The token, compared with every entry in a time that does not tell how near a guess was."""
@@ -96,6 +100,10 @@ class TokenBook:
         self._looked_at = self._clock()
         stamp = self._stamp_now()
         if stamp == self._stamp:
+            return
+        if stamp is None:  # a file that was taken away revokes every token
+            log.error("the token file %s is gone: no token is valid", self._path)
+            self._tokens, self._stamp = (), stamp
             return
         try:
             self._tokens = read_tokens(self._path)
