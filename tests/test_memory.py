@@ -171,3 +171,24 @@ def test_on_noise_the_memory_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> 
     leaked_loss, leaked_weight = train_on_noise(log, NOISE_ITEMS, ("memory", "popularity"), "transitions")
     assert leaked_loss < loss - 1  # the leak wins in training: it knows the answers
     assert leaked_weight > untrained
+
+
+@given(logs, logs, st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
+@settings(max_examples=200, deadline=None)
+def test_counts_of_a_few_rows_are_taken_as_if_all_had_been(
+    rows: Rows, more: Rows, neighbours: int, distances: int, grown: int
+) -> None:
+    """Buffer for buffer, also after items were added."""
+    decay = 0.5
+    memory = memory_of(rows, distances, decay, 2, neighbours)
+    memory.grow(grown)
+    counts = count_transitions(pairs_of(rows), ITEMS, distances, decay)
+    counts.resize(ITEMS + grown, ITEMS + grown)
+    shifted = [[(item + grown, wanted) for item, wanted in row] for row in more]
+    added = count_transitions(pairs_of(shifted), ITEMS + grown, distances, decay)
+    total = counts + added
+    wanted = memory.arrange(total)
+    found = memory.rearrange(total, np.flatnonzero(np.diff(added.indptr)))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name

@@ -13,6 +13,7 @@ it owes to itself: if the rest would not have beaten the best successor left out
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse as sp
@@ -38,6 +39,32 @@ def count_transitions(
     wanted = np.concatenate([target for _, target in pieces]).astype(bool)
     user = np.repeat(np.arange(len(pieces)), [len(row) for row, _ in pieces])
     return count_successors(flat, user, wanted, items, [decay**step for step in range(distances)])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The n most frequent successors kept of R items, by item and successor."""
+
+    row: np.ndarray  # [n] int64, of R, ascending
+    successor: np.ndarray  # [n] int32, ascending within a row
+    count: np.ndarray  # [n] float32
+    rank: np.ndarray  # [n] int64, 0 = the best of the row
+    cutoff: np.ndarray  # [R] float32, the largest count left out, 0 = none was
+    runner_up: np.ndarray  # [R] int64, the successor of that count, -1 = none
+
+
+def keep_best(counts: sp.csr_matrix, most: int) -> Kept:
+    """The `most` largest counts of each row of [R, I]; of equal ones the first."""
+    counts = counts.tocsr()
+    counts.sort_indices()
+    row = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
+    order = np.lexsort((counts.indices, -counts.data, row))
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order)) - counts.indptr[row[order]]
+    cutoff, runner_up = np.zeros(counts.shape[0], np.float32), np.full(counts.shape[0], -1, np.int64)
+    next_best, kept = rank == most, rank < most
+    cutoff[row[next_best]], runner_up[row[next_best]] = counts.data[next_best], counts.indices[next_best]
+    return Kept(row[kept], counts.indices[kept], counts.data[kept], rank[kept], cutoff, runner_up)
 
 
 class TransitionMemory(nn.Module):
@@ -71,26 +98,45 @@ class TransitionMemory(nn.Module):
 
     def arrange(self, counts: sp.csr_matrix) -> dict[str, Tensor]:
         """The buffers for counts [I, I], made without changing the memory: others may score meanwhile."""
-        counts = counts.tocsr()
-        counts.sort_indices()
-        row = np.repeat(np.arange(self.items), np.diff(counts.indptr))
-        order = np.lexsort((counts.indices, -counts.data, row))  # best successor first within each row
-        rank = np.arange(len(order)) - counts.indptr[row[order]]
-        kept = order[rank < self.neighbours]
-        width = int(rank[rank < self.neighbours].max(initial=0)) + 1
-        position = np.sort(kept)  # back to ascending (a, b)
-        keys = row[position].astype(np.int64) * self.items + counts.indices[position]
+        kept = keep_best(counts, self.neighbours)
+        number = len(kept.row)
+        width = int(kept.rank.max(initial=0)) + 1
         successors = np.zeros((self.items, width), np.int32)  # the two tables of a large catalogue are gigabytes
-        slots = np.full((self.items, width), len(position), np.int32)
-        kept_rank = rank[rank < self.neighbours]
-        successors[row[kept], kept_rank] = counts.indices[kept]
-        slots[row[kept], kept_rank] = np.searchsorted(position, kept)
-        cutoff, runner_up = np.zeros(self.items, np.float32), np.full(self.items, -1, np.int64)
-        next_best = order[rank == self.neighbours]
-        cutoff[row[next_best]], runner_up[row[next_best]] = counts.data[next_best], counts.indices[next_best]
-        arrays = {"keys": keys, "successors": successors, "slots": slots, "cutoff": cutoff, "runner_up": runner_up}
-        arrays["counts"] = np.append(counts.data[position], 0).astype(np.float32)
-        return {name: torch.from_numpy(value).to(self.log_tau.device) for name, value in arrays.items()}
+        slots = np.full((self.items, width), number, np.int32)
+        successors[kept.row, kept.rank] = kept.successor
+        slots[kept.row, kept.rank] = np.arange(number)
+        keys = kept.row * self.items + kept.successor
+        return self._tensors(keys, np.append(kept.count, np.float32(0)), successors, slots, kept.cutoff, kept.runner_up)
+
+    def rearrange(self, counts: sp.csr_matrix, rows: np.ndarray) -> dict[str, Tensor]:
+        """What `arrange` gives for counts [I, I] that are those held but for `rows` [R] (ascending), which have grown.
+
+        The cost of ranking is that of the rows, so that a few events do not cost as much as a whole log.
+        """
+        kept = keep_best(counts[rows], self.neighbours)
+        held = {name: buffer.cpu().numpy() for name, buffer in self.named_buffers()}
+        lengths = np.bincount(held["keys"] // self.items, minlength=self.items)
+        changed = np.zeros(self.items, bool)
+        changed[rows] = True
+        stays, before = np.repeat(~changed, lengths), lengths.cumsum()
+        lengths[rows] = np.bincount(kept.row, minlength=len(rows))
+        new, number = np.repeat(changed, lengths), int(lengths.sum())
+        keys, counted = np.empty(number, np.int64), np.zeros(number + 1, np.float32)
+        keys[~new], keys[new] = held["keys"][stays], rows[kept.row] * self.items + kept.successor
+        counted[:-1][~new], counted[:-1][new] = held["counts"][:-1][stays], kept.count
+        wider = (0, 0), (0, max(0, int(kept.rank.max(initial=0)) + 1 - held["slots"].shape[1]))
+        shift = (lengths.cumsum() - before).astype(np.int32)  # of a row's end; only rows that stay keep their length
+        slots = np.where(held["slots"] == len(stays), np.int32(number), held["slots"] + shift[:, None])
+        slots, successors = np.pad(slots, wider, constant_values=number), np.pad(held["successors"], wider)
+        slots[rows], successors[rows] = number, 0
+        slots[rows[kept.row], kept.rank], successors[rows[kept.row], kept.rank] = np.flatnonzero(new), kept.successor
+        cutoff, runner_up = held["cutoff"].copy(), held["runner_up"].copy()
+        cutoff[rows], runner_up[rows] = kept.cutoff, kept.runner_up
+        return self._tensors(keys, counted, successors, slots, cutoff, runner_up)
+
+    def _tensors(self, *arrays: np.ndarray) -> dict[str, Tensor]:
+        names = ("keys", "counts", "successors", "slots", "cutoff", "runner_up")
+        return {n: torch.from_numpy(array).to(self.log_tau.device) for n, array in zip(names, arrays, strict=True)}
 
     def grow(self, count: int) -> None:
         """Add `count` items that nothing was ever followed by, and that were followed by nothing."""

@@ -273,7 +273,7 @@ class Recommender:
                 pieces.append((np.concatenate([before, new.items]), successors))
             added = count_transitions(pieces, len(self.popularity), memory.distances, memory.decay)
             transitions = self._transitions + added
-            tables = memory.arrange(transitions)
+            tables = memory.rearrange(transitions, np.flatnonzero(np.diff(added.indptr)))
         return Observed(**joined, transitions=transitions, tables=tables)
 
     @torch.no_grad()
