@@ -1,9 +1,11 @@
-"""Closed-loop HTTP load from a process of its own: N connections, each sending its next request when answered.
+"""HTTP load from a process of its own: N connections, each sending its next request when answered, or at a fixed rate.
 
-    python benchmarks/load.py URL BODIES.jsonl CONNECTIONS SECONDS [--tool wrk|aiohttp]
+    python benchmarks/load.py URL BODIES.jsonl CONNECTIONS SECONDS [--tool wrk|aiohttp] [--rate R]
 
 POSTs the lines of BODIES in turn and prints one JSON line: requests, seconds, errors, p50_ms, p99_ms, max_ms. wrk costs
-little of the machine it shares with the server; aiohttp is the fallback where it is not installed.
+little of the machine it shares with the server; aiohttp is the fallback where it is not installed. With --rate (always
+aiohttp) requests are due R times a second, answered or not, and each one's time runs from when it was due: a server
+that stalls is charged for all that waited meanwhile.
 """
 
 from __future__ import annotations
@@ -53,8 +55,11 @@ def wrk(url: str, bodies: Path, connections: int, seconds: float) -> dict[str, A
     return result
 
 
-async def by_aiohttp(url: str, bodies: list[bytes], connections: int, seconds: float) -> dict[str, Any]:
-    """Load by one asyncio loop; its own cost is a third of a millisecond a request."""
+async def by_aiohttp(
+    url: str, bodies: list[bytes], connections: int, seconds: float, rate: float | None = None
+) -> dict[str, Any]:
+    """Load by one asyncio loop; its own cost is a third of a millisecond a request. rate: per second; None: as fast as
+    the connections go."""
     import aiohttp
 
     latencies: list[float] = []
@@ -65,8 +70,13 @@ async def by_aiohttp(url: str, bodies: list[bytes], connections: int, seconds: f
 
         async def client() -> None:
             nonlocal errors, sent
-            while time.perf_counter() - begin < seconds:
-                body, sent, started = bodies[sent % len(bodies)], sent + 1, time.perf_counter()
+            while True:
+                started = time.perf_counter() if rate is None else begin + sent / rate
+                if started - begin >= seconds:
+                    return
+                body, sent = bodies[sent % len(bodies)], sent + 1
+                if (early := started - time.perf_counter()) > 0:
+                    await asyncio.sleep(early)
                 try:
                     async with session.post(url, data=body, timeout=aiohttp.ClientTimeout(20)) as answer:
                         await answer.read()
@@ -89,13 +99,14 @@ def main() -> None:
     parser.add_argument("connections", type=int)
     parser.add_argument("seconds", type=float)
     parser.add_argument("--tool", choices=["wrk", "aiohttp"], default="wrk" if shutil.which("wrk") else "aiohttp")
+    parser.add_argument("--rate", type=float, help="requests per second, over at most CONNECTIONS connections")
     args = parser.parse_args()
-    if args.tool == "wrk":
+    if args.tool == "wrk" and args.rate is None:
         result = wrk(args.url, args.bodies, args.connections, args.seconds)
     else:
         lines = args.bodies.read_bytes().splitlines()
-        result = asyncio.run(by_aiohttp(args.url, lines, args.connections, args.seconds))
-    print(json.dumps({**result, "tool": args.tool}))
+        result = asyncio.run(by_aiohttp(args.url, lines, args.connections, args.seconds, args.rate))
+    print(json.dumps({**result, "tool": args.tool if args.rate is None else "aiohttp"}))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,29 @@
 """The yardstick of benchmarks/serve.py: one bundle behind FastAPI and uvicorn in one process, as one writes it by hand.
 
-    python benchmarks/serve_bare.py BUNDLE PORT
+    python benchmarks/serve_bare.py BUNDLE PORT [--inline]
+    python benchmarks/serve_bare.py BUNDLE --loop BODIES.jsonl BATCH SECONDS
 
-Answers POST /v1/recommend by history only: no users, no event log, no queries, no filters, no batching, no model swap.
+Answers POST /v1/recommend by history, with or without a query: no users, no event log, no policies, no limits, no
+metrics, no swap of models. What waits is scored together in one worker thread; --inline scores each request on the
+event loop instead. --loop has no HTTP at all: it scores parsed requests in batches and prints one JSON line as load.py
+does.
 """
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import json
 import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))
 
+import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI
@@ -20,6 +31,12 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from springtide.bundle import load_bundle
+from springtide.serving.engine import Engine, ScoreRequest
+from springtide.text.encoder import load_encoder
+
+MOST = 32  # requests scored together, as the Scorer's max_batch
+MOST_KNOWN = 10_000  # vectors of queries that are remembered
+Score = Callable[[Sequence["Request"]], list[Any]]
 
 
 class Event(BaseModel):
@@ -35,37 +52,113 @@ class Request(BaseModel):
     """The part of the contract that the benchmark uses."""
 
     history: list[Event] = Field(min_length=1, max_length=1_000)
+    query: str | None = Field(None, max_length=2_000)
     k: int = Field(10, ge=1, le=1_000)
 
 
-def create(bundle_path: str) -> FastAPI:
-    bundle = load_bundle(bundle_path)
-    recommender, exclude_seen = bundle.recommender, bundle.settings.data.exclude_seen
-    label = f"{bundle.settings.name}@{bundle.version}"
-    app = FastAPI()
+class Together:
+    """Calls that wait while the worker thread is busy are its next batch."""
 
-    # A plain function runs in the thread pool: torch and numpy release the lock, so requests overlap on several cores.
-    @app.post("/v1/recommend")
-    def recommend(request: Request) -> Any:
-        history, _ = recommender.history([event.model_dump() for event in request.history])
-        scores = recommender.score([history])
-        rows, values = recommender.top_k(scores.logits, request.k, [history.items] if exclude_seen else None)
-        items = [
-            {"item_id": recommender.item_ids[row], "score": round(value, 6), "title": recommender.titles[row]}
-            for row, value in zip(rows[0].tolist(), values[0].tolist(), strict=True)
-            if row >= 0
+    def __init__(self, work: Score) -> None:
+        self._work, self._thread = work, ThreadPoolExecutor(1)
+        self._waiting: list[tuple[Request, asyncio.Future[Any]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def __call__(self, request: Request) -> Any:
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, answer))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._drain())
+        return await answer
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            some, self._waiting = self._waiting[:MOST], self._waiting[MOST:]
+            try:
+                found = await loop.run_in_executor(self._thread, self._work, [request for request, _ in some])
+            except Exception as error:
+                for _, answer in some:
+                    answer.set_exception(error)
+                continue
+            for (_, answer), one in zip(some, found, strict=True):
+                answer.set_result(one)
+
+
+def scorer(bundle_path: str) -> Score:
+    """Requests -> answers, in one process; vectors of queries are remembered."""
+    engine = Engine(load_bundle(bundle_path), "benchmark")
+    engine.warm_up()
+    text = engine.bundle.settings.text
+    encoder = load_encoder(text.encoder, text.max_tokens)
+    known: dict[str, np.ndarray] = {}
+
+    def score(requests: Sequence[Request]) -> list[Any]:
+        if len(known) > MOST_KNOWN:
+            known.clear()
+        new = list({request.query for request in requests if request.query} - known.keys())
+        known.update(zip(new, encoder.encode(new), strict=True))
+        wanted = [
+            ScoreRequest(
+                [event.model_dump(exclude_none=True) for event in request.history],
+                query=known[request.query] if request.query else None,
+                k=request.k,
+            )
+            for request in requests
         ]
-        short = float(scores.gate_short[0])
-        gate = {"long": 1 - short, "short": short}
-        return JSONResponse({"items": items, "model": label, "source": "history", "gate": gate})
+        return engine.score(wanted)
+
+    return score
+
+
+def create(score: Score, inline: bool) -> FastAPI:
+    app = FastAPI()
+    together = Together(score)
+
+    @app.post("/v1/recommend")
+    async def recommend(request: Request) -> Any:
+        return JSONResponse(score([request])[0] if inline else await together(request))
 
     @app.get("/readyz")
-    def ready() -> dict[str, bool]:
+    async def ready() -> dict[str, bool]:
         return {"ready": True}
 
     return app
 
 
-if __name__ == "__main__":
+def in_a_loop(score: Score, bodies: Path, batch: int, seconds: float) -> dict[str, Any]:
+    """Score requests one batch after the other; a request takes as long as its batch."""
+    requests = [Request.model_validate_json(line) for line in bodies.read_bytes().splitlines()]
+    took: list[float] = []
+    begin, cpu = time.perf_counter(), time.process_time()
+    while time.perf_counter() - begin < seconds:
+        first = len(took) * batch
+        started = time.perf_counter()
+        score([requests[(first + n) % len(requests)] for n in range(batch)])
+        took.append((time.perf_counter() - started) * 1e3)
+    done = len(took) * batch
+    cpu_ms = (time.process_time() - cpu) * 1e3 / done
+    p50, p99 = np.percentile(took, [50, 99])
+    return {"requests": done, "seconds": time.perf_counter() - begin, "errors": 0, "p50_ms": p50, "p99_ms": p99,
+            "max_ms": max(took), "cpu_ms_per_request": cpu_ms}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle")
+    parser.add_argument("port", type=int, nargs="?")
+    parser.add_argument("--inline", action="store_true")
+    parser.add_argument("--loop", nargs=3, metavar=("BODIES", "BATCH", "SECONDS"))
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    uvicorn.run(create(sys.argv[1]), host="127.0.0.1", port=int(sys.argv[2]), access_log=False, log_level="warning")
+    score = scorer(args.bundle)
+    if args.loop:
+        bodies, batch, seconds = args.loop
+        in_a_loop(score, Path(bodies), int(batch), 0.5)
+        print(json.dumps(in_a_loop(score, Path(bodies), int(batch), float(seconds))))
+        return
+    uvicorn.run(create(score, args.inline), host="127.0.0.1", port=args.port, access_log=False, log_level="warning")
+
+
+if __name__ == "__main__":
+    main()

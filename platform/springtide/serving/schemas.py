@@ -28,6 +28,8 @@ def parse_timestamp(value: Any) -> int:
 
     Text without an offset is UTC. Raises ValueError for anything else and for times outside the years 1 to 9999.
     """
+    if type(value) is int and _MILLISECONDS_FROM <= value <= _LAST_MS:  # nearly every event of a long history
+        return value
     if isinstance(value, str):
         text = value.strip()[:64]  # longer than any time; the ISO reader would accept endless fractions of a second
         try:

@@ -345,17 +345,24 @@ def told_of(answer: Json, metrics: Metrics) -> None:
 def recent_events(history: list[HistoryEvent]) -> list[Json]:
     """The most recent HISTORY_USED events of a request, oldest first; equal times keep the order given.
 
-    An event without a timestamp is taken to follow the one before it at once.
+    An event without a timestamp is taken to follow the one before it at once; those before the first known time share
+    it.
     """
-    times: list[int] = []
-    for event in history:
-        times.append(event.timestamp if event.timestamp is not None else (times[-1] if times else 0))
-    first = next((event.timestamp for event in history if event.timestamp is not None), None)
-    if first is None:
-        return [event.model_dump(exclude_none=True) for event in history[-HISTORY_USED:]]
-    for i, event in enumerate(history):  # those before the first known time share it
-        if event.timestamp is not None:
-            break
-        times[i] = first
+    known = next((event.timestamp for event in history if event.timestamp is not None), None)
+    if known is None:
+        return [_given(event) for event in history[-HISTORY_USED:]]
+    times = [known := known if event.timestamp is None else event.timestamp for event in history]
     order = sorted(range(len(history)), key=times.__getitem__)[-HISTORY_USED:]
-    return [{**history[i].model_dump(exclude_none=True), "timestamp": times[i]} for i in order]
+    return [{**_given(history[i]), "timestamp": times[i]} for i in order]
+
+
+def _given(event: HistoryEvent) -> Json:
+    """What an event says, by hand: pydantic's own dump takes several times as long, for each event of a history."""
+    told: Json = {"item_id": event.item_id}
+    if event.timestamp is not None:
+        told["timestamp"] = event.timestamp
+    if event.action is not None:
+        told["action"] = event.action
+    if event.rating is not None:
+        told["rating"] = event.rating
+    return told
