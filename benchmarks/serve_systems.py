@@ -78,7 +78,7 @@ def _bare(place: Place, root: Path, workspace: Path, options: tuple[str, ...]) -
     command: Command = [sys.executable, "benchmarks/serve_bare.py", workspace / "bundle", str(port), *options]
     place.start(command, log, place.environment({}))
     url = f"http://127.0.0.1:{port}"
-    wait_until_answered(place, f"{url}/readyz", 60, log)
+    wait_until_answered(place, f"{url}/readyz", 120, log)
     try:
         yield url
     finally:

@@ -1,0 +1,80 @@
+"""The load of benchmarks/serve.py: what it sends, and that a server which stalls is charged for those who waited."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from aiohttp import web
+
+from load import by_aiohttp
+from serve_bare import Request, Together
+from serve_requests import Requests
+from write_workspace import write_workspace
+
+
+def test_queries_are_new_or_repeat_as_asked_and_are_the_same_in_every_run(tmp_path: Path) -> None:
+    workspace = write_workspace(tmp_path)
+
+    def queries(kind: str, number: int) -> list[str]:
+        return [body["query"] for body in Requests(workspace, 40).recommend(kind, number)]
+
+    assert queries("query", 0) == queries("query", 0)
+    assert not set(queries("query", 0)) & set(queries("query", 1))
+    assert len(set(queries("query", 0))) == len(queries("query", 0)) == 160
+    assert len(set(queries("repeated", 0))) == 50
+
+
+def test_bodies_hold_what_their_kind_says(tmp_path: Path) -> None:
+    requests = Requests(write_workspace(tmp_path), 7)
+    by_history, by_user = list(requests.recommend("history", 0)), list(requests.recommend("user", 0))
+    assert [body["user_id"] for body in by_user] == requests.users
+    assert len(by_history) == 7 and all(body["history"] for body in by_history)
+    assert [len(body) for body in requests.events(100, 3)] == [100, 100, 100]
+    assert all(isinstance(body, dict) for body in requests.events(1, 3))
+
+
+def test_at_a_fixed_rate_time_runs_from_when_a_request_was_due() -> None:
+    async def run() -> dict[str, float]:
+        first = True
+
+        async def stall(_: web.Request) -> web.Response:
+            nonlocal first
+            waits, first = first, False
+            await asyncio.sleep(0.5 if waits else 0)
+            return web.Response()
+
+        app = web.Application()
+        app.router.add_post("/", stall)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        try:
+            return await by_aiohttp(f"http://127.0.0.1:{runner.addresses[0][1]}/", [b"{}"], 1, 0.8, rate=50)
+        finally:
+            await runner.cleanup()
+
+    found = asyncio.run(run())
+    assert found["requests"] == 40
+    assert found["errors"] == 0
+    assert found["p50_ms"] > 100  # one request was slow, and half of them were due while it was
+
+
+def test_requests_that_wait_for_the_model_are_scored_together() -> None:
+    sizes: list[int] = []
+
+    def score(requests: list[Request]) -> list[int]:
+        sizes.append(len(requests))
+        return [request.k for request in requests]
+
+    async def run() -> list[int]:
+        together = Together(score)  # type: ignore[arg-type]
+        return await asyncio.gather(*(together(_asking(k)) for k in range(1, 51)))
+
+    assert asyncio.run(run()) == list(range(1, 51))
+    assert sizes == [32, 18]
+
+
+def _asking(k: int) -> Request:
+    return Request.model_validate({"history": [{"item_id": "a"}], "k": k})
