@@ -56,7 +56,7 @@ def test_at_a_fixed_rate_time_runs_from_when_a_request_was_due() -> None:
             await runner.cleanup()
 
     found = asyncio.run(run())
-    assert found["requests"] == 40
+    assert 39 <= found["requests"] <= 41  # 0.8 s at 50 a second, with one more or less at the ends
     assert found["errors"] == 0
     assert found["p50_ms"] > 100  # one request was slow, and half of them were due while it was
 
