@@ -132,6 +132,50 @@ def test_events_are_counted_once_in_pages_and_with_what_came_before(
     assert live.told(followed)["observed_events"] == 40
 
 
+def test_a_long_log_read_at_once_keeps_what_followed_what(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the time an old page is read, the store shows only what its users did long after."""
+    monkeypatch.setattr(live_module, "PAGE", 7)
+    monkeypatch.setattr(live_module, "PRECEDING", 12)
+    live, followed, told = Live(lambda: store), engine_of(tmp_path / "a"), engine_of(tmp_path / "b")
+    items = [f"i{n * n % 23:02d}" for n in range(120)]
+    for n, item in enumerate(items):
+        take(store, "uv"[n % 2], item, at=NOW + 1000 * n)
+    while live.observe([followed]):
+        pass
+    rows = store.since(0, 1000)[0]
+    told.observe([([], [row for row in rows if row["user_id"] == user]) for user in "uv"])
+    pair = [one.bundle.recommender._transitions for one in (followed, told)]
+    assert pair[0] is not None and pair[1] is not None
+    np.testing.assert_allclose(pair[0].toarray(), pair[1].toarray(), rtol=1e-5)
+
+
+def test_a_model_that_begins_counts_the_latest_events_alone(tmp_path: Path, store: SQLiteStore) -> None:
+    engine, live = engine_of(tmp_path / "a"), Live(lambda: store)
+    live.observe_at_most = 25
+    before = engine.bundle.recommender.popularity.copy()
+    take(store, "u", *["i01"] * 30, *["i02"] * 20)
+    live.prepare(engine)
+    added = engine.bundle.recommender.popularity - before
+    assert (added[1], added[2]) == (5, 20)
+    live.observe_at_most = 0
+    take(store, "u", "i03", at=NOW + 1000)
+    live.observe([engine])  # it has begun: nothing is left out any more
+    told = live.told(engine)
+    assert (told["observed_events"], told["cursor"]) == (26, store.since(0, 1000)[1]) and told["seconds_behind"] < 60
+
+
+def test_seconds_behind_go_on_while_events_are_left(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_module, "PAGE", 3)
+    engine, live = engine_of(tmp_path / "a"), Live(lambda: store)
+    take(store, "u", "i01", "i02", "i03", "i04")
+    assert live.observe([engine]) and "seconds_behind" not in live.told(engine)
+    assert not live.observe([engine]) and live.told(engine)["seconds_behind"] >= 0
+
+
 def test_events_of_before_the_end_of_the_trained_log_are_in_its_counts_already(
     tmp_path: Path, store: SQLiteStore
 ) -> None:
@@ -212,13 +256,16 @@ def test_a_store_that_fails_costs_nothing_but_the_news(
 
     engine, live = engine_of(tmp_path / "a"), Live(open_late)
     take(store, "u", "i01")
-    live.add_items([engine])
+    assert not live.add_items([engine])
     assert not live.observe([engine]) and live.told(engine)["observed_events"] == 0
     assert len(opened) == 1  # it rests before it asks again
     assert len(best(engine, k=3)) == 3
     time.sleep(0.06)
     live.observe([engine])
     assert live.told(engine)["observed_events"] == 1
+    assert live.add_items([engine])
+    store.close()
+    assert not live.add_items([engine])
 
 
 # ---------------------------------------------------------------- the lock

@@ -392,6 +392,14 @@ def test_an_item_of_which_nothing_is_said_is_refused(
     assert not parts.store.items_since(0)
 
 
+def test_no_more_items_than_configured_are_put(client: TestClient, service: Service) -> None:
+    service._max_added_items = 1
+    assert client.put("/v1/items/a", json={"text": "red"}).status_code == 200
+    refused = client.put("/v1/items/b", json={"text": "red"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_items")
+    assert client.put("/v1/items/a", json={"text": "blue"}).status_code == 200
+
+
 def test_an_item_whose_text_cannot_be_read_is_not_half_put(client: TestClient, parts: Parts) -> None:
     parts.encoder = "dead"
     refused = client.put("/v1/items/a", json={"text": "red"})

@@ -261,6 +261,14 @@ def test_since_tells_everything_of_an_event(store: HistoryStore) -> None:
     assert [e["event_id"] for e in store.since(cursor)[0]] == ["3"]
 
 
+def test_a_cursor_before_the_latest_events(store: HistoryStore) -> None:
+    assert store.cursor(5) == 0
+    store.append([event(str(number)) for number in range(10)])
+    for latest, first in ((0, 10), (3, 7), (10, 0), (99, 0)):
+        found = store.since(store.cursor(latest))[0]
+        assert [e["event_id"] for e in found] == [str(number) for number in range(first, 10)]
+
+
 def test_a_version_changes_with_what_a_history_shows(store: HistoryStore) -> None:
     versions = [store.version("u")]
     for step in (
@@ -432,6 +440,15 @@ def test_added_items_by_revision(store: HistoryStore, url: str) -> None:
     assert other.items_since(second) == [{**added("a", "A again"), "revision": third}]
     assert len(other.items_since()) == 2
     other.close()
+
+
+def test_no_more_items_than_wanted_are_added(store: HistoryStore) -> None:
+    assert store.put_item(added("a", "A"), 2) and store.put_item(added("b", "B"), 2)
+    before = store.items_revision()
+    assert store.put_item(added("c", "C"), 2) is None
+    assert store.items_revision() == before and [item["item_id"] for item in store.items_since()] == ["a", "b"]
+    assert store.put_item(added("a", "A again"), 2) == before + 1  # it is there already
+    assert store.put_item(added("c", "C"))
 
 
 # ---------------------------------------------------------------- both alike

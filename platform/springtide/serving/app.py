@@ -48,6 +48,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     403: {"model": ErrorBody, "description": "the token lacks the scope of this route"},
     404: {"model": ErrorBody, "description": "an unknown user, item or model"},
     408: {"model": ErrorBody, "description": "the body did not arrive in time"},
+    409: {"model": ErrorBody, "description": "as many items were added as the service takes"},
     413: {"model": ErrorBody, "description": f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB"},
     422: {"model": ErrorBody, "description": "a field is missing, misspelt or out of bounds"},
     429: {"model": ErrorBody, "description": "the token's rate or daily quota is used up; see Retry-After"},

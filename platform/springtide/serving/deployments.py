@@ -104,6 +104,7 @@ class Scorer:
         try:
             options = ScorerOptions.model_validate(config)
             self._observe_every_s = options.observe_every_s
+            self._live.observe_at_most = options.observe_at_most
             models = await asyncio.to_thread(load_models, options, self._models, self._load, _sentence)
         except Exception as error:
             if self._models is None:
@@ -129,7 +130,14 @@ class Scorer:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def _batch(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
         self._metrics.observe("springtide_batch_size", len(requests), part="scorer")
-        return await asyncio.to_thread(lambda: self._current_models().score(requests))
+        return await asyncio.to_thread(self._score, requests)
+
+    def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
+        """Answers with every item that was added until now, or degraded ones where the store does not tell."""
+        models = self._ready_models()
+        current = self._live.add_items(models.engines.values())
+        answers = models.score(requests)
+        return answers if current else [a if isinstance(a, Refusal) else {**a, "degraded": True} for a in answers]
 
     async def interests(self, events: list[Json]) -> Json:
         return await asyncio.to_thread(lambda: self._current_models().interests(events))
@@ -216,6 +224,7 @@ class Ingress:
             query_cache=options.query_cache,
             query_cache_s=options.query_cache_s,
             history_cache_events=options.history_cache_events,
+            max_added_items=options.max_added_items,
         )
         self._workspace = options.workspace
         self._log: str | None = None

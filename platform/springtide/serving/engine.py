@@ -88,6 +88,12 @@ class Engine:
         """Time in ms of the last event that the model was trained on."""
         return self._recommender.log_end or 0
 
+    @property
+    def distances(self) -> int:
+        """How many events after another one an item still counts as following it; 0 for a model without transitions."""
+        memory = self._recommender.model.channels.memory
+        return 0 if memory is None else memory.distances
+
     def put_items(self, items: Sequence[NewItem]) -> None:
         """Add items to the catalogue or replace what is known of them. Raises ValueError if the model has no texts."""
         with self._changing, self._lock.writing():

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +22,7 @@ from springtide.model.recommender import NewItem
 from springtide.serving.engine import Engine
 from springtide.serving.store import HistoryStore
 from springtide.serving.store_rows import StoredItem
+from springtide.serving.tails import Tails
 
 log = logging.getLogger("ray.serve")
 Json = dict[str, Any]
@@ -29,7 +30,7 @@ PAGE = 2000  # events counted in one go
 REST_S = 1.0  # after the store has failed, before it is asked again
 PREPARE_S = 10.0  # longest that a new model counts before it serves
 AHEAD_MS = 3_600_000  # events later than now by more are not counted
-PRECEDING = 50  # events of a user that are read to find what came before new ones
+PRECEDING = 50  # events of a user not seen lately that are read to find what came before new ones
 
 
 @dataclass
@@ -37,9 +38,10 @@ class Place:
     """How far one engine has come."""
 
     revision: int = 0  # of the items added
-    cursor: int = 0  # in the event log
+    cursor: int | None = None  # in the event log; None before the first look
     observed: int = 0  # events counted
-    at: float = 0.0  # time of the last look, seconds since 1970
+    at: float = 0.0  # when it knew all that was stored, seconds since 1970
+    tails: Tails = field(default_factory=Tails)
 
 
 class Live:
@@ -47,6 +49,7 @@ class Live:
 
     def __init__(self, open_store: Callable[[], HistoryStore]) -> None:
         """open_store is called when the store is needed first, and again after it failed to open."""
+        self.observe_at_most = 200_000  # of the latest events, by an engine that begins
         self._open = open_store
         self._store: HistoryStore | None = None
         self._adding, self._observing = threading.Lock(), threading.Lock()  # items never wait for events to be read
@@ -66,20 +69,24 @@ class Live:
         while count and self.observe([engine]) and time.monotonic() < until:
             pass
 
-    def add_items(self, engines: Iterable[Engine]) -> None:
-        """Give engines the items added since they last looked; one question to the store if there are none."""
+    def add_items(self, engines: Iterable[Engine]) -> bool:
+        """Give engines the items added since they last looked; one question to the store if there are none.
+
+        Returns whether they know all of them, False where the store does not tell.
+        """
         engines = list(engines)
         store = self._reachable()
         if store is None:
-            return
+            return False
         try:
             newest = store.items_revision()
-            if all(self.place(engine).revision >= newest for engine in engines):
-                return
-            for engine in engines:
-                self._add_to(engine, store)
+            if any(self.place(engine).revision < newest for engine in engines):
+                for engine in engines:
+                    self._add_to(engine, store)
         except SpringtideError as error:
             self._rest("added items not read", error)
+            return False
+        return True
 
     def observe(self, engines: Iterable[Engine]) -> bool:
         """Let engines count the next PAGE of events, those after the end of the log that each was trained on.
@@ -101,8 +108,9 @@ class Live:
     def told(self, engine: Engine) -> Json:
         """How far an engine has come, for /v1/models."""
         place = self.place(engine)
-        looked = {"seconds_ago": round(time.time() - place.at, 1)} if place.at else {}
-        return {"observed_events": place.observed, "items_revision": place.revision, **looked}
+        behind = {"seconds_behind": round(time.time() - place.at, 1)} if place.at else {}
+        cursor = {"cursor": place.cursor} if place.cursor is not None else {}
+        return {"observed_events": place.observed, "items_revision": place.revision, **cursor, **behind}
 
     def _add_to(self, engine: Engine, store: HistoryStore) -> None:
         with self._adding:
@@ -116,6 +124,9 @@ class Live:
 
     def _observe_with(self, engine: Engine, store: HistoryStore) -> bool:
         place = self.place(engine)
+        if place.cursor is None:
+            place.cursor, place.tails = store.cursor(self.observe_at_most), Tails(events=max(1, engine.distances))
+        began = time.time()
         rows, cursor = store.since(place.cursor, PAGE)
         self._add_to(engine, store)  # events of an item that was just added are known, whoever asked for what before
         # One event of a clock that is years ahead would make everything else old for recent popularity.
@@ -124,10 +135,19 @@ class Live:
         by_user: dict[str, list[Json]] = defaultdict(list)
         for row in fresh:
             by_user[row["user_id"]].append(row)
-        before = {user: _before(store.history(user, PRECEDING + len(new)), new) for user, new in by_user.items()}
+        tails = place.tails
+        pasts = {
+            user: tails.of(user) if user in tails else store.history(user, PRECEDING + len(new))
+            for user, new in by_user.items()
+        }
+        before = {user: _before(pasts[user], new) for user, new in by_user.items()}
         if by_user:
             engine.observe([(before[user], new) for user, new in by_user.items()])
-        place.cursor, place.observed, place.at = cursor, place.observed + len(fresh), time.time()
+        for user, past in before.items():
+            tails.add(user, by_user[user] if user in tails else [*past, *by_user[user]])
+        place.cursor, place.observed = cursor, place.observed + len(fresh)
+        if len(rows) < PAGE:
+            place.at = began
         return len(rows) == PAGE
 
     def _reachable(self) -> HistoryStore | None:

@@ -16,7 +16,13 @@ from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.options import ScorerOptions
 
 log = logging.getLogger("ray.serve")
-_OF_THE_QUEUE = ("max_batch", "batch_wait_ms", "observe_every_s", "models")  # settings that no engine depends on
+_OF_THE_QUEUE = (
+    "max_batch",
+    "batch_wait_ms",
+    "observe_every_s",
+    "observe_at_most",
+    "models",
+)  # settings that no engine depends on
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class AppOptions(Options):
     breaker_pause_s: float = Field(2.0, gt=0, le=600)  # for so long; then one call tries it again
     max_concurrent: int = Field(100, ge=1, le=100_000)  # requests under way in one Ingress; more get 503
     auth: AuthOptions | None = None  # None: no tokens, which the linter accepts on loopback alone
+    max_added_items: int = Field(100_000, ge=0, le=10_000_000)  # by PUT /v1/items; a further one is refused
     access_log: bool = False  # a line of JSON for each request, without ids and texts
     ray_metrics: bool = True  # count through Ray's metrics agent too, beside GET /metrics
     query_cache: int = Field(10_000, ge=0, le=1_000_000)  # queries whose vectors each Ingress keeps; 0 = none
@@ -120,6 +121,7 @@ class ScorerOptions(Options):
     max_batch: int = Field(32, ge=1, le=1024)  # requests scored at once
     batch_wait_ms: float = Field(2.0, ge=0, le=1000)
     observe_every_s: float = Field(5.0, ge=0, le=86_400)  # then popularity and transitions know new events; 0 = never
+    observe_at_most: int = Field(200_000, ge=0, le=100_000_000)  # of the latest events, by a model that was just loaded
     models: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")], ModelOptions] = Field({}, max_length=16)  # by name
 
     @model_validator(mode="after")

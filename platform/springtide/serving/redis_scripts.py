@@ -96,10 +96,14 @@ return removed
 """
 )
 
-# ARGV: item_id, JSON. Returns the revision.
+# ARGV: item_id, JSON, most items or -1. Returns the revision, or nil where another item would be one too many.
 PUT_ITEM = (
     _P
     + """
+local most = tonumber(ARGV[3])
+if most >= 0 and redis.call('HEXISTS', p .. 'items', ARGV[1]) == 0 and redis.call('HLEN', p .. 'items') >= most then
+  return nil
+end
 local revision = redis.call('INCR', p .. 'item-counter')
 redis.call('HSET', p .. 'items', ARGV[1], ARGV[2])
 redis.call('ZADD', p .. 'item-revisions', revision, ARGV[1])

@@ -313,7 +313,8 @@ class LiveInfo(Response):
 
     observed_events: int = Field(description="counted in popularity and transitions")
     items_revision: int = Field(description="of the last item added that it knows")
-    seconds_ago: float | None = Field(None, description="since it last looked for events")
+    cursor: int | None = Field(None, description="its place in the event log")
+    seconds_behind: float | None = Field(None, description="since it had counted all events that were stored")
 
 
 class ModelInfo(Response):

@@ -82,6 +82,7 @@ class Service:
         query_cache: int = 10_000,
         query_cache_s: float = 600.0,
         history_cache_events: int = 100_000,
+        max_added_items: int = 100_000,
     ) -> None:
         """other_timeout_s: for calls that have no degraded answer, such as storing events."""
         self.store = store
@@ -90,7 +91,7 @@ class Service:
         self.seeding = "ok"  # or why the stored histories are not complete yet
         self.popular: PopularItems | None = None  # the answer while the scorer is down
         self._encode, self._call = encode, call
-        self._other_timeout_s = other_timeout_s
+        self._other_timeout_s, self._max_added_items = other_timeout_s, max_added_items
         self._metrics = metrics or NoMetrics()
 
         def guard(name: str, timeout_s: float) -> Guard:
@@ -209,10 +210,15 @@ class Service:
             "vector": np.asarray(vector, "<f4").tobytes(),
         }
         try:
-            revision = await self._writes.run(self._in_threads, self._write_threads, self.store.put_item, added)
+            most = self._max_added_items
+            revision = await self._writes.run(self._in_threads, self._write_threads, self.store.put_item, added, most)
         except (SpringtideError, TimeoutError, Unavailable) as error:
             _log_failure("item not stored", error)
             raise ApiError(503, "store_unavailable", "the item may not be stored; send it again") from None
+        if revision is None:
+            raise ApiError(
+                409, "too_many_items", f"{most} items have been added; train with them, or raise max_added_items"
+            )
         return {"item_id": item_id, "revision": revision}
 
     async def _encoded(self, texts: list[str]) -> np.ndarray:

@@ -47,6 +47,10 @@ class HistoryStore(Protocol):
         """
         ...
 
+    def cursor(self, latest: int) -> int:
+        """A cursor that `since` goes on from with the latest events, at most so many."""
+        ...
+
     def seed(self, name: str, rows: Iterable[SeedRow]) -> int:
         """Import a prepared log under a name and return the rows imported; 0 if that name is the one in place.
 
@@ -65,8 +69,11 @@ class HistoryStore(Protocol):
         """
         ...
 
-    def put_item(self, item: AddedItem) -> int:
-        """Add an item, or replace the one of that id, durably, and return its revision."""
+    def put_item(self, item: AddedItem, most: int | None = None) -> int | None:
+        """Add an item, or replace the one of that id, durably, and return its revision.
+
+        most: with so many items in place another one is not added, and the answer is None.
+        """
         ...
 
     def items_since(self, revision: int = 0) -> list[StoredItem]:

@@ -143,6 +143,10 @@ class RedisStore:
             )
         return events, int(rows[-1][0].split(b"-")[0]) if rows else cursor
 
+    def cursor(self, latest: int) -> int:
+        with self._told():
+            return max(0, int(self._redis.get(PREFIX + "counter") or 0) - latest)
+
     def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
         limit = self.retention.most(limit)
         with self._told():
@@ -248,11 +252,12 @@ class RedisStore:
             return sum(int(answer) for answer in trip.execute())
 
     # ---------------------------------------------------------------- items added while serving
-    def put_item(self, item: AddedItem) -> int:
+    def put_item(self, item: AddedItem, most: int | None = None) -> int | None:
         vector = None if item["vector"] is None else base64.b64encode(item["vector"]).decode()
         text = json.dumps({**item, "vector": vector}, ensure_ascii=False)
         with self._told():
-            return int(self._put_item(args=[item["item_id"], text]))
+            revision = self._put_item(args=[item["item_id"], text, -1 if most is None else most])
+        return None if revision is None else int(revision)
 
     def items_since(self, revision: int = 0) -> list[StoredItem]:
         with self._told():

@@ -95,6 +95,10 @@ class SQLiteStore:
         rows = self._all_rows(query, cursor, limit)
         return [dict(zip(names, row[1:], strict=True)) for row in rows], rows[-1][0] if rows else cursor
 
+    def cursor(self, latest: int) -> int:
+        last = self._all_rows("SELECT MAX(seq) FROM live")[0][0]
+        return max(0, int(last or 0) - latest)
+
     def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
         limit, oldest = self.retention.most(limit), self.retention.oldest()
         query = (
@@ -194,7 +198,7 @@ class SQLiteStore:
         return db.total_changes - before
 
     # ---------------------------------------------------------------- items added while serving
-    def put_item(self, item: AddedItem) -> int:
+    def put_item(self, item: AddedItem, most: int | None = None) -> int | None:
         row = (
             item["item_id"],
             item["title"],
@@ -203,9 +207,12 @@ class SQLiteStore:
             item["vector"],
         )
 
-        def replace(db: sqlite3.Connection) -> int:
+        def replace(db: sqlite3.Connection) -> int | None:
             statement = "INSERT OR REPLACE INTO items (item_id, title, categories, text, vector) VALUES (?, ?, ?, ?, ?)"
             with self._transaction(db):
+                known = db.execute("SELECT 1 FROM items WHERE item_id = ?", row[:1]).fetchone()
+                if most is not None and not known and db.execute("SELECT COUNT(*) FROM items").fetchone()[0] >= most:
+                    return None
                 return int(db.execute(statement, row).lastrowid or 0)
 
         return self._run(replace)
