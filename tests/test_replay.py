@@ -15,7 +15,7 @@ from springtide import cli
 from springtide.errors import SpringtideError
 from springtide.files import write_json
 from springtide.schemas import EVENTS
-from springtide.serving.replay import Log, Outcome, read_log, replay, table
+from springtide.serving.replay import Log, Outcome, read_log, read_parquet_log, replay, table
 
 
 class Shop:
@@ -110,6 +110,25 @@ def test_a_log_without_a_test_part(tmp_path: Path) -> None:
         read_log(tmp_path)
 
 
+def test_a_parquet_log_from_a_time_on(tmp_path: Path) -> None:
+    rows = [("u", "a", 1), ("v", "b", 9), ("u", "c", 5), ("u", "d", 9), ("w", "e", 2)]
+    table = pl.DataFrame(rows, ["user_id", "item_id", "timestamp"], orient="row")
+    (tmp_path / "exported").mkdir()
+    table.write_parquet(tmp_path / "exported" / "0.parquet")
+    for times in (table, table.with_columns(pl.from_epoch("timestamp", "ms"))):
+        times.write_parquet(tmp_path / "log.parquet")
+        log = read_parquet_log(tmp_path / "log.parquet", 5)
+        assert log == read_parquet_log(tmp_path / "exported", 5)
+        assert log.events == [event("u", "c", 5), event("v", "b", 9), event("u", "d", 9)]
+        assert log.past == {"u": [{"item_id": "a", "timestamp": 1}]}
+    assert len(read_parquet_log(tmp_path / "exported", 5, 1).events) == 1
+    with pytest.raises(SpringtideError, match="its last one is at 9"):
+        read_parquet_log(tmp_path / "exported", 10)
+    table.drop("item_id").write_parquet(tmp_path / "log.parquet")
+    with pytest.raises(SpringtideError, match="item_id"):
+        read_parquet_log(tmp_path / "log.parquet", 5)
+
+
 @pytest.mark.parametrize("status", [401, 503])
 def test_a_service_that_refuses_is_told(status: int) -> None:
     refusing = client_of(lambda _: httpx.Response(status, json={"error": {"code": "x", "message": "no"}}))
@@ -119,12 +138,21 @@ def test_a_service_that_refuses_is_told(status: int) -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_prepared(tmp_path, [("u", "a", 1, 0), ("u", "b", 2, 2), ("u", "c", 3, 2), ("u", "b", 4, 2)])
-    client = client_of(Shop())
+    real, client = httpx.Client, client_of(Shop())
     monkeypatch.setattr(httpx, "Client", lambda **_: client)
     cli.main(["replay", "--workspace", str(tmp_path)])
     written = json.loads((tmp_path / "results" / "replay.json").read_text())
     assert (written["events"], written["repeats"], written["revealed"]) == (2, 1, 3)
     assert "NDCG@10" in capsys.readouterr().out
     assert {"live", "frozen"} <= set(written)
+    exported = pl.DataFrame({"user_id": ["u", "u"], "item_id": ["a", "b"], "timestamp": [10**12, 2 * 10**12]})
+    exported.write_parquet(tmp_path / "log.parquet")
+    again = ["replay", "--workspace", str(tmp_path), "--events", str(tmp_path / "log.parquet")]
+    second = real(transport=httpx.MockTransport(Shop()), base_url="http://shop")
+    monkeypatch.setattr(httpx, "Client", lambda **_: second)
+    cli.main([*again, "--since", "2010-01-01"])
+    assert json.loads((tmp_path / "results" / "replay.json").read_text())["events"] == 1
+    with pytest.raises(SystemExit, match="belong together"):
+        cli.main(again)
     with pytest.raises(SystemExit, match="no environment variable"):
         cli.main(["replay", "--workspace", str(tmp_path), "--token", "NOT_THERE_AT_ALL"])

@@ -217,6 +217,9 @@ def test_sources(client: TestClient) -> None:
     assert recommend(client, query="love").json()["source"] == "query"
     assert ids(recommend(client, query="love"))[0] == "i3"
     assert recommend(client, query="love", history=history).json()["source"] == "history+query"
+    assert recommend(client, query="love", user_id="stranger").json()["source"] == "query"
+    unheard = recommend(client, query="love", history=[{"item_id": "gone"}]).json()
+    assert (unheard["source"], unheard["unknown_items"]) == ("query", ["gone"])
     stranger = recommend(client, user_id="stranger").json()
     assert stranger["source"] == "popular"
     assert stranger["gate"] == {"long": None, "short": None}

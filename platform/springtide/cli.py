@@ -76,6 +76,8 @@ def _ab_report(options: argparse.Namespace) -> None:
 def _replay_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workspace", type=Path, default=Path("workspace"), metavar="DIR", help="whose prepared/ is replayed")
+    add("--events", type=Path, metavar="FILE", help="Parquet, or a folder of it such as exported/, in place of that")
+    add("--since", metavar="TIME", help="with --events: replay those from this time on (ISO-8601 or epoch)")
     add("--url", default="http://127.0.0.1:8000", help="of the running service")
     add("--token", metavar="NAME", help="environment variable that holds a token with the scopes read and write")
     add("--limit", type=int, metavar="N", help="only the first N events of the test part")
@@ -87,14 +89,20 @@ def _replay_options(parser: argparse.ArgumentParser) -> None:
 def _replay(options: argparse.Namespace) -> None:
     import httpx
 
-    from springtide.serving.replay import read_log, replay, table
+    from springtide.serving.replay import read_log, read_parquet_log, replay, table
 
+    since = _time("--since", options.since)
+    if (options.events is None) != (since is None):
+        raise SpringtideError("--events and --since belong together: the log, and from when on it is replayed")
     if options.k < 1 or (options.limit is not None and options.limit < 1):
         raise SpringtideError("--k and --limit must be 1 or more")
     if options.token is not None and not os.environ.get(options.token):
         raise SpringtideError(f"--token {options.token}: there is no environment variable of that name")
     headers = {"Authorization": f"Bearer {os.environ[options.token]}"} if options.token else {}
-    log = read_log(options.workspace, options.limit)
+    if options.events is None or since is None:
+        log = read_log(options.workspace, options.limit)
+    else:
+        log = read_parquet_log(options.events, since, options.limit)
     with httpx.Client(base_url=options.url, headers=headers, timeout=30) as client:
         figures = replay(client, log, k=options.k, exclude_seen=not options.repeats).figures()
     out = options.out or options.workspace / "results" / f"{REPLAY}.json"

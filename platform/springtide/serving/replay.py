@@ -1,4 +1,4 @@
-"""Replay: feed the test events of a prepared log through a running service, and tell what live updates are worth.
+"""Replay: feed the late events of a log through a running service, and tell what live updates are worth.
 
 Each event is asked about first (`recommend`), then revealed (`POST /v1/events`). Beside the live answer, made from all
 that the service knows by then, a frozen one is asked for, made from the user's events before the test part alone. Users
@@ -25,11 +25,12 @@ from springtide.serving.schemas import HISTORY_USED, MAX_EVENTS
 
 Json = dict[str, Any]
 LIVE, FROZEN = "live", "frozen"
+_READ = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Int64, "action": pl.String, "rating": pl.Float64}
 
 
 @dataclass(frozen=True)
 class Log:
-    """What is replayed: events of the test part in time order, and what their users did before it."""
+    """What is replayed: the later events in time order, and what their users did before them."""
 
     events: list[Json]  # user_id, item_id, timestamp and, where given, action and rating
     past: Mapping[str, list[Json]]  # user_id -> events, oldest first
@@ -74,11 +75,39 @@ def read_log(workspace: str | Path, limit: int | None = None) -> Log:
     later = later if limit is None else later.head(limit)
     if not len(later):
         raise SpringtideError(f"the prepared log in {prepared.path} has no test part; prepare it with data.split")
-    before = table.filter(
-        (pl.col("part") != PARTS["test"]) & pl.col("user_id").is_in(later["user_id"].unique().to_list())
-    )
+    return _log_of(table.filter(pl.col("part") != PARTS["test"]).sort("user_id", "position"), later)
+
+
+def read_parquet_log(source: str | Path, since: int, limit: int | None = None) -> Log:
+    """The events from `since` (ms) on, the first `limit` of them, of a Parquet file or of a folder such as `exported/`.
+
+    Columns: user_id, item_id and timestamp (ms, or a time), and optionally action and rating; events of one instant
+    keep their order. Raises SpringtideError if they cannot be read, or if nothing is as late as that.
+    """
+    path = Path(source)
+    try:
+        found = pl.read_parquet(path / "**/*.parquet" if path.is_dir() else path)
+        if isinstance(found.schema.get("timestamp"), pl.Datetime):
+            found = found.with_columns(pl.col("timestamp").dt.epoch("ms"))
+        table = found.select(
+            pl.col(name).cast(kind) if name in found.columns or name in ("user_id", "item_id", "timestamp")
+            else pl.lit(None, kind).alias(name)
+            for name, kind in _READ.items()
+        ).sort("timestamp", maintain_order=True)  # fmt: skip
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise SpringtideError(f"cannot read the events in {path}: {' '.join(str(error).split())[:200]}") from None
+    later = table.filter(pl.col("timestamp") >= since)
+    if not len(later):
+        raise SpringtideError(
+            f"no event in {path} is as late as --since; its last one is at {table['timestamp'].max()}"
+        )
+    return _log_of(table.filter(pl.col("timestamp") < since), later if limit is None else later.head(limit))
+
+
+def _log_of(earlier: pl.DataFrame, later: pl.DataFrame) -> Log:
+    """earlier: each user's events in order; later: all in order of time."""
     past: dict[str, list[Json]] = {}
-    for row in before.sort("user_id", "position").iter_rows(named=True):
+    for row in earlier.filter(pl.col("user_id").is_in(later["user_id"].unique().to_list())).iter_rows(named=True):
         past.setdefault(row["user_id"], []).append(_event(row))
     return Log([{"user_id": row["user_id"], **_event(row)} for row in later.iter_rows(named=True)], past)
 
