@@ -98,9 +98,8 @@ def read_parquet_log(source: str | Path, since: int, limit: int | None = None) -
         raise SpringtideError(f"cannot read the events in {path}: {' '.join(str(error).split())[:200]}") from None
     later = table.filter(pl.col("timestamp") >= since)
     if not len(later):
-        raise SpringtideError(
-            f"no event in {path} is as late as --since; its last one is at {table['timestamp'].max()}"
-        )
+        last = table.select(pl.col("timestamp").max()).item()
+        raise SpringtideError(f"no event in {path} is as late as --since; its last one is at {last}")
     return _log_of(table.filter(pl.col("timestamp") < since), later if limit is None else later.head(limit))
 
 
