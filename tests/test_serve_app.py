@@ -26,6 +26,7 @@ from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
 from springtide.serving.options import ExposureOptions, TrafficOptions
 from springtide.serving.popular import PopularItems
+from springtide.serving.replay import Log, replay
 from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, HistoryEvent, RecommendRequest
 from springtide.serving.service import Service, recent_events
 from springtide.serving.store import SQLiteStore
@@ -393,6 +394,17 @@ def test_an_item_of_which_nothing_is_said_is_refused(
     refused = client.put("/v1/items/a", json=body)
     assert refused.status_code == 422 and where in refused.json()["error"]["message"]
     assert not parts.store.items_since(0)
+
+
+def test_a_log_is_replayed_through_the_application(client: TestClient) -> None:
+    """The model recommends what comes after a user's last item, so only the live answer follows the user."""
+    log = Log(
+        [{"user_id": "u", "item_id": f"i{n}", "timestamp": 1000 * n} for n in (5, 6)],
+        {"u": [{"item_id": "i4", "timestamp": 4000}]},
+    )
+    found = replay(client, log, k=3, exclude_seen=True)
+    assert found.ranks["live"].tolist() == [1, 1]
+    assert found.ranks["frozen"].tolist() == [1, 0]
 
 
 def test_no_more_items_than_configured_are_put(client: TestClient, service: Service) -> None:
