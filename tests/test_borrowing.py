@@ -61,7 +61,7 @@ def test_by_hand() -> None:
     found = module(counted, None, None, None)
     near = 1 + np.exp(-1)  # item 0 is new: all of what its two lenders say, as a share of them
     new = (2.0 + np.exp(-1) * 4.0) / near
-    rare = 1.0 + (np.exp(-1) * 2.0 + np.exp(-4) * 4.0) / (1 + 3)  # together less than one perfect lender
+    rare = 1.0 + np.exp(-1) * 2.0 / (1 + 3)  # less than one perfect lender; the other place is empty
     torch.testing.assert_close(found, torch.tensor([[new, 2.0, rare, 4.0]], dtype=torch.float32))
 
 
@@ -126,6 +126,33 @@ def test_a_new_item_is_scored_by_the_counts_of_its_twin(channel: str) -> None:
     seen_often = torch.from_numpy(np.bincount(np.concatenate(ROWS), minlength=ITEMS) >= BORROWERS_BELOW)
     assert seen_often.sum() == NEW
     torch.testing.assert_close(scores[:, seen_often], plain[:, seen_often])
+
+
+def test_what_an_owner_takes_later_lends_nothing_in_training() -> None:
+    """Item 1 is new to the model, its text is that of item 2, and every owner takes 0, 1 and then 2.
+
+    The counts of what follows 0 hold that very owner's 2. Whoever borrows it would know the answer.
+    """
+    config = toy_settings(Path("none"), model__neighbours=False, model__recent_popularity=False).model
+    text = np.random.default_rng(0).normal(size=(8, config.text_dim)).astype(np.float32)
+    text[1] = text[2]
+
+    def borrowed(last: int) -> float:
+        """What item 1 borrows at the moment that it is the target of, if its owner alone goes on with `last`."""
+        log = sequences_of([[0, 1, last], [3, 4, 5, 6]])
+        tables = tabulate(collect(log, 8, config), config, None, text)
+        popularity = torch.from_numpy(tables.popularity)
+        model = FusionModel(config, 2, torch.from_numpy(text), popularity > 0, popularity)
+        tables.fill(model)
+        batch = training_batch(log, training_windows(log, 20))
+        cold = torch.arange(8) == 1
+        row = int((batch.items[:, 0] == 0).nonzero()[0, 0])
+        vectors, moment = model.item_vectors(cold), torch.tensor([[row, 0]])
+        interest = model.interest(batch, vectors)
+        found = model._counted(batch, interest, moment, True, True, cold, None)
+        return float(found[0, 1].detach())
+
+    assert borrowed(2) == pytest.approx(borrowed(6), abs=1e-6)
 
 
 def test_what_was_observed_since_is_no_longer_borrowed() -> None:

@@ -49,6 +49,15 @@ def test_what_it_may_cost_is_kept() -> None:
     assert choose_damping(model_of(), cases, None, False, 0.7) == TRIED[-1]
 
 
+def test_items_that_nobody_took_yet_have_no_say() -> None:
+    """They would be found the sooner the stronger the damping is."""
+    model = model_of()
+    model.item_vectors.known[ITEMS - 3 :] = False
+    mixed = cases_of(0, 1, *[ITEMS - 2] * 50)
+    assert choose_damping(model, mixed, None, False, 0.01) == choose_damping(model, cases_of(0, 1), None, False, 0.01)
+    assert choose_damping(model, cases_of(ITEMS - 2), None, False, 1.0) == 0
+
+
 def test_nothing_to_choose_by() -> None:
     assert choose_damping(model_of(), cases_of(ITEMS - 2), None, True, 0.5) == 0
     assert choose_damping(model_of(), [], None, True, 0.5) == 0

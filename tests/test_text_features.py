@@ -57,7 +57,7 @@ def test_widths_of_each_kind() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_items_of_later_get_the_features_that_they_would_have_had(kind: str) -> None:
     rng = np.random.default_rng(1)
-    texts, vectors = CHINESE * 2, rng.normal(size=(12, 5)).astype(np.float32)
+    texts, vectors = [*CHINESE, "a\0b", "a\0b\0c", *CHINESE[:4]], rng.normal(size=(12, 5)).astype(np.float32)
     made = fit_features(kind, vectors, texts, 4)
     again = from_arrays(made.arrays())
     whole = made.apply(vectors, texts)

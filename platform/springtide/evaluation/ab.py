@@ -80,9 +80,14 @@ def compare(
 
 
 def sample_ratio(users: Mapping[str, int], shares: Mapping[str, float]) -> SampleRatio | None:
-    """Pearson's chi-square of the users per arm against the shares, which sum to 1; None with fewer than two arms."""
-    total = sum(users.values())
-    if len(shares) < 2 or not total:
+    """Pearson's chi-square of the users per arm against the shares; None with fewer than two arms.
+
+    What the shares lack to 1 is an arm that nobody was seen in.
+    """
+    missing = 1 - sum(shares.values())
+    if missing > 1e-6:
+        shares = {**shares, "": missing}
+    if len(shares) < 2 or not sum(users.values()):
         return None
     observed = [users.get(name, 0) for name in shares]
     expected = np.array(list(shares.values())) / sum(shares.values()) * sum(observed)

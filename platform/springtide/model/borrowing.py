@@ -99,11 +99,18 @@ class Borrowing(nn.Module):
         borrower = columns[self._borrows(columns, cold)]
         return torch.cat([columns, self.lenders[borrower].flatten()]).unique()
 
-    def forward(self, counted: Tensor, have: Tensor | None, want: Tensor | None, cold: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        counted: Tensor,
+        have: Tensor | None,
+        want: Tensor | None,
+        cold: Tensor | None,
+        silent: Tensor | None = None,
+    ) -> Tensor:
         """Scores with what is borrowed added, [P, N] of the catalogue rows `want` (ascending; None = all).
 
         counted: [P, N'] of the rows `have` (None = all), with every lender among them; cold: [I] bool, items to be
-        scored as if never counted.
+        scored as if never counted; silent: [P, N'] bool, scores that are not lent.
         """
         items = torch.arange(len(self.events), device=counted.device) if want is None else want
         own = counted if have is None or want is None else counted[:, torch.searchsorted(have, want)]
@@ -118,13 +125,15 @@ class Borrowing(nn.Module):
             lenders = torch.searchsorted(have, lenders)
         events = self.events[borrower] if cold is None else self.events[borrower] * ~cold[borrower]
         weights = self._weights(borrower, events)
-        lent = F.embedding_bag(lenders, counted.T.contiguous(), per_sample_weights=weights, mode="sum")
+        lendable = counted if silent is None else counted.masked_fill(silent, 0)
+        lent = F.embedding_bag(lenders, lendable.T.contiguous(), per_sample_weights=weights, mode="sum")
         return own.index_add(1, place, lent.T)
 
     def _weights(self, borrower: Tensor, events: Tensor) -> Tensor:
         """[n, M]: what each lender's score counts for items `borrower` [n] of so many `events` [n]."""
         kappa = torch.exp(self.log_kappa)
-        near = torch.exp((self.cosines[borrower] - 1) * torch.exp(-self.log_tau))
+        cosines = self.cosines[borrower]
+        near = torch.exp((cosines - 1) * torch.exp(-self.log_tau)) * (cosines > -1)  # -1: an empty place
         share = torch.exp(self.log_scale) * kappa / (kappa + events) / near.sum(1).clamp(min=1)
         return near * share[:, None]
 

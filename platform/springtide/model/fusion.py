@@ -89,6 +89,9 @@ class FusionModel(nn.Module):
         changed: rows whose text is another one, those of the new items among them.
         """
         self.item_vectors.grow(text)
+        for head in (self.rating_head, self.click_head):
+            if head is not None:
+                head.grow(len(text))
         self.channels.grow(text, popularity, changed)
 
     def interest(self, batch: Batch, vectors: Tensor) -> Interest:
@@ -168,7 +171,9 @@ class FusionModel(nn.Module):
         if not parts:
             return total
         if borrowing is not None:
-            return borrowing(total, wider, columns, cold)
+            width = len(self.item_vectors.known) if wider is None else len(wider)
+            later = _taken_later(batch, moments, wider, width) if held_out else None
+            return borrowing(total, wider, columns, cold, later)
         return total if cold is None else total * ~(cold if columns is None else cold[columns])
 
     def forward(
@@ -262,6 +267,24 @@ def _barred_from(batch: Batch, known: Tensor, exclude_seen: bool, columns: Tenso
     if not exclude_seen:
         return torch.where(known, batch.items.shape[1], -1).to(torch.int32).expand(len(batch.items), -1)
     return _first_place(batch, columns, len(known)).masked_fill(~known, -1)
+
+
+def _taken_later(batch: Batch, moments: Tensor, columns: Tensor | None, width: int) -> Tensor | None:
+    """[P, N] bool: items, of the catalogue or `columns`, that each moment's owner takes only after it.
+
+    The counts of what follows a moment's history hold that owner's own future. A target has its own part taken out, but
+    an item that lends to it would still tell that it was near.
+    """
+    if batch.owned is None:
+        return None
+    items, there = batch.owned.clamp(min=0), batch.owned >= 0
+    if columns is not None:
+        place = torch.searchsorted(columns, items).clamp(max=width - 1)
+        items, there = place, there & (columns[place] == items)
+    taken = torch.zeros(len(items), width + 1, dtype=torch.bool, device=items.device)
+    taken.scatter_(1, torch.where(there, items, width), True)
+    row, at = moments.unbind(1)
+    return taken[row, :width] & (_first_place(batch, columns, width)[row] > at[:, None])
 
 
 def _first_place(batch: Batch, columns: Tensor | None, width: int) -> Tensor:

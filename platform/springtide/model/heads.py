@@ -18,6 +18,11 @@ class PairHead(nn.Module):
         nn.init.zeros_(self.level.weight)
         self.net = nn.Sequential(nn.Linear(3 * dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, 1))
 
+    @torch.no_grad()
+    def grow(self, items: int) -> None:
+        """Add items of the mean level, until there are so many."""
+        self.level.weight = nn.Parameter(F.pad(self.level.weight, (0, 0, 0, items - len(self.level.weight))))
+
     def forward(self, user: Tensor, items: Tensor, vectors: Tensor) -> Tensor:
         """user [..., dim], items [...] catalogue rows, vectors [I, dim] -> [...]."""
         item = vectors[items]

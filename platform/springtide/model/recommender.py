@@ -124,7 +124,7 @@ class Recommender:
         trained = (self.popularity > 0) & model.item_vectors.known.cpu().numpy() | self._observed
         texts = self.text_vectors
         has_text = np.zeros(len(self.item_ids), bool) if texts is None else np.abs(texts).sum(1) > 0
-        self.recommendable = trained | (has_text & (model.item_vectors.project is not None))
+        self.recommendable = trained | (has_text & model.item_vectors.text.any(1).cpu().numpy())
         self._found_by_query = trained | has_text
 
     def put_items(self, items: Sequence[NewItem]) -> None:

@@ -83,7 +83,7 @@ class Live:
             if any(self.place(engine).revision < newest for engine in engines):
                 for engine in engines:
                     self._add_to(engine, store)
-        except SpringtideError as error:
+        except Exception as error:  # whatever is wrong with an item, answers go on without it
             self._rest("added items not read", error)
             return False
         return True
@@ -161,9 +161,9 @@ class Live:
                 self._rest("the event log cannot be opened", error)
         return self._store
 
-    def _rest(self, what: str, error: SpringtideError) -> None:
+    def _rest(self, what: str, error: Exception) -> None:
         self._rest_until = time.monotonic() + REST_S
-        log.error("%s: %s", what, error)
+        log.error("%s: %r", what, error)
 
 
 def new_items(engine: Engine, stored: list[StoredItem]) -> list[NewItem]:

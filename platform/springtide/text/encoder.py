@@ -151,7 +151,7 @@ def load_encoder(
         return Encoder(name, max_tokens, device)
     try:
         return OnnxEncoder(name, max_tokens, int8=runtime != "onnx", threads=threads)
-    except SpringtideError as error:
+    except Exception as error:  # of torch's exporter, onnx or its runtime: whichever it is, torch itself may do
         if runtime != "auto":
             raise
         encoder = Encoder(name, max_tokens, device)  # if it is the encoder itself that is wrong, this says so

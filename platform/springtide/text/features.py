@@ -10,7 +10,7 @@ from springtide.text.spelling import Spelling, fit_spelling
 from springtide.text.whitening import Whitening, fit_whitening
 
 KINDS = ("meaning", "spelling", "both")
-_BETWEEN = "\0"  # n-grams in one string: no text holds it
+_BETWEEN = "\0"  # n-grams in one string: none holds it, see spelling._plain
 
 
 @dataclass(frozen=True)

@@ -52,4 +52,11 @@ def fit_spelling(texts: list[str], width: int) -> Spelling:
 
 
 def _vectorizer(**options: object) -> TfidfVectorizer:
-    return TfidfVectorizer(analyzer="char_wb", ngram_range=NGRAMS, sublinear_tf=True, dtype=np.float32, **options)
+    return TfidfVectorizer(
+        analyzer="char_wb", ngram_range=NGRAMS, sublinear_tf=True, dtype=np.float32, preprocessor=_plain, **options
+    )
+
+
+def _plain(text: str) -> str:
+    """NUL, which no reader sees, stands between the n-grams in a file."""
+    return text.lower().replace("\0", " ")

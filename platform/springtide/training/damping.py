@@ -23,9 +23,12 @@ def choose_damping(
     """The strongest damping of TRIED that costs at most a share `cost` of the validation NDCG@10, and of the NDCG
     without a cut-off, which every rank tells and not the first ten alone.
 
-    cases: (history, item that came next); asked_at: ms at which all of them are asked, None = with their last event.
-    Returns 0 without cases, and where no case is in its list of ten.
+    Only items that training knows count here: those that nobody took yet rise with every damping of the others, which
+    would hide what it costs. cases: (history, item that came next); asked_at: ms at which all of them are asked,
+    None = with their last event. Returns 0 without cases, and where no case is in its list of ten.
     """
+    known = model.item_vectors.known.tolist()
+    cases = [(history, target) for history, target in cases if known[target]]
     if not cases or not cost:
         return 0.0
     gains = np.zeros((len(TRIED), 2))
