@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,7 +151,10 @@ def one_of_two(number: int, folder: str) -> None:
             users = sorted(user for step in shares[number] for user in step)
             progress = run_split(wrapped, optimizer, sequences, shares[number], users)
             torch.save({"state": model.state_dict(), "epochs": progress.epochs}, f"{folder}/{variant}-{split}-{number}")
+            del wrapped  # it holds the process group, which must not outlive its end below
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # all is written; ending the usual way, gloo's threads now and then abort the process
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
