@@ -5,7 +5,9 @@
 
 DATA holds ml-100k/, ml-latest-small/, amazon-sports/ and online-retail/, raw; ml-100k is fetched if it is not there.
 Each log is prepared and embedded once, then trained and evaluated with each seed, by the jobs as a user runs them, on a
-Ray cluster of its own. quality.yaml describes the logs; model and training take the project's defaults on all of them.
+Ray cluster of its own, with one worker: on one core. quality.yaml describes the logs; model and training take the
+project's defaults on all of them. An ablation is trained on the first seed up to its validation, without the refit, and
+compared by validation NDCG@10, so that nobody chooses parts by the test; --ablate parts takes away each part in turn.
 What is finished is not run again, so an interrupted benchmark goes on when the same command is given again. The status
 is 0 only if every run that was asked for is there. The table is also written to WORK as quality.json and quality.md.
 
@@ -43,7 +45,16 @@ from quality_logs import (
     split_hashes,
     write_split,
 )
-from quality_report import count, figures_of, load_peers, mean_ratio, render, summarise
+from quality_report import (
+    count,
+    figures_of,
+    load_peers,
+    mean_ratio,
+    render,
+    shortened,
+    summarise,
+    training_figures,
+)
 from springtide.config import load_settings
 from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
@@ -52,7 +63,23 @@ from springtide.local_cluster import local_cluster
 from springtide.quickstart import fetch_movielens
 
 DEFAULT_LOGS = ["ml-100k", "ml-latest-small", "amazon-sports", "online-retail"]
-OURS = ("name", "workspace", "train.seed")  # settings that this script gives
+OURS = ("name", "workspace", "train.seed", "train.workers")  # settings that this script gives
+PARTS = (  # what --ablate parts takes away, one at a time; the last one all counting channels at once
+    "model.memory=false",
+    "model.neighbours=false",
+    "model.borrowing=false",
+    "model.text_neighbours=false",
+    "model.recent_popularity=false",
+    "model.popularity=false",
+    "model.long_branch=none",
+    "model.short_branch=none",
+    "model.gate=mean",
+    "model.text_dim=0",
+    "model.id_dropout=0",
+    "train.average=0",
+    "model.memory=false model.neighbours=false model.text_neighbours=false model.recent_popularity=false "
+    "model.popularity=false",
+)
 DEFAULTS = "defaults"
 
 
@@ -81,6 +108,7 @@ class Bench:
     overrides: tuple[str, ...]
     ablations: list[tuple[str, ...]]
     seeds: list[int]
+    ablation_epochs: int | None = None  # most epochs of an ablation, and of what it is compared with; None: all
     fresh: bool = False
     yardstick: Any = None  # the module
     peer_ranks: Path | None = None
@@ -102,6 +130,10 @@ class Bench:
 
     def run_folder(self, log: Log, variant: Variant) -> Path:
         return self.folder(log) / "runs" / variant.name
+
+    def ablates(self, variant: Variant) -> bool:
+        """Is this one of the ablations?"""
+        return variant.overrides != self.overrides
 
     def variants(self) -> list[Variant]:
         """All that is to be run on a log: every seed, then the ablations on the first seed."""
@@ -192,6 +224,18 @@ def measure(
     config, workspace, logs = bench.config(log), bench.workspace(log), bench.folder(log) / "logs"
     overrides = [*variant.overrides, f"train.seed={variant.seed}"]
     began = time.perf_counter()
+    overrides.append("train.workers=1")
+    if bench.ablates(variant):
+        epochs = [] if bench.ablation_epochs is None else [f"train.epochs={bench.ablation_epochs}"]
+        said = logs / f"{variant.name}-train.log"
+        run_measured(job("train", config, *overrides, "train.refit=false", *epochs), said, env=env)
+        train = json.loads((workspace / "results" / "train.json").read_text(encoding="utf-8"))
+        run = {**facts, "seed": variant.seed, "overrides": list(variant.overrides), **training_figures(train)}
+        with publish_directory(bench.run_folder(log, variant)) as out:
+            write_json(out / "run.json", run)
+        shutil.rmtree(train["run"], ignore_errors=True)  # the checkpoints
+        print(f"  {variant.name}: validation {run['valid_ndcg@10']:.4f}", flush=True)
+        return run
     seconds = {}
     for stage in ("train", "evaluate"):
         done = run_measured(job(stage, config, *overrides), logs / f"{variant.name}-{stage}.log", env=env)
@@ -231,6 +275,8 @@ def pair_with_peer(bench: Bench, log: Log, runs: Mapping[Variant, dict[str, Any]
         write_split(prepared, folder, log.data["split"])
         split, peer = bench.yardstick.Split(str(folder)), bench.yardstick.read_ranks(str(theirs))
         for variant, run in runs.items():
+            if bench.ablates(variant):
+                continue
             ours = bench.yardstick.read_ranks(str(bench.run_folder(log, variant) / "ranks.parquet"))
             found = bench.yardstick.compare(split, peer, ours)["NDCG@10"]
             ratio = {"value": found["ratio"], "lo": found["ratio_lo"], "hi": found["ratio_hi"]}
@@ -278,14 +324,15 @@ def run_all(bench: Bench, logs: Sequence[Log], data: Path) -> str:
         section = find(bench, log, data)
         runs = {} if section is None else run_log(bench, log, section)
         pair_with_peer(bench, log, runs)
-        seeds = {variant: run for variant, run in runs.items() if variant.overrides == bench.overrides}
+        seeds = {variant: run for variant, run in runs.items() if not bench.ablates(variant)}
         measured[log.name] = list(runs.values())
         if seeds:
             summaries[log.name] = summarise(list(seeds.values()), peers[log.name])
             first = next(iter(seeds))
             others = {" ".join(v.overrides[len(bench.overrides) :]): run for v, run in runs.items() if v not in seeds}
             if others and first.seed == bench.seeds[0]:
-                ablations[log.name] = {" ".join(bench.overrides) or DEFAULTS: seeds[first], **others}
+                whole = shortened(seeds[first], bench.ablation_epochs)
+                ablations[log.name] = {" ".join(bench.overrides) or DEFAULTS: whole, **others}
         body = {"machine": facts, "overrides": list(bench.overrides), "mean_ratio_to_best_peer": mean_ratio(summaries),
                 "logs": summaries, "runs": measured, "failures": bench.failures}  # fmt: skip
         write_json(bench.work / "quality.json", body)
@@ -335,7 +382,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=seeds_of, default=[0, 1, 2], metavar="0,1,2")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="override a setting")
     parser.add_argument("--ablate", action="append", default=[], metavar="section.key=value",
-                        help="also run this, on the first seed; a space joins settings to one variant")  # fmt: skip
+                        help="also train this, on the first seed; a space joins settings to one variant; "
+                        "`parts`: without each of the model's parts in turn")  # fmt: skip
+    parser.add_argument("--ablation-epochs", type=int, metavar="N", help="compare the best of the first N epochs")
     parser.add_argument("--work", type=Path, default=REPO / "workspace" / "quality", help="what is written goes here")
     parser.add_argument("--fresh", action="store_true", help="run again what is finished")
     parser.add_argument("--yardstick", type=Path, help="yardstick.py, for paired ratios to peers")
@@ -353,8 +402,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     logs = load_logs()
-    ablations = [tuple(one.split()) for one in args.ablate]
-    bench = Bench(args.work.absolute(), tuple(args.set), ablations, args.seeds, args.fresh, peer_ranks=args.peer_ranks)
+    wanted = [part for one in args.ablate for part in (PARTS if one == "parts" else (one,))]
+    ablations = [tuple(one.split()) for one in wanted]
+    bench = Bench(
+        args.work.absolute(), tuple(args.set), ablations, args.seeds, args.ablation_epochs, args.fresh,
+        peer_ranks=args.peer_ranks,
+    )  # fmt: skip
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the cluster would outlive this process
     try:
         check_overrides(args.set, ablations)

@@ -38,17 +38,30 @@ def figures_of(metrics: Mapping[str, Any], train: Mapping[str, Any]) -> dict[str
         **{key: model[key] for key in ("ndcg@10", "hr@10", "coverage@10")},
         "users": metrics["users"],
         "catalogue": metrics["catalogue"],
-        "valid_ndcg@10": train["validation"]["ndcg@10"],
         "own_best": {
             "name": best,
             "ndcg@10": metrics["baselines"][best]["ndcg@10"],
             "ratio": metrics["paired"][best]["ndcg@10"]["ratio"],
         },
         "live_to_frozen": live_to_frozen(metrics),
+        **training_figures(train),
+    }
+
+
+def training_figures(train: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run.json keeps of results/train.json. `validation` has (NDCG, NDCG@10) of every epoch."""
+    return {
+        "valid_ndcg@10": train["validation"]["ndcg@10"],
+        "validation": [[epoch["ndcg"], epoch["ndcg@10"]] for epoch in train["epochs"]],
         "train_cpu_seconds": cpu_seconds(train),
         "epochs": len(train["epochs"]),
         "train_seconds": train["seconds"],
     }
+
+
+def shortened(run: Run, epochs: int | None) -> Run:
+    """A run as it would have been with so many epochs at most: training keeps the epoch of the best NDCG."""
+    return {**run, "valid_ndcg@10": max(run["validation"][:epochs])[1]}
 
 
 def cpu_seconds(train: Mapping[str, Any]) -> float:
@@ -177,20 +190,17 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-ABLATION_HEADER = ["variant", "valid NDCG@10", "difference", "test NDCG@10", "difference"]
+ABLATION_HEADER = ["variant", "validation NDCG@10", "difference"]
 
 
 def ablation_rows(variants: Mapping[str, Run]) -> list[list[str]]:
     """A row for each variant on one log and seed, under ABLATION_HEADER; the first variant is the one compared with."""
-    first = next(iter(variants.values()))
-    rows = []
-    for name, run in variants.items():
-        row = [name]
-        for value, base in ((run["valid_ndcg@10"], first["valid_ndcg@10"]),
-                            (run["ndcg@10"]["value"], first["ndcg@10"]["value"])):  # fmt: skip
-            row += [f"{value:.4f}", "" if run is first else f"{value - base:+.4f}"]
-        rows.append(row)
-    return rows
+    base = next(iter(variants.values()))["valid_ndcg@10"]
+    values = {name: run["valid_ndcg@10"] for name, run in variants.items()}
+    return [
+        [name, f"{value:.4f}", f"{value - base:+.4f} ({value / base - 1:+.1%})" if row else ""]
+        for row, (name, value) in enumerate(values.items())
+    ]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

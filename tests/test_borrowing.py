@@ -149,7 +149,7 @@ def test_what_an_owner_takes_later_lends_nothing_in_training() -> None:
         row = int((batch.items[:, 0] == 0).nonzero()[0, 0])
         vectors, moment = model.item_vectors(cold), torch.tensor([[row, 0]])
         interest = model.interest(batch, vectors)
-        found = model._counted(batch, interest, moment, True, True, cold, None)
+        found = model._counted(batch, interest, moment, True, cold, None)
         return float(found[0, 1].detach())
 
     assert borrowed(2) == pytest.approx(borrowed(6), abs=1e-6)

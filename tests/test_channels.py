@@ -74,7 +74,15 @@ def test_every_channel_has_a_weight_and_only_popularity_may_count_against_an_ite
     model = build(ROWS)
     names = model.channels.names
     assert names[-2:] == ["recent_popularity", "popularity"]
-    assert set(names) == {"transitions", "neighbours_short", "neighbours_long", "text_short", "text_long", *names[-2:]}
+    assert set(names) == {
+        "transitions_short",
+        "transitions_long",
+        "neighbours_short",
+        "neighbours_long",
+        "text_short",
+        "text_long",
+        *names[-2:],
+    }
     generator = torch.Generator().manual_seed(0)
     user, context = torch.randn(3, 9, 16, generator=generator), torch.rand(3, 9, CONTEXT, generator=generator)
     weights = model.channels.weights(user, context)

@@ -114,11 +114,11 @@ def test_transitions_of_some_columns_are_those_of_all(neighbours: int) -> None:
         recent = torch.from_numpy(np.stack([rows[n % 10][9:4:-1] for n in range(count)]))
         targets = torch.from_numpy(np.array([rows[n % 10][10] for n in range(count)]))
         columns = torch.unique(torch.cat([targets, torch.tensor([0, 5, 30])]))
-        valid = torch.ones_like(recent, dtype=torch.bool)
+        valid, weights = torch.ones_like(recent, dtype=torch.bool), torch.rand(count, 2)
         for own in (None, targets):
-            whole, part = memory(recent, valid, own), memory(recent, valid, own, columns)
+            whole, part = memory(recent, valid, weights, own), memory(recent, valid, weights, own, columns)
             torch.testing.assert_close(part, whole[:, columns])
-        assert not torch.equal(whole, memory(recent, valid))  # something was left out
+        assert not torch.equal(whole, memory(recent, valid, weights))  # something was left out
 
 
 def test_logits_of_some_columns_are_those_of_all() -> None:
@@ -131,7 +131,7 @@ def test_logits_of_some_columns_are_those_of_all() -> None:
     interest = model.interest(batch, vectors)
     columns = torch.unique(torch.cat([batch.targets[batch.targets >= 0], torch.tensor([1, 38])]))
     cold = torch.rand(ITEMS, generator=torch.Generator().manual_seed(0)) < 0.3
-    for more in ({}, {"held_out": True}, {"held_out": True, "repeats": False, "cold": cold}):
+    for more in ({}, {"held_out": True}, {"held_out": True, "cold": cold}):
         whole = model.logits_at(batch, interest, vectors, moments, **more)  # type: ignore[arg-type]
         part = model.logits_at(batch, interest, vectors, moments, **more, columns=columns)  # type: ignore[arg-type]
         torch.testing.assert_close(part, whole[:, columns], rtol=1e-4, atol=1e-4)

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from noise import NOISE_ITEMS, random_log, train_on_noise
-from springtide.model.memory import TransitionMemory, count_transitions
+from springtide.model import memory as memory_module
+from springtide.model.memory import LONG_DECAY, SHORT_DECAY, TransitionMemory, count_transitions
 
 torch.set_num_threads(1)
 ITEMS = 6
+WEIGHTS = (0.7, 1.6)  # of the short and the long reading
 
 Rows = list[list[tuple[int, bool]]]
 logs = st.lists(st.lists(st.tuples(st.integers(0, ITEMS - 1), st.booleans()), max_size=12), max_size=4)
@@ -46,9 +48,19 @@ def naive_score(memory: TransitionMemory, counts: np.ndarray, past: list[int], i
     """past: items before the moment, oldest first."""
     tau = math.exp(memory.log_tau.item())
     score = 0.0
-    for j, recent in enumerate(past[::-1][: memory.recent]):
-        score += math.exp(memory.log_weight[j].item()) * math.log1p(counts[recent, item] * memory.items / tau)
+    for weight, decay, scale in zip(WEIGHTS, (SHORT_DECAY, LONG_DECAY), memory.log_scale.exp().tolist(), strict=True):
+        kernel = [decay**j for j in range(memory.recent)]
+        for share, recent in zip(kernel, past[::-1], strict=False):
+            told = math.log1p(counts[recent, item] * memory.items / tau)
+            score += weight * scale * share / sum(kernel) * told
     return score
+
+
+def ask(memory: TransitionMemory, past: list[int], depth: int, target: int | None = None) -> torch.Tensor:
+    """[I] scores after `past`."""
+    recent, valid = lookback(past, depth)
+    targets = None if target is None else torch.tensor([target])
+    return memory(recent, valid, torch.tensor([WEIGHTS]), targets)[0]  # type: ignore[no-any-return]
 
 
 def pairs_of(rows: Rows) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -82,7 +94,7 @@ def test_scores_equal_the_formula(rows: Rows, distances: int, recent: int, neigh
     memory = memory_of(rows, distances, 0.8, recent, neighbours)
     counts = truncated(naive_counts(rows, distances, 0.8), neighbours)
     for past in ([], [2], [0, 1, 2, 3, 4, 5, 0], [1, 1, 1]):
-        scored = memory(*lookback(past, recent))[0]
+        scored = ask(memory, past, recent)
         expected = [naive_score(memory, counts, past, item) for item in range(ITEMS)]
         np.testing.assert_allclose(scored.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
@@ -101,7 +113,7 @@ def test_leaving_one_out_equals_counting_again_without_it(
                 continue
             past = [i for i, _ in row[:place]]
             counts = truncated(naive_counts(rows, distances, decay, without=(number, place)), neighbours)
-            scored = memory(*lookback(past, max(recent, distances)), torch.tensor([item]))[0, item]
+            scored = ask(memory, past, max(recent, distances), item)[item]
             assert scored.item() == pytest.approx(naive_score(memory, counts, past, item), rel=1e-4, abs=1e-4)
 
 
@@ -109,8 +121,8 @@ def test_repeated_items_leave_with_every_distance() -> None:
     """In 1 1 1 2 the pair (1, 2) was counted at three distances, all of them by the one moment that asks."""
     rows: Rows = [[(1, True), (1, True), (1, True), (2, True)]]
     memory = memory_of(rows, distances=3, decay=0.8, recent=2, neighbours=6)
-    assert memory(*lookback([1, 1, 1], 3))[0, 2].item() > 0.5
-    assert memory(*lookback([1, 1, 1], 3), torch.tensor([2]))[0, 2].item() == 0
+    assert ask(memory, [1, 1, 1], 3)[2].item() > 0.5
+    assert ask(memory, [1, 1, 1], 3, 2)[2].item() == 0
 
 
 def test_nothing_of_rounding_is_left() -> None:
@@ -119,56 +131,74 @@ def test_nothing_of_rounding_is_left() -> None:
     memory = memory_of(rows, distances=9, decay=0.7, recent=9, neighbours=6)
     with torch.no_grad():
         memory.log_tau.fill_(-20.0)
-    assert float(memory(*lookback([i for i, _ in rows[0][:-1]], 9), torch.tensor([5]))[0, 5].detach()) == 0
+    assert float(ask(memory, [i for i, _ in rows[0][:-1]], 9, 5)[5].detach()) == 0
 
 
 def test_other_items_keep_their_scores() -> None:
     rows: Rows = [[(i % ITEMS, True) for i in range(0, 40, 3)], [(i * i % ITEMS, True) for i in range(10)]]
     memory = memory_of(rows, distances=3, decay=0.8, recent=4, neighbours=6)
-    plain = memory(*lookback([0, 1, 4], 4))[0]
-    less = memory(*lookback([0, 1, 4], 4), torch.tensor([3]))[0]
+    plain, less = ask(memory, [0, 1, 4], 4), ask(memory, [0, 1, 4], 4, 3)
     others = torch.arange(ITEMS) != 3
     assert torch.equal(plain[others], less[others])
 
 
-def test_many_moments_score_like_each_alone() -> None:
-    """A batch goes over all items once, a single request over its own few: the two ways must agree."""
+@pytest.mark.parametrize("dense", [0, 16])
+def test_many_moments_score_like_each_alone(dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores and gradients, of a batch read as whole rows or place by place, and of each moment on its own."""
     rows: Rows = [[(i % ITEMS, True) for i in range(0, 40, 3)], [(i * i % ITEMS, True) for i in range(10)]]
     memory = memory_of(rows, distances=3, decay=0.8, recent=4, neighbours=3)
     recent = torch.randint(0, ITEMS, (9, 4), generator=torch.Generator().manual_seed(0))
     valid = torch.arange(4) < torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 4])[:, None]
-    assert recent.numel() > memory.items >= recent[:1].numel()
-    together = memory(recent, valid)
-    alone = torch.cat([memory(recent[n : n + 1], valid[n : n + 1]) for n in range(9)])
-    torch.testing.assert_close(together, alone)
-    assert together[4].any() and not together[0].any()
+    weights = torch.rand(9, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    targets, columns = torch.randint(1, 4, (9,), generator=torch.Generator().manual_seed(2)), torch.tensor([1, 2, 3, 5])
+    learned = [*memory.parameters(), weights]
+    for of in ({}, {"targets": targets}, {"targets": targets, "columns": columns}, {"columns": columns}):
+        monkeypatch.setattr(memory_module, "DENSE", dense)
+        together = memory(recent, valid, weights, **of)
+        with torch.no_grad():
+            torch.testing.assert_close(memory(recent, valid, weights, **of), together)
+        monkeypatch.setattr(memory_module, "DENSE", 0)
+        each = [
+            {name: value[n : n + 1] if name == "targets" else value for name, value in of.items()} for n in range(9)
+        ]
+        alone = torch.cat(
+            [memory(recent[n : n + 1], valid[n : n + 1], weights[n : n + 1], **some) for n, some in enumerate(each)]
+        )
+        torch.testing.assert_close(together, alone)
+        assert together[4].any() and not together[0].any()
+        found = torch.autograd.grad((together**2).sum(), learned)
+        for one, other in zip(found, torch.autograd.grad((alone**2).sum(), learned), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+            assert other.any()
 
 
 def test_new_counts_replace_the_old_and_stay_out_of_the_state() -> None:
     memory = memory_of([[(0, True), (1, True)]], 1, 1.0, 2, 3)
     memory.load_counts(sp.csr_matrix((ITEMS, ITEMS), dtype=np.float32))
-    assert torch.equal(memory(*lookback([0], 2)), torch.zeros(1, ITEMS))
-    assert set(memory.state_dict()) == {"log_weight", "log_tau"}
+    assert torch.equal(ask(memory, [0], 2), torch.zeros(ITEMS))
+    assert set(memory.state_dict()) == {"log_scale", "log_tau"}
 
 
 def test_gradients_reach_the_weights_and_tau() -> None:
     memory = memory_of([[(0, True), (1, True), (2, True)], [(0, True), (1, True)]], 2, 0.8, 3, 6)
-    memory(*lookback([2, 0], 3), torch.tensor([1]))[0, 1].backward()
-    assert memory.log_weight.grad is not None and memory.log_weight.grad[0] > 0
+    ask(memory, [2, 0], 3, 1)[1].backward()
+    assert memory.log_scale.grad is not None and (memory.log_scale.grad > 0).all()
     assert memory.log_tau.grad is not None and memory.log_tau.grad < 0
 
 
 # ---------------------------------------------------------------- what a leak would do
 def test_on_noise_the_memory_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     log = random_log(NOISE_ITEMS, users=64, length=20)
-    loss, weight = train_on_noise(log, NOISE_ITEMS, ("memory", "popularity"), "transitions")
+    loss, weight = train_on_noise(log, NOISE_ITEMS, ("memory", "popularity"), "transitions_short")
     without, _ = train_on_noise(log, NOISE_ITEMS, ("popularity",))
     assert loss > without - 0.005  # popularity can be learned by heart, a little; the memory adds nothing to it
     assert math.log(NOISE_ITEMS) > without > math.log(NOISE_ITEMS) - 0.1
     untrained = math.log(2)  # softplus(0)
     assert weight < untrained / 6
-    monkeypatch.setattr(TransitionMemory, "_own_share", lambda self, recent, *_: torch.zeros(len(recent)))
-    leaked_loss, leaked_weight = train_on_noise(log, NOISE_ITEMS, ("memory", "popularity"), "transitions")
+    monkeypatch.setattr(
+        TransitionMemory, "_own_counts", lambda self, recent, _: torch.zeros(recent[:, : self.recent].shape)
+    )
+    leaked_loss, leaked_weight = train_on_noise(log, NOISE_ITEMS, ("memory", "popularity"), "transitions_short")
     assert leaked_loss < loss - 1  # the leak wins in training: it knows the answers
     assert leaked_weight > untrained
 

@@ -56,12 +56,12 @@ def naive_scores(
     return score
 
 
-@given(rows_of_items, st.integers(1, ITEMS), st.sampled_from([None, 0.4]), st.booleans(), st.booleans())
+@given(rows_of_items, st.integers(1, ITEMS), st.sampled_from([None, 0.4]), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_an_owner_is_scored_as_if_the_inverse_had_been_fitted_without_them(
-    rows: list[list[int]], kept: int, share: float | None, repeats: bool, every_moment: bool
+    rows: list[list[int]], kept: int, share: float | None, every_moment: bool
 ) -> None:
-    """Short and long reading, all moments, items outside the M too; in one pass over each history or by moment."""
+    """Short and long reading, all moments together or one by one, items of the history and outside the M too."""
     times = [[time_of(user, place) for place in range(len(row))] for user, row in enumerate(rows)]
     log = sequences_of(rows, timestamps=times)
     config = ModelConfig(neighbour_items=kept, neighbour_l2=L2)
@@ -76,18 +76,15 @@ def test_an_owner_is_scored_as_if_the_inverse_had_been_fitted_without_them(
     weights = torch.rand(len(moments), 2, generator=torch.Generator().manual_seed(1))
     owned = (batch.owned, batch.owned_at)
     if every_moment:
-        found = model(batch.items, moments, weights, owned, repeats)
-    else:  # so few moments of so long histories that they are read one by one
-        longer = torch.cat([batch.items, batch.items.new_zeros(len(batch.items), 100)], 1)
-        found = torch.cat(
-            [model(longer, moments[n : n + 1], weights[n : n + 1], owned, repeats) for n in range(len(moments))]
-        )
+        found = model(batch.items, moments, weights, owned)
+    else:
+        each = [model(batch.items, moments[n : n + 1], weights[n : n + 1], owned) for n in range(len(moments))]
+        found = torch.cat(each)
     for (row, place), weight, score in zip(moments.tolist(), weights.tolist(), found.tolist(), strict=True):
         past = rows[row][: place + 1]
         inverse = fitted_without(rows, row, items, tables.half_life, tables.end)
         expected = naive_scores(inverse, items, past, weight, unit)
-        wanted = np.ones(len(items), bool) if repeats else ~np.isin(items, past)
-        np.testing.assert_allclose(np.array(score)[items][wanted], expected[wanted], atol=1e-4)
+        np.testing.assert_allclose(np.array(score)[items], expected, atol=1e-4)
         assert not np.delete(score, items).any()  # nothing is known of the others
 
 
@@ -101,12 +98,10 @@ def test_the_two_ways_of_reading_a_history_agree() -> None:
     model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
     batch = training_batch(log, training_windows(log, 300))
     moments = batch.mask.nonzero()
-    few = torch.arange(3, len(moments), 31)
-    assert len(moments) > batch.items.numel() // 8 >= len(few)  # one pass, and moment by moment
     weights = torch.rand(len(moments), 2, generator=torch.Generator().manual_seed(1))
-    for owned in (None, (batch.owned, batch.owned_at)):
-        whole = model(batch.items, moments, weights, owned, True)  # type: ignore[arg-type]
-        some = model(batch.items, moments[few], weights[few], owned, True)  # type: ignore[arg-type]
+    whole = model(batch.items, moments, weights)
+    for few in (torch.arange(3, len(moments), 31), torch.tensor([5, len(moments) - 1])):  # shared histories, and not
+        some = model(batch.items, moments[few], weights[few])
         torch.testing.assert_close(whole[few], some, rtol=1e-4, atol=1e-4)
         assert some.abs().max() > 0.01
 
@@ -120,8 +115,8 @@ def test_a_user_who_is_not_in_the_log_is_scored_by_all_of_it() -> None:
     model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
     none = (torch.full((1, 3), -1), torch.zeros(1, 3, dtype=torch.int64))
     asked = (torch.tensor([[0]]), torch.tensor([[0, 0]]), torch.ones(1, 2))
-    torch.testing.assert_close(model(*asked, none, True), model(*asked, None, True))
-    scores = model(*asked, None, True)[0].tolist()
+    torch.testing.assert_close(model(*asked, none), model(*asked))
+    scores = model(*asked)[0].tolist()
     assert scores.index(max(scores)) == 1 and scores[7] == 0  # item 7 never occurs
     assert float(model.unit) == pytest.approx(np.mean([s for s in _best(tables.inverse)]), rel=1e-5)
 
@@ -170,7 +165,7 @@ def test_some_columns_are_those_of_all() -> None:
         model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
         batch = training_batch(log, training_windows(log, 20))
         moments, columns = batch.mask.nonzero(), torch.tensor([0, 2, 3, 7])
-        asked = (batch.items, moments, torch.rand(len(moments), 2), (batch.owned, batch.owned_at), True)
+        asked = (batch.items, moments, torch.rand(len(moments), 2), (batch.owned, batch.owned_at))
         torch.testing.assert_close(model(*asked, columns), model(*asked)[:, columns])  # type: ignore[arg-type]
 
 

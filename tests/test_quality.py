@@ -45,7 +45,8 @@ def a_run(seed: int = 0, ndcg: float = 0.25, **other: Any) -> dict[str, Any]:
         "ndcg@10": estimate, "hr@10": {**estimate}, "coverage@10": {"value": 0.4}, "valid_ndcg@10": ndcg + 0.01,
         "own_best": {"name": "item_knn", "ndcg@10": {"value": 0.2},
                      "ratio": {"value": ndcg / 0.2, "lo": 1.0, "hi": 2.0}},
-        "live_to_frozen": None, "train_cpu_seconds": 1234.5, "train_seconds": 60.0, "epochs": 3, **other,
+        "validation": [[ndcg + 0.1, ndcg + 0.01]], "live_to_frozen": None, "train_cpu_seconds": 1234.5,
+        "train_seconds": 60.0, "epochs": 3, **other,
     }  # fmt: skip
 
 
@@ -229,8 +230,18 @@ def test_markdown_has_as_many_cells_in_every_row() -> None:
 
 def test_ablations_are_differences_to_the_first() -> None:
     rows = report.ablation_rows({"defaults": a_run(ndcg=0.25), "model.memory=false": a_run(ndcg=0.2)})
-    assert rows[0] == ["defaults", "0.2600", "", "0.2500", ""]
-    assert rows[1] == ["model.memory=false", "0.2100", "-0.0500", "0.2000", "-0.0500"]
+    assert rows == [["defaults", "0.2600", ""], ["model.memory=false", "0.2100", "-0.0500 (-19.2%)"]]
+
+
+def test_a_run_cut_short_keeps_the_best_of_the_epochs_it_had() -> None:
+    run = {**a_run(), "validation": [[0.3, 0.2], [0.5, 0.1], [0.4, 0.4], [0.6, 0.3]]}
+    assert [report.shortened(run, epochs)["valid_ndcg@10"] for epochs in (1, 2, 3, 4, None)] == [
+        0.2,
+        0.1,
+        0.1,
+        0.3,
+        0.3,
+    ]
 
 
 # ---------------------------------------------------------------- what is run

@@ -42,7 +42,7 @@ class ModelConfig(Section):
     dropout: float = Field(0.3, ge=0, lt=1)
     # sum: item vector + action + rating + gap; linear: W1 item vector + W2 [action; gap; rating] + b
     event_input: Literal["sum", "linear"] = "sum"
-    long_branch: Literal["gru", "lstm", "cnn_lstm", "cnn", "mlp", "transformer", "none"] = "gru"
+    long_branch: Literal["gru", "lstm", "cnn_lstm", "cnn", "mlp", "transformer", "none"] = "lstm"
     long_hidden: int = Field(0, ge=0)  # width inside the long branch; 0 = dim
     long_layers: int = Field(1, ge=1, le=4)
     long_pool: Literal["attention", "last"] = "attention"  # over its states; mlp has running means instead
@@ -142,7 +142,7 @@ class TrainConfig(Section):
     clip_norm: float = Field(5.0, gt=0)
     # Without a validation part in the split (split: none), the last event of this share of users is held out.
     validation_share: float = Field(0.1, gt=0, le=0.5)
-    validation_users: int = Field(20_000, ge=1)  # at most this many users are ranked after each epoch
+    validation_users: int = Field(5000, ge=1)  # at most this many users are ranked after each epoch
     # A worker keeps its shard in memory after the first epoch if it fits; else every epoch streams it again.
     cache_mb: int = Field(1024, ge=0)
     max_failures: int = Field(3, ge=0)  # worker deaths survived, each from the last checkpoint

@@ -105,12 +105,12 @@ class Borrowing(nn.Module):
         have: Tensor | None,
         want: Tensor | None,
         cold: Tensor | None,
-        silent: Tensor | None = None,
+        silent: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Scores with what is borrowed added, [P, N] of the catalogue rows `want` (ascending; None = all).
 
         counted: [P, N'] of the rows `have` (None = all), with every lender among them; cold: [I] bool, items to be
-        scored as if never counted; silent: [P, N'] bool, scores that are not lent.
+        scored as if never counted; silent: (rows [n], columns [n]) of `counted` that are not lent.
         """
         items = torch.arange(len(self.events), device=counted.device) if want is None else want
         own = counted if have is None or want is None else counted[:, torch.searchsorted(have, want)]
@@ -125,7 +125,7 @@ class Borrowing(nn.Module):
             lenders = torch.searchsorted(have, lenders)
         events = self.events[borrower] if cold is None else self.events[borrower] * ~cold[borrower]
         weights = self._weights(borrower, events)
-        lendable = counted if silent is None else counted.masked_fill(silent, 0)
+        lendable = counted if silent is None else counted.index_put(silent, counted.new_zeros(()))
         lent = F.embedding_bag(lenders, lendable.T.contiguous(), per_sample_weights=weights, mode="sum")
         return own.index_add(1, place, lent.T)
 

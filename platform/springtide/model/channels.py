@@ -86,7 +86,7 @@ class Channels(nn.Module):
         self.by_popularity = config.popularity
         # What a weight of the layer below stands for; the popularities may count against an item, the others never do.
         self.names: list[str] = (
-            ["transitions"] * (self.memory is not None)
+            ["transitions_short", "transitions_long"] * (self.memory is not None)
             + ["neighbours_short", "neighbours_long"] * (self.neighbours is not None)
             + ["text_short", "text_long"] * self.by_text
             + ["recent_popularity"] * (self.recent is not None)
@@ -143,13 +143,12 @@ class Channels(nn.Module):
         moments: Tensor,
         *,
         held_out: bool = False,
-        repeats: bool = True,
         columns: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Weighted scores of the channels that are looked up: [P, N], of the catalogue or of `columns` [N] of it.
 
         weights: [B, L, C]; moments: [P, 2]; held_out: take what each moment and its owner added to the counts out of
-        them, as training must; repeats: items of the history are candidates too.
+        them, as training must.
         """
         row, at = moments.unbind(1)
         weight = dict(zip(self.names, weights[row, at].unbind(-1), strict=True))
@@ -159,13 +158,14 @@ class Channels(nn.Module):
             back = at[:, None] - torch.arange(depth, device=at.device)  # [P, J]
             recent = batch.items[row[:, None], back.clamp(min=0)]
             targets = batch.targets[row, at] if held_out else None
-            out["transitions"] = weight["transitions"][:, None] * self.memory(recent, back >= 0, targets, columns)
+            pair = torch.stack([weight["transitions_short"], weight["transitions_long"]], 1)
+            out["transitions"] = self.memory(recent, back >= 0, pair, targets, columns)
         if self.neighbours is not None and len(self.neighbours.items):
             pair = torch.stack([weight["neighbours_short"], weight["neighbours_long"]], 1)
             owned = None
             if held_out and batch.owned is not None and batch.owned_at is not None:
                 owned = (batch.owned, batch.owned_at)
-            out["neighbours"] = self.neighbours(batch.items, moments, pair, owned, repeats, columns)
+            out["neighbours"] = self.neighbours(batch.items, moments, pair, owned, columns)
         if self.recent is not None:
             score, there = self.recent(batch.now[row, at], columns)
             out["recent_popularity"] = (weight["recent_popularity"] * there)[:, None] * score

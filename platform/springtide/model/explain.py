@@ -73,8 +73,9 @@ def by_event(channels: Channels, items: Tensor, weights: Tensor, columns: Tensor
         depth = min(len(items), channels.memory.recent)
         recent = items.flip(0)[:depth]
         one_each = torch.eye(depth, dtype=torch.bool, device=items.device)
-        said = channels.memory(recent.expand(depth, depth), one_each, columns=columns)  # newest first
-        total[len(items) - depth :] += weight["transitions"] * said.flip(0)
+        pair = torch.stack([weight["transitions_short"], weight["transitions_long"]]).expand(depth, 2)
+        said = channels.memory(recent.expand(depth, depth), one_each, pair, columns=columns)  # newest first
+        total[len(items) - depth :] += said.flip(0)
     if channels.neighbours is not None and len(channels.neighbours.items):
         pair = torch.stack([weight["neighbours_short"], weight["neighbours_long"]])
         total += channels.neighbours.by_event(items, pair, columns)

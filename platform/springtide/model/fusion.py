@@ -135,20 +135,21 @@ class FusionModel(nn.Module):
         moments: Tensor,
         *,
         held_out: bool = False,
-        repeats: bool = True,
         cold: Tensor | None = None,
         columns: Tensor | None = None,
     ) -> Tensor:
         """Logits [P, N] at `moments` [P, 2] of histories that have been read, of the catalogue or `columns` [N] of it.
 
-        held_out, repeats: see Channels; training must hold out what the moments themselves added to the counts.
+        held_out: see Channels; training must hold out what the moments themselves added to the counts.
         cold: [I] bool, items to be scored as if never counted.
         """
-        products = self.products(batch, interest, vectors, moments, cold).values()
-        # One matrix product for all of them.
-        keys = torch.cat([key if columns is None else key[columns] for _, key in products], 1)
-        logits = torch.cat([query for query, _ in products], 1) @ keys.T
-        return logits + self._counted(batch, interest, moments, held_out, repeats, cold, columns)
+        products = self.products(batch, interest, vectors, moments, cold)
+        query, key = products.pop("network")
+        logits = query @ (key if columns is None else key[columns]).T
+        if products:  # one more matrix product for the keys that nothing is learned of: they need no gradient
+            keys = torch.cat([key if columns is None else key[columns] for _, key in products.values()], 1)
+            logits.addmm_(torch.cat([query for query, _ in products.values()], 1), keys.T)
+        return logits + self._counted(batch, interest, moments, held_out, cold, columns)
 
     def _counted(
         self,
@@ -156,17 +157,13 @@ class FusionModel(nn.Module):
         interest: Interest,
         moments: Tensor,
         held_out: bool,
-        repeats: bool,
         cold: Tensor | None,
         columns: Tensor | None,
     ) -> Tensor:
         """What the channels that are looked up add to the logits: [P, N], borrowed scores included; see logits_at."""
         borrowing = self.channels.borrowing
         wider = columns if columns is None or borrowing is None else borrowing.needed(columns, cold)
-        repeats = repeats or borrowing is not None  # what no one may be recommended can still lend
-        parts = self.channels.counted(
-            batch, interest.weights, moments, held_out=held_out, repeats=repeats, columns=wider
-        ).values()
+        parts = self.channels.counted(batch, interest.weights, moments, held_out=held_out, columns=wider).values()
         total = sum(parts, start=torch.zeros((), device=moments.device))
         if not parts:
             return total
@@ -202,12 +199,9 @@ class FusionModel(nn.Module):
             targets = batch.targets[some[:, 0], some[:, 1]]
             own = targets if columns is None else torch.searchsorted(columns, targets)
             barred = barred_from[some[:, 0]] <= some[:, 1:]
-            # A target that the row already holds is a candidate all the same, so it must be scored right.
-            repeats = not exclude_seen or bool(barred.gather(1, own[:, None]).any())
+            # A target that the row already holds is a candidate all the same.
             barred = barred.scatter(1, own[:, None], False)
-            logits = self.logits_at(
-                batch, interest, vectors, some, held_out=True, repeats=repeats, cold=cold, columns=columns
-            )
+            logits = self.logits_at(batch, interest, vectors, some, held_out=True, cold=cold, columns=columns)
             if sample is not None:
                 return sampled_softmax(logits, sample, targets, barred, label_smoothing)
             return full_softmax(logits, targets, barred, label_smoothing)
@@ -269,22 +263,22 @@ def _barred_from(batch: Batch, known: Tensor, exclude_seen: bool, columns: Tenso
     return _first_place(batch, columns, len(known)).masked_fill(~known, -1)
 
 
-def _taken_later(batch: Batch, moments: Tensor, columns: Tensor | None, width: int) -> Tensor | None:
-    """[P, N] bool: items, of the catalogue or `columns`, that each moment's owner takes only after it.
+def _taken_later(batch: Batch, moments: Tensor, columns: Tensor | None, width: int) -> tuple[Tensor, Tensor] | None:
+    """(moments [n], columns [n]): items, of the catalogue or `columns`, that a moment's owner takes only after it.
 
     The counts of what follows a moment's history hold that owner's own future. A target has its own part taken out, but
     an item that lends to it would still tell that it was near.
     """
     if batch.owned is None:
         return None
-    items, there = batch.owned.clamp(min=0), batch.owned >= 0
+    items, there = batch.owned.clamp(min=0), batch.owned >= 0  # [B, K]
     if columns is not None:
         place = torch.searchsorted(columns, items).clamp(max=width - 1)
         items, there = place, there & (columns[place] == items)
-    taken = torch.zeros(len(items), width + 1, dtype=torch.bool, device=items.device)
-    taken.scatter_(1, torch.where(there, items, width), True)
+    taken = _first_place(batch, columns, width).gather(1, items).masked_fill(~there, -1)
     row, at = moments.unbind(1)
-    return taken[row, :width] & (_first_place(batch, columns, width)[row] > at[:, None])
+    moment, owned = (taken[row] > at[:, None]).nonzero().unbind(1)
+    return moment, items[row[moment], owned]
 
 
 def _first_place(batch: Batch, columns: Tensor | None, width: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 With C[a, b] = sum over distances d of decay^(d-1) * (times b came d events after a), and additive smoothing of total
 mass tau spread evenly over the I items, log P(b | a) is log(1 + C[a, b] * I / tau) up to a constant of a. The memory
-scores b by the weighted sum of that over the recent events. The weights and tau are learned with the rest of the model.
+scores b by the weighted sum of that over the recent events, read twice: with most weight on the very last ones (short),
+and almost evenly (long). How much each reading counts is up to the user and the moment; tau is learned.
 
 In training an example's own transition is inside the counts it is scored with and is taken out again, without which the
 memory would be trusted for knowing the answers. It is there once for every distance at which the item stood before the
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from springtide.model.successors import count_successors
+
+SHORT_DECAY, LONG_DECAY = 0.7, 0.9  # weight of the event k steps back in the two readings: decay^k
+DENSE = 16  # times as many columns as successors are kept: up to so many, whole rows are read faster
 
 
 def count_transitions(
@@ -76,14 +80,16 @@ class TransitionMemory(nn.Module):
     slots: Tensor  # [I, N] int32, their positions in `counts`
     cutoff: Tensor  # [I] float32, the largest count left out of a list that was cut, 0 of a whole one
     runner_up: Tensor  # [I] int64, the item of that count, -1 of a whole list
+    kernels: Tensor  # [2, J] what the event k steps back counts for in the short and in the long reading
 
     def __init__(self, items: int, distances: int, decay: float, recent: int, neighbours: int) -> None:
         super().__init__()
         self.items, self.distances, self.decay = items, distances, decay
         self.smoothed_over = items  # those that tau was learned with
         self.recent, self.neighbours = recent, neighbours
-        # Start from the published shape: most weight on the last few events, a slow tail behind them.
-        self.log_weight = nn.Parameter(-0.35 * torch.arange(recent, dtype=torch.float32))
+        kernels = torch.tensor([SHORT_DECAY, LONG_DECAY])[:, None] ** torch.arange(recent)  # [2, J]
+        self.register_buffer("kernels", kernels / kernels.sum(1, keepdim=True), persistent=False)
+        self.log_scale = nn.Parameter(torch.full((2,), 0.7))
         self.log_tau = nn.Parameter(torch.tensor(3.0))
         self.load_counts(sp.csr_matrix((items, items), dtype=np.float32))
 
@@ -148,35 +154,77 @@ class TransitionMemory(nn.Module):
         self.cutoff, self.runner_up = F.pad(self.cutoff, (0, count)), F.pad(self.runner_up, (0, count), value=-1)
 
     def forward(
-        self, recent: Tensor, valid: Tensor, targets: Tensor | None = None, columns: Tensor | None = None
+        self,
+        recent: Tensor,
+        valid: Tensor,
+        weights: Tensor,
+        targets: Tensor | None = None,
+        columns: Tensor | None = None,
     ) -> Tensor:
         """Score all items, or `columns` [N] of them, ascending and with the targets among them.
 
         recent: [P, J] int64, the last J items before each of P moments, newest first; valid: [P, J] bool. The first
         `recent` of them are asked about; own transitions are looked for in the first `distances`.
+        weights: [P, 2] of the short and the long reading.
         targets: [P] int64, the item that really came next, whose own transitions are then taken out of the counts.
         Returns [P, I] or [P, N] float32, zero where no recent event was ever followed by the item.
         """
         scale = self.smoothed_over * torch.exp(-self.log_tau)
         own = None if targets is None else self._own_counts(recent, valid)
         recent, valid = recent[:, : self.recent], valid[:, : self.recent]
-        weight = torch.exp(self.log_weight[: recent.shape[1]]) * valid  # [P, J]
+        weights = weights * torch.exp(self.log_scale)
+        reading = (weights @ self.kernels[:, : recent.shape[1]]) * valid  # [P, J]
+        width = self.items if columns is None else len(columns)
+        column_of = None
+        if columns is not None:
+            column_of = torch.full((self.items,), width, device=columns.device)  # one more for what is not asked for
+            column_of[columns] = torch.arange(width, device=columns.device)
+        if recent.numel() <= self.items or width > DENSE * self.slots.shape[1]:
+            score = self._scattered(recent, reading, scale, column_of, width)
+        else:
+            score = self._dense(recent, valid, weights, scale, column_of, width)
+        if targets is not None and own is not None:
+            without = self._without_own(recent, reading, own, targets, scale)[:, None]
+            score.scatter_(1, (targets if column_of is None else column_of[targets])[:, None], without)
+        return score
+
+    def _scattered(
+        self, recent: Tensor, reading: Tensor, scale: Tensor, column_of: Tensor | None, width: int
+    ) -> Tensor:
+        """[P, width] scores by adding up the successors of each recent event."""
         # A few moments take the logarithms of what they ask about; a batch of training takes those of all items once.
         table = torch.log1p(self.counts * scale)[self.slots] if recent.numel() > self.items else None  # [I, N]
-        width = self.items if columns is None else len(columns) + 1  # one more for what is not asked for
-        if columns is not None:
-            column_of = torch.full((self.items,), len(columns), device=columns.device)
-            column_of[columns] = torch.arange(len(columns), device=columns.device)
-        score = weight.new_zeros(len(recent), width)
-        for j in range(recent.shape[1]):  # one event at a time keeps the peak at [P, N]
+        score = reading.new_zeros(len(recent), width + (column_of is not None))
+        for j in range(recent.shape[1]):  # one event at a time keeps the peak at [P, width]
             of = recent[:, j]
             value = torch.log1p(self.counts[self.slots[of]] * scale) if table is None else table[of]  # [P, N]
-            to = self.successors[of].long() if columns is None else column_of[self.successors[of]]
-            score.scatter_add_(1, to, weight[:, j, None] * value)
-        if targets is not None and own is not None:
-            own_share = self._own_share(recent, weight, own, targets, scale)[:, None]
-            score.scatter_add_(1, (targets if columns is None else column_of[targets])[:, None], own_share)
-        return score if columns is None else score[:, :-1]
+            to = self.successors[of].long() if column_of is None else column_of[self.successors[of]]
+            score.scatter_add_(1, to, reading[:, j, None] * value)
+        return score if column_of is None else score[:, :-1]
+
+    def _dense(
+        self, recent: Tensor, valid: Tensor, weights: Tensor, scale: Tensor, column_of: Tensor | None, width: int
+    ) -> Tensor:
+        """The same from one table of the recent items' successors: whole rows are read faster than scattered places.
+
+        What is learned, weights and tau, stands outside the readings, which therefore need no gradient of their own.
+        """
+        asked, place = recent.unique(return_inverse=True)
+        to = self.successors[asked].long() if column_of is None else column_of[self.successors[asked]]
+        counts = weights.new_zeros(len(asked), width + (column_of is not None))
+        counts.scatter_add_(1, to, self.counts[self.slots[asked]])  # empty slots add 0
+        scaled = counts[:, :width] * scale.detach()
+        table, kernels = torch.log1p(scaled), self.kernels[:, : recent.shape[1]]
+
+        def read(table: Tensor, reading: Tensor) -> Tensor:
+            return F.embedding_bag(place, table, per_sample_weights=reading * valid, mode="sum")
+
+        if not torch.is_grad_enabled():
+            return read(table, weights @ kernels)
+        score = weights[:, :1] * read(table, kernels[:1]) + weights[:, 1:] * read(table, kernels[1:])
+        # Worth nothing, but its gradient is tau's: through the table it would cost as much as all the rest.
+        slope = read(-scaled / (1 + scaled), (weights @ kernels).detach())
+        return score + (self.log_tau - self.log_tau.detach()).expand(len(recent), 1) * slope
 
     def _own_counts(self, recent: Tensor, valid: Tensor) -> Tensor:
         """[P, J]: what each moment itself added to the count from each of its recent items to what came next."""
@@ -185,12 +233,12 @@ class TransitionMemory(nn.Module):
         same = (recent[:, : self.recent, None] == near[:, None]) & there[:, None]  # an item may stand at many distances
         return (same * share.float()).sum(-1)
 
-    def _own_share(self, recent: Tensor, weight: Tensor, own: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        """[P] (negative) change of the target's score when its own transitions leave the counts."""
-        key = recent * self.items + targets[:, None]  # [P, J]
-        place = torch.searchsorted(self.keys, key).clamp(max=max(0, len(self.keys) - 1))
+    def _without_own(self, recent: Tensor, reading: Tensor, own: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
+        """[P]: the target's score when its own transitions have left the counts."""
         if len(self.keys) == 0:
-            return weight.new_zeros(len(recent))
+            return (0 * reading).sum(1)
+        key = recent * self.items + targets[:, None]  # [P, J]
+        place = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
         found = self.keys[place] == key
         count = self.counts[place] * found
         left = count - own * found
@@ -198,4 +246,4 @@ class TransitionMemory(nn.Module):
         ahead = left - self.cutoff[recent]
         tied = ahead.abs() <= 1e-5 * count
         left = left * torch.where(tied, targets[:, None] < self.runner_up[recent], ahead > 0)
-        return (weight * (torch.log1p(left * scale) - torch.log1p(count * scale))).sum(1)
+        return (reading * torch.log1p(left * scale)).sum(1)

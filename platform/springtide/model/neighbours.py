@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from springtide.model.running import running_sum
-
 SHORT_DECAY = 0.8  # weight of an event k steps back: SHORT_DECAY^k
 
 
@@ -68,43 +66,72 @@ class Neighbours(nn.Module):
         moments: Tensor,
         weights: Tensor,
         owned: tuple[Tensor, Tensor] | None = None,
-        repeats: bool = True,
         columns: Tensor | None = None,
     ) -> Tensor:
         """Score the catalogue at P moments.
 
-        items: [B, L] the histories; moments: [P, 2]; weights: [P, 2] of the short and the long reading; owned: the
-        owners' rows of X as distinct (items [B, K], -1 = none, times [B, K] ms), which are then left out; repeats:
-        whether items already in the history must be scored right too; columns: [N] catalogue rows to score, absent:
-        all. Returns [P, I] or [P, N], zero for items that are not among the M.
+        items: [B, L] the histories; moments: [P, 2], ascending; weights: [P, 2] of the short and the long reading;
+        owned: the owners' rows of X as distinct (items [B, K], -1 = none, times [B, K] ms), which are then left out;
+        columns: [N] catalogue rows to score, absent: all. Returns [P, I] or [P, N], zero for items that are not among
+        the M.
         """
         row, at = moments.unbind(1)
         places = self.place[items]  # [B, L]
-        scale = torch.exp(self.log_scale) / self.unit
-        length = (at + 1).float() ** -0.5  # a long history says more than a short one, but not as many times more
-        weight_of = {SHORT_DECAY: weights[:, 0] * scale[0], 1.0: weights[:, 1] * scale[1] * length}
+        reading = self._reading(at, weights, items.shape[1])
         asked, spread = self._asked(columns)  # which of the M are wanted, and where they go
-        inverse, diagonal = self.inverse, self.inverse.diagonal()[None]
-        if asked is not None:
-            inverse, diagonal = inverse[:, asked], diagonal[:, asked]
-        read = self._read(inverse, places, row, at)
-        total = sum((weight[:, None] * read[decay] for decay, weight in weight_of.items()), start=torch.zeros(()))
-        if owned is not None:
-            p, left = self._removed(*owned)
-            own = F.pad(p, (0, 1)).gather(1, places)  # [B, L]: p of each event's item
-            said = sum(weight * running_sum(own, decay)[row, at] for decay, weight in weight_of.items())
-            p = p if asked is None else p[:, asked]
-            total = torch.addcmul(total, (said / left[row])[:, None], p[row])
-            diagonal = (diagonal + p**2 / left[:, None])[row]
-        total = total / -diagonal
-        if repeats:  # no item is its own neighbour
-            for decay, weight in weight_of.items():
-                own_weight = self._own_weight(places, row, at, decay)
-                total = total + weight[:, None] * (own_weight if asked is None else own_weight[:, asked])
+        if len(row) and (owned is not None or len(row) > len(items)):
+            # Many moments share a history: what each of its events says is made once, for a matrix product to add up.
+            first = torch.searchsorted(row.contiguous(), row.contiguous())  # of the moments of the same history
+            slot = torch.arange(len(row), device=row.device) - first
+            shape = len(items), int(slot.max()) + 1, items.shape[1]
+            each = reading.new_zeros(shape).index_put((row, slot), reading)
+            total = (each @ self._strength(places, owned, asked))[row, slot]
+        else:
+            total = self._read(places[row], reading, asked)
         if spread is None:
             return total
         width = self.catalogue if columns is None else len(columns)
         return torch.zeros(len(row), width, device=items.device).index_copy(1, spread, total)
+
+    def _reading(self, at: Tensor, weights: Tensor, length: int) -> Tensor:
+        """[P, L]: what every event of a history counts for at moments that are its events `at` [P]."""
+        scale = torch.exp(self.log_scale) / self.unit
+        age = at[:, None] - torch.arange(length, device=at.device)
+        # A long history says more than a short one, but not as many times more.
+        long = weights[:, 1:] * scale[1] * (at + 1).float()[:, None] ** -0.5
+        return (weights[:, :1] * scale[0] * SHORT_DECAY ** age.clamp(min=0).float() + long) * (age >= 0)
+
+    @torch.no_grad()
+    def _strength(self, places: Tensor, owned: tuple[Tensor, Tensor] | None, asked: Tensor | None) -> Tensor:
+        """[B, L, N]: what each event says for each of the M, or for those at places `asked` [N]."""
+        said = self.inverse.index_select(0, places.flatten())
+        diagonal = self.inverse.diagonal()[None]
+        if asked is not None:
+            said, diagonal = said.index_select(1, asked), diagonal[:, asked]
+        said = said.view(*places.shape, -1)
+        if owned is not None:
+            p, left = self._removed(*owned)
+            own = F.pad(p, (0, 1)).gather(1, places)  # [B, L]: p of each event's item
+            p = p if asked is None else p[:, asked]
+            said.addcmul_((own / left[:, None])[..., None], p[:, None])
+            diagonal = diagonal + p**2 / left[:, None]
+        said.div_(-diagonal[:, None])
+        column = places  # of each event's own item
+        if asked is not None:
+            column = torch.full((len(self.items) + 1,), len(asked), device=asked.device)
+            column[asked] = torch.arange(len(asked), device=asked.device)
+            column = column[places]
+        batch, event = (column < said.shape[-1]).nonzero().unbind(1)
+        said[batch, event, column[batch, event]] = 0  # no item is its own neighbour
+        return said
+
+    def _read(self, places: Tensor, reading: Tensor, asked: Tensor | None) -> Tensor:
+        """Scores [P, N] of moments that each have a history of their own: places, reading [P, L]."""
+        inverse = self.inverse if asked is None else self.inverse[:, asked]
+        total = F.embedding_bag(places, inverse, per_sample_weights=reading, mode="sum")
+        diagonal = self.inverse.diagonal() if asked is None else self.inverse.diagonal()[asked]
+        itself = reading.new_zeros(len(places), len(self.items) + 1).scatter_add(1, places, reading)[:, :-1]
+        return total / -diagonal + (itself if asked is None else itself[:, asked])
 
     def _asked(self, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(places among the M, columns they go to); None = all of them, and none = they are the catalogue already."""
@@ -128,22 +155,6 @@ class Neighbours(nn.Module):
         return 0.5 ** ((self.end - times).clamp(min=0).float() / self.half_life)
 
     @torch.no_grad()
-    def _read(self, inverse: Tensor, places: Tensor, row: Tensor, at: Tensor) -> dict[float, Tensor]:
-        """Sums of rows of `inverse` [M + 1, N] over the history at each moment, weighed by decay^age: [P, N] each."""
-        batch, length = places.shape
-        decays = (SHORT_DECAY, 1.0)
-        if len(row) > batch * length // 8:  # most moments are wanted: one pass over each history
-            rows = inverse[places]
-            return {decay: running_sum(rows, decay)[row, at] for decay in decays}
-        age = at[:, None] - torch.arange(length, device=places.device)  # [P, L]
-        weights = {decay: decay ** age.clamp(min=0).float() * (age >= 0) for decay in decays}
-        bags = places[row]
-        return {
-            decay: F.embedding_bag(bags, inverse, per_sample_weights=weight, mode="sum")
-            for decay, weight in weights.items()
-        }
-
-    @torch.no_grad()
     def by_event(self, items: Tensor, weights: Tensor, columns: Tensor) -> Tensor:
         """What each event of one history adds to the scores of `columns` [N] after its last one: [L, N].
 
@@ -158,9 +169,3 @@ class Neighbours(nn.Module):
         strength = self.inverse[places[:, None], asked] / -self.inverse.diagonal()[asked]  # [L, N]
         strength = (strength + (places[:, None] == asked)) * there  # no item is its own neighbour
         return weight[:, None] * strength
-
-    def _own_weight(self, places: Tensor, row: Tensor, at: Tensor, decay: float) -> Tensor:
-        age = at[:, None] - torch.arange(places.shape[1], device=places.device)
-        weight = decay ** age.clamp(min=0).float() * (age >= 0)
-        out = torch.zeros(len(row), len(self.items) + 1, device=places.device)
-        return out.scatter_add_(1, places[row], weight)[:, :-1]

@@ -238,6 +238,7 @@ def validate(
     # As in Recommender, an item that was neither trained nor described is no candidate.
     nameless = ~(model.item_vectors.known | model.item_vectors.text.any(1)).cpu().numpy()
     sums = torch.zeros(4, dtype=torch.float64)  # NDCG@10, hits, cases, NDCG
+    cases = sorted(cases, key=lambda case: len(case[0]))  # like lengths together: padding costs as much as events do
     for begin in range(0, len(cases), RANK_BATCH):
         some = cases[begin : begin + RANK_BATCH]
         histories = [history for history, _ in some]
