@@ -1,7 +1,7 @@
 """How good are the recommendations? The whole way, raw log to metrics, on real logs, beside what other models reached.
 
     python benchmarks/quality.py DATA [--logs ml-100k ...] [--all] [--seeds 0,1,2] [--set train.epochs=5 ...]
-        [--ablate model.memory=false ...] [--work DIR] [--fresh] [--yardstick yardstick.py --peer-ranks FOLDER]
+        [--ablate model.memory=false ...] [--ablation-epochs N] [--work DIR] [--fresh] [--peer-ranks FOLDER]
 
 DATA holds ml-100k/, ml-latest-small/, amazon-sports/ and online-retail/, raw; ml-100k is fetched if it is not there.
 Each log is prepared and embedded once, then trained and evaluated with each seed, by the jobs as a user runs them, on a
@@ -11,14 +11,14 @@ compared by validation NDCG@10, so that nobody chooses parts by the test; --abla
 What is finished is not run again, so an interrupted benchmark goes on when the same command is given again. The status
 is 0 only if every run that was asked for is there. The table is also written to WORK as quality.json and quality.md.
 
---peer-ranks has LOG.parquet (user, items) of a peer; yardstick.py then gives a paired ratio to it.
+Our lists are compared user by user with those of the log's best counting peer, made again (quality_peers.py), or with
+LOG.parquet (user, items) of another one in the folder --peer-ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import re
 import shutil
@@ -43,9 +43,10 @@ from quality_logs import (
     read_events,
     source_files,
     split_hashes,
-    write_split,
 )
+from quality_peers import COUNTING, counting_peer, judged, of_lists, ratio
 from quality_report import (
+    GIVEN,
     count,
     figures_of,
     load_peers,
@@ -110,7 +111,6 @@ class Bench:
     seeds: list[int]
     ablation_epochs: int | None = None  # most epochs of an ablation, and of what it is compared with; None: all
     fresh: bool = False
-    yardstick: Any = None  # the module
     peer_ranks: Path | None = None
     failures: list[str] = field(default_factory=list)
 
@@ -264,38 +264,26 @@ def measure(
 
 # ---------------------------------------------------------------- a paired comparison
 def pair_with_peer(bench: Bench, log: Log, runs: Mapping[Variant, dict[str, Any]]) -> None:
-    """Add "paired_peer" to each run by the yardstick's paired bootstrap, if one was given with this log's peer."""
-    if bench.yardstick is None or bench.peer_ranks is None or not runs:
+    """Add "paired_peer" to each run: its name, its NDCG@10 and our ratio to it with a paired interval."""
+    runs = {variant: run for variant, run in runs.items() if not bench.ablates(variant)}
+    if not runs:
         return
-    theirs, prepared = bench.peer_ranks / f"{log.name}.parquet", bench.workspace(log) / "prepared"
     try:
-        if split_hashes(read_events(prepared)) != next(iter(runs.values()))["split"]:
-            raise ValueError(f"{prepared} is another log by now; run it again with --fresh")
-        folder = bench.folder(log) / "split"
-        write_split(prepared, folder, log.data["split"])
-        split, peer = bench.yardstick.Split(str(folder)), bench.yardstick.read_ranks(str(theirs))
+        prepared = load_prepared(bench.workspace(log))
+        if split_hashes(read_events(prepared.path)) != next(iter(runs.values()))["split"]:
+            raise ValueError(f"{prepared.path} is another log by now; run it again with --fresh")
+        cases, ids = judged(bench.config(log), bench.overrides), prepared.items["item_id"].to_pylist()
+        if bench.peer_ranks is not None:
+            name, theirs = GIVEN, of_lists(cases, bench.peer_ranks / f"{log.name}.parquet", ids)
+        else:
+            name = COUNTING[log.name][0]
+            published = {peer["name"]: peer["ndcg@10"] for peer in load_peers()[log.name]["peers"]}[name]
+            theirs = counting_peer(log.name, cases, published)
         for variant, run in runs.items():
-            if bench.ablates(variant):
-                continue
-            ours = bench.yardstick.read_ranks(str(bench.run_folder(log, variant) / "ranks.parquet"))
-            found = bench.yardstick.compare(split, peer, ours)["NDCG@10"]
-            ratio = {"value": found["ratio"], "lo": found["ratio_lo"], "hi": found["ratio_hi"]}
-            run["paired_peer"] = {"ndcg@10": found["a"], "ratio": ratio}
-    except (OSError, ValueError, KeyError, pl.exceptions.PolarsError) as error:
-        print(f"  the ratio to the peer is not paired: {error}", flush=True)
-
-
-def load_yardstick(path: Path) -> Any:
-    """The yardstick as a module. Raises SpringtideError if that cannot be."""
-    spec = importlib.util.spec_from_file_location("yardstick", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise SpringtideError(f"there is no yardstick at {path}")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
-        raise SpringtideError(f"the yardstick {path} cannot be loaded: {error}") from None
-    return module
+            ours = of_lists(cases, bench.run_folder(log, variant) / "ranks.parquet", ids)
+            run["paired_peer"] = {"name": name, "ndcg@10": float(theirs.mean()), "ratio": ratio(theirs, ours)}
+    except (OSError, ValueError, KeyError, SpringtideError, pl.exceptions.PolarsError) as error:
+        print(f"  not paired with a peer: {error}", flush=True)
 
 
 # ---------------------------------------------------------------- the command
@@ -387,15 +375,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ablation-epochs", type=int, metavar="N", help="compare the best of the first N epochs")
     parser.add_argument("--work", type=Path, default=REPO / "workspace" / "quality", help="what is written goes here")
     parser.add_argument("--fresh", action="store_true", help="run again what is finished")
-    parser.add_argument("--yardstick", type=Path, help="yardstick.py, for paired ratios to peers")
     parser.add_argument("--peer-ranks", type=Path, help="folder with LOG.parquet (user, items) of a peer")
     args = parser.parse_args(arguments)
     if args.all:
         args.logs = list(logs)
     if not args.data.is_dir():
         parser.error(f"there is no folder {args.data}; DATA is the folder that holds ml-100k/, ml-latest-small/, ...")
-    if (args.yardstick is None) != (args.peer_ranks is None):
-        parser.error("give --yardstick and --peer-ranks together")
     return args
 
 
@@ -411,8 +396,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the cluster would outlive this process
     try:
         check_overrides(args.set, ablations)
-        if args.yardstick is not None:
-            bench.yardstick = load_yardstick(args.yardstick)
         text = run_all(bench, [logs[name] for name in dict.fromkeys(args.logs)], args.data.absolute())
     except SpringtideError as error:
         sys.exit(f"quality: {error}")

@@ -11,13 +11,13 @@ from typing import Any
 from harness import table
 
 PEERS = Path(__file__).with_name("peers.json")
-GIVEN = "the lists given"  # a peer that is not the best one of peers.json
+GIVEN = "the lists given"  # the name of a peer that is not one of peers.json
 Run = Mapping[str, Any]  # the body of a run.json, see figures_of
-UNPAIRED = (
-    "Ratio to the peer: our NDCG@10 by the peer's; in brackets our own 95 % bootstrap interval over users, by the same "
-    "figure. It is not paired, because only the peer's mean is kept."
+BEST = (
+    "Ratio to the best peer: our NDCG@10 by the peer's; in brackets our own 95 % bootstrap interval over users, by the "
+    "same figure, as only the peer's mean is kept. Marked *: paired, because the peer is the one of the next columns."
 )
-PAIRED = "Ratio to the peer marked *: 95 % interval of a paired bootstrap over the same users, by the yardstick given."
+PAIRED = "Ratio to the paired peer: 95 % interval of a paired bootstrap over the same users."
 OWN = "Ratio to our own best baseline (of evaluate's report): 95 % interval of a paired bootstrap over the same users."
 SEEDS = "With several seeds every figure is their mean, bounds of intervals included; ± is the standard deviation."
 
@@ -98,18 +98,19 @@ def summarise(runs: Sequence[Run], peers: Mapping[str, Any]) -> dict[str, Any]:
                and run["users"] == peers["users"] for run in runs)  # fmt: skip
     peer = peers["peers"][0]
     ratio: dict[str, Any] = {**{key: value / peer["ndcg@10"] for key, value in ours.items()}, "paired": False}
-    paired = [run["paired_peer"] for run in runs if "paired_peer" in run]
-    if len(paired) == len(runs):
-        ratio = {**(mean_estimate(pair["ratio"] for pair in paired) or {}), "paired": True}
-        given = paired[0]["ndcg@10"]
-        if abs(given - peer["ndcg@10"]) > 1e-4:  # other lists than those of the best peer
-            peer = {"name": GIVEN, "ndcg@10": given, "coverage@10": None}
+    pairs = [run["paired_peer"] for run in runs if run.get("paired_peer")]
+    paired = None
+    if len(pairs) == len(runs):
+        paired = {**pairs[0], "ratio": mean_estimate(pair["ratio"] for pair in pairs)}
+        if paired["name"] == peer["name"] and paired["ratio"]:
+            ratio = {**paired["ratio"], "paired": True}
     return {
         "seeds": [run["seed"] for run in runs],
         "ndcg@10": {**ours, "spread": statistics.stdev(values) if len(values) > 1 else None, "of_seeds": values},
         **{key: statistics.fmean(run[key]["value"] for run in runs) for key in ("hr@10", "coverage@10")},
         "peer": peer if same else None,
         "ratio_to_peer": ratio if same else None,
+        "paired_peer": paired if same else None,
         "own_best": {
             "name": runs[0]["own_best"]["name"],
             "ndcg@10": statistics.fmean(run["own_best"]["ndcg@10"]["value"] for run in runs),
@@ -123,8 +124,7 @@ def summarise(runs: Sequence[Run], peers: Mapping[str, Any]) -> dict[str, Any]:
 
 def ratios_to_best(summaries: Mapping[str, Mapping[str, Any]]) -> list[float]:
     """The ratio to the best peer, of every log that was compared with it."""
-    compared = [found for found in summaries.values() if found["peer"] and found["peer"]["name"] != GIVEN]
-    return [found["ratio_to_peer"]["value"] for found in compared]
+    return [found["ratio_to_peer"]["value"] for found in summaries.values() if found["ratio_to_peer"]]
 
 
 def mean_ratio(summaries: Mapping[str, Mapping[str, Any]]) -> float | None:
@@ -145,7 +145,8 @@ def own_text(figure: Mapping[str, Any]) -> str:
     return f"{figure['value']:.4f}{spread}"
 
 
-HEADER = ["log", "NDCG@10", "seeds", "best peer", "ratio [95 %]", "own best baseline", "ratio [95 %]",
+HEADER = ["log", "NDCG@10", "seeds", "best peer", "ratio [95 %]", "paired peer", "ratio [95 %]",
+          "own best baseline", "ratio [95 %]",
           "coverage@10", "peer's", "train CPU s", "train wall s"]  # fmt: skip
 
 
@@ -153,13 +154,14 @@ def rows_of(summaries: Mapping[str, Mapping[str, Any]], titles: Mapping[str, str
     """A row for each log, under HEADER."""
     rows = []
     for name, found in summaries.items():
-        peer, own = found["peer"], found["own_best"]
+        peer, own, pair = found["peer"], found["own_best"], found["paired_peer"]
         rows.append([
             titles[name], own_text(found["ndcg@10"]), str(len(found["seeds"])),
             f"{peer['name']} {peer['ndcg@10']:.4f}" if peer else "– (another log or split)",
             ratio_text(found["ratio_to_peer"]),
+            f"{pair['name']} {pair['ndcg@10']:.4f}" if pair else "–", ratio_text(pair["ratio"] if pair else None),
             f"{own['name'].replace('_', ' ')} {own['ndcg@10']:.4f}", ratio_text(own["ratio"]),
-            f"{found['coverage@10']:.2f}", f"{peer['coverage@10']:.2f}" if peer and peer["coverage@10"] else "–",
+            f"{found['coverage@10']:.2f}", f"{peer['coverage@10']:.2f}" if peer else "–",
             f"{found['train_cpu_seconds']:,.0f}", f"{found['train_seconds']:,.0f}",
         ])  # fmt: skip
     return rows
@@ -176,10 +178,7 @@ def notes_on(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if found["live_to_frozen"]:
             notes.append(f"{name}, replayed event by event after the cut: a model that learns as it goes has "
                          f"{ratio_text(found['live_to_frozen'])} of the NDCG@10 of a frozen one.")  # fmt: skip
-    if any(not ratio["paired"] for ratio in ratios):
-        notes.append(UNPAIRED)
-    if any(ratio["paired"] for ratio in ratios):
-        notes.append(PAIRED)
+    notes += [BEST] * bool(ratios) + [PAIRED] * any(found["paired_peer"] for found in summaries.values())
     notes.append(OWN)
     if any(len(found["seeds"]) > 1 for found in summaries.values()):
         notes.append(SEEDS)

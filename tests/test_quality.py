@@ -191,18 +191,17 @@ def test_another_split_is_not_compared(other: dict[str, Any]) -> None:
     assert "another log or split" in report.render({"one": found}, {}, {"one": "One"})
 
 
-def test_a_paired_ratio_takes_the_place_of_the_other() -> None:
-    pair = {"ndcg@10": 0.2, "ratio": {"value": 1.25, "lo": 1.1, "hi": 1.4}}
+def test_a_ratio_is_paired_with_the_best_peer_where_that_is_the_one_made_again() -> None:
+    pair = {"name": "strong", "ndcg@10": 0.2, "ratio": {"value": 1.25, "lo": 1.1, "hi": 1.4}}
     found = report.summarise([a_run(paired_peer=pair)], PEERS)
     assert found["ratio_to_peer"] == {**pair["ratio"], "paired": True}
-    assert found["peer"]["name"] == "strong"
+    assert found["paired_peer"] == pair
     text = report.render({"one": found}, {}, {"one": "One"})
-    assert "1.25 [1.10, 1.40]*" in text
-    assert report.PAIRED in text
-    assert report.UNPAIRED not in text
-    weak = report.summarise([a_run(paired_peer={**pair, "ndcg@10": 0.1})], PEERS)
-    assert weak["peer"]["name"] == report.GIVEN
-    assert report.mean_ratio({"one": weak}) is None
+    assert "1.25 [1.10, 1.40]*" in text and report.PAIRED in text
+    weak = report.summarise([a_run(paired_peer={**pair, "name": "weak"}), a_run(1)], PEERS)
+    assert weak["paired_peer"] is None  # not of every seed
+    weak = report.summarise([a_run(paired_peer={**pair, "name": "weak"})], PEERS)
+    assert weak["ratio_to_peer"]["paired"] is False and weak["paired_peer"]["name"] == "weak"
 
 
 # ---------------------------------------------------------------- tables
@@ -214,7 +213,7 @@ def test_the_table_says_what_it_should() -> None:
     assert row.split("  ")[1].strip() == "0.2600 ± 0.0141"
     for said in ("strong 0.2000", "1.30 [1.05, 1.55]", "item knn 0.2000", "1.30 [1.00, 2.00]", "1,234", "60"):
         assert said in row
-    for note in (report.UNPAIRED, report.OWN, report.SEEDS, "over 1 log: 1.300", "2.00 [1.50, 2.50]"):
+    for note in (report.BEST, report.OWN, report.SEEDS, "over 1 log: 1.300", "2.00 [1.50, 2.50]"):
         assert note in text
 
 
@@ -397,7 +396,7 @@ def test_settings_are_checked_before_anything_runs(
     assert measured == []
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "x"], ["--logs", "nowhere"], ["--yardstick", "y.py"]])
+@pytest.mark.parametrize("arguments", [["--seeds", "x"], ["--logs", "nowhere"]])
 def test_a_wrong_command_line_is_refused(data: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         quality.parse([str(data), *arguments])
