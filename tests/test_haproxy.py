@@ -374,3 +374,20 @@ def test_haproxy_ends_with_its_keeper(ray: Ray) -> None:
     haproxy = haproxy_of(process)
     process.kill()
     until(lambda: not haproxy.is_running() or haproxy.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_it_outlives_rays_manager_but_not_the_raylet(ray: Ray, replica: Replica) -> None:
+    ray.write(replica.port)
+    haproxy = [sys.executable, "-m", "springtide.serving.haproxy", "-db", "-f", str(ray.file), "-dR"]
+    manager = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)"
+    raylet = "import subprocess, sys; subprocess.Popen(sys.argv[1:], process_group=0).wait(); sys.stdin.read()"
+    command = [sys.executable, "-c", raylet, sys.executable, "-c", manager, *haproxy]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    until(lambda: pid_of(ray.admin))
+    kept = pid_of(ray.admin)
+    assert kept is not None
+    os.killpg(psutil.Process(process.pid).children()[0].pid, signal.SIGKILL)  # as a raylet does
+    time.sleep(1.5)
+    assert ray.ask().status == 200
+    process.communicate()  # the raylet ends
+    until(lambda: not psutil.pid_exists(kept))

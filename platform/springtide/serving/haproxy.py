@@ -100,6 +100,7 @@ class Keeper:
 
     def run(self) -> int:
         """Until somebody ends it; the status is HAProxy's."""
+        os.setpgid(0, 0)  # the raylet kills the whole group of a manager that died
         heard, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         for number in (*PASSED_ON, signal.SIGCHLD):
@@ -125,6 +126,7 @@ class Keeper:
     def _keep(self, listening: socket.socket, heard: int) -> int:
         """Answer Ray and start HAProxy again whenever it dies."""
         manager, alone_since = os.getppid(), 0.0
+        raylet = _parent(manager)
         deaths: deque[float] = deque(maxlen=QUICK_DEATHS)
         while self.ended_by is None:
             ready = select.select([listening.fileno(), heard], [], [], 1.0)[0]
@@ -145,7 +147,7 @@ class Keeper:
                     return status
             if os.getppid() != manager:
                 alone_since = alone_since or time.monotonic()
-                if time.monotonic() - alone_since > LINGER_S:
+                if not _alive(raylet) or time.monotonic() - alone_since > LINGER_S:
                     os.kill(os.getpid(), signal.SIGUSR1)
         listening.close()
         self.front.close()  # or callers would wait for nobody
@@ -219,10 +221,19 @@ def _after(given: Sequence[str], flag: str) -> list[str]:
 
 
 def _alive(pid: int) -> bool:
+    return _state(pid)[0] != "Z"
+
+
+def _parent(pid: int) -> int:
+    return int(_state(pid)[1])
+
+
+def _state(pid: int) -> list[str]:
+    """What Linux tells of a process from its state on; as of one that has ended if there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return ["Z", "0"]
 
 
 def _sweep(folder: Path) -> None:
