@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import chaos_wrk
-from chaos_cluster import Cluster, running, small_disk
+from chaos_cluster import SCORER, Cluster, running, small_disk
 from chaos_figures import Counted, Figures, figures, missed
 from harness import describe, machine, markdown, scratch, table, write_result
 from isolation import isolated_place
@@ -181,7 +181,7 @@ class Fault:
 
 FAULTS = {
     "none": Fault("no fault", lambda run: time.monotonic(), 0),
-    "scorer": Fault("kill -9 of one Scorer", kill("ServeReplica:springtide:Scorer")),
+    "scorer": Fault("kill -9 of one Scorer", kill(SCORER)),
     "encoder": Fault("kill -9 of the only TextEncoder", kill("ServeReplica:springtide:TextEncoder")),
     "ingress": Fault("kill -9 of one Ingress", kill("ServeReplica:springtide:Ingress")),
     "proxy": Fault("kill -9 of the proxy", kill("PROXY")),

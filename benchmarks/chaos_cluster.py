@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ TUNED = {
     "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "springtide-haproxy"),
 }
 PROXY = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25"}
+SCORER = "ServeReplica:springtide:Scorer"
 READY_S = 120
 LOST = """
 import json, sys
@@ -157,17 +158,13 @@ class Cluster:
         self.nodes.append([p for p, title in self.processes() if p.pid not in before and "raylet" in title])
 
     def kill_node(self) -> None:
-        """kill -9 of the raylet added last and of everything that it started."""
-        for raylet in self.nodes.pop():
-            try:
-                family = [*raylet.children(recursive=True), raylet]
-            except psutil.Error:
-                continue
-            for process in family:
-                try:
-                    process.kill()
-                except psutil.Error:
-                    continue
+        """kill -9 of the raylet added last and of everything that it started. Raises SystemExit if no Scorer was."""
+        family = {process for raylet in self.nodes.pop() for process in [*raylet.children(recursive=True), raylet]}
+        if not any(process in family and SCORER in title for process, title in self.processes()):
+            raise SystemExit("no Scorer ran on the node that was to be lost")
+        for process in family:
+            with suppress(psutil.Error):
+                process.kill()
 
 
 def _ray() -> Path:

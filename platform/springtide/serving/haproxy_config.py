@@ -34,7 +34,7 @@ Change = Callable[[str, str], list[str]]  # section, line -> what stands in the 
 class Limits:
     """When HAProxy refuses a request; Ingress' own `max_concurrent` stays behind it."""
 
-    at_once: int = MAX_CONCURRENT  # requests that one Ingress gets
+    at_once: int = MAX_CONCURRENT // 2  # requests that one Ingress gets
     waiting: int = MAX_CONCURRENT // 2  # requests that wait for a place in any Ingress; a further one is refused
     wait_ms: int = 1000  # then one that waits is refused too
 
