@@ -13,6 +13,7 @@ import asyncio
 import json
 import random
 import resource
+import signal
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -94,13 +95,14 @@ class Caller:
 
 
 async def steady(url: str, log: Log, clients: int, pause: float, seconds: float) -> None:
-    """`clients` callers, each with a pause after every answer."""
-    end = time.monotonic() + seconds
+    """`clients` callers, each with a pause after every answer, until SIGTERM or for so long."""
+    end, over = time.monotonic() + seconds, asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     async with _session() as session:
 
         async def client() -> None:
             caller = Caller(session, url, log)
-            while time.monotonic() < end:
+            while time.monotonic() < end and not over.is_set():
                 await caller.ask()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
 
