@@ -5,8 +5,8 @@
 
 A cluster in its own network namespace (so only as root on Linux): two Ingress, two Scorers, one TextEncoder, HAProxy
 with the throughput mode or Serve's own proxy, over a small untrained bundle. Eight clients ask, each pausing 50 ms
-after an answer. After a fifth of the time the fault happens; the load goes on until ten seconds after it is over, even if that takes
-longer. In the end every acknowledged event must be in the log. A fault that fails does not end the others.
+after an answer. After a fifth of the time the fault happens; the load goes on until ten seconds after it is over, even
+if that takes longer. In the end every acknowledged event must be in the log. A fault that fails ends no other.
 """
 
 from __future__ import annotations
