@@ -294,7 +294,7 @@ def main() -> None:
                 continue
             except (Exception, SystemExit) as error:  # the others are measured all the same, on a new cluster
                 print(f"{fault.title}: not measured, {error}", flush=True)
-                goals.append(f"{fault.title}: not measured")
+                goals.append(f"{fault.title}: not measured, {str(error).partition(chr(10))[0].rstrip(':')}")
                 stack.close()
                 cluster = None
                 continue

@@ -35,6 +35,8 @@ TUNED = {
     "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "springtide-haproxy"),
 }
 PROXY = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25"}
+# Ray gives its workers the lowest priority but four. Callers would be served first on the cores they share with them.
+PRIORITY = {"RAY_worker_niceness": "0"}
 SCORER = "ServeReplica:springtide:Scorer"
 READY_S = 120
 LOST = """
@@ -212,7 +214,7 @@ def running(place: Place, root: Path, full: Path | None, haproxy: bool) -> Itera
              "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{session}/haproxy/admin.sock",
              "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{session}/haproxy",
              "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{session}/haproxy/server-state"}  # fmt: skip
-    modes = {**PROXY, **({**TUNED, **files} if haproxy else {})}
+    modes = {**PRIORITY, **PROXY, **({**TUNED, **files} if haproxy else {})}
     env = place.environment({"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", **modes})
     store = str(workspace / "history.sqlite3")
     cluster = Cluster(place, root, session, env, gcs, http, redis_port, full, configuration(http, store), store)

@@ -107,7 +107,7 @@ class Keeper:
             signal.signal(number, self._heard)
         try:
             admin = admin_socket(self.config)
-            self.front = take_front(admin, front_addresses(self.config))
+            self.front = take_front(admin, front_addresses(self.config), reuse_port="-dR" not in self.given)
             successor_of = _after(self.given, "-sf")
             if self.front.owner is not None and str(self.front.owner) not in successor_of:
                 self.before = self.front.owner

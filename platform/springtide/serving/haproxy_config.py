@@ -122,8 +122,6 @@ def shedding(config: str, limits: Limits) -> str:
         if section == "defaults" and words[:1] == ["mode"]:
             return [
                 line,
-                f"    default-server maxconn {limits.at_once}",
-                f"    timeout queue {limits.wait_ms}ms",
                 f"    timeout http-request {CALLER_S}s",
                 f"    http-error status 503 {_JSON} string {_quoted(body['unavailable'])} hdr Retry-After 1",
                 f"    http-error status 408 {_JSON} string {_quoted(body['body_timeout'])}",
@@ -131,6 +129,8 @@ def shedding(config: str, limits: Limits) -> str:
         if _SERVED.match(section) and words[:1] == ["http-reuse"]:
             return [
                 line,
+                f"    default-server maxconn {limits.at_once}",
+                f"    timeout queue {limits.wait_ms}ms",
                 # A line for each refused request would cost Ray's collector of metrics more than the refusal.
                 f"    http-request set-log-level silent if {full}",
                 f"    http-request return status 503 {_JSON} string {_quoted(body['overloaded'])}"

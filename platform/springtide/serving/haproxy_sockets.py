@@ -39,15 +39,18 @@ class Front:
             self.sockets.popitem()[1].close()
 
 
-def take_front(admin: Path, addresses: Iterable[str]) -> Front:
-    """The front of the one that serves now, and what it lacks newly bound. Raises SpringtideError if that fails."""
+def take_front(admin: Path, addresses: Iterable[str], reuse_port: bool) -> Front:
+    """The front of the one that serves now, and what it lacks newly bound. Raises SpringtideError if that fails.
+
+    reuse_port: whether others may listen there too, as Ray allows them where several nodes share a machine.
+    """
     front = _handed_over(admin)
     wanted = list(addresses)
     for address in sorted(front.sockets.keys() - wanted):
         front.sockets.pop(address).close()
     for address in wanted:
         if address not in front.sockets:
-            front.sockets[address] = _listen(address)
+            front.sockets[address] = _listen(address, reuse_port)
     return front
 
 
@@ -67,12 +70,13 @@ def _handed_over(admin: Path) -> Front:
     return Front(sockets, owner["pid"], Path(owner["haproxy"]))
 
 
-def _listen(address: str) -> socket.socket:
+def _listen(address: str, reuse_port: bool) -> socket.socket:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     one = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(reuse_port))
         one.bind(("" if host == "*" else host, int(port)))
         one.listen(BACKLOG)
     except OSError as error:
