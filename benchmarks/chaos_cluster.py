@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +32,12 @@ TUNED = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+    "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "springtide-haproxy"),
 }
 PROXY = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25"}
+# Ray gives its workers the lowest priority but four. Callers would be served first on the cores they share with them.
+PRIORITY = {"RAY_worker_niceness": "0"}
+SCORER = "ServeReplica:springtide:Scorer"
 READY_S = 120
 LOST = """
 import json, sys
@@ -65,6 +69,7 @@ class Cluster:
     config: Json
     store: str
     deployed: Json = field(default_factory=dict)
+    nodes: list[list[psutil.Process]] = field(default_factory=list)  # raylets beside the head's
 
     @property
     def url(self) -> str:
@@ -144,28 +149,24 @@ class Cluster:
                 process.terminate()
                 process.wait(20)
 
-    def add_node(self) -> list[psutil.Process]:
-        """A second raylet with room for one Scorer; returns the processes to kill for losing the node."""
+    def add_node(self) -> None:
+        """A second raylet with room for one Scorer."""
         before = {process.pid for process, _ in self.processes()}
         agent, metrics = free_ports(2)
         options = [f"--address=127.0.0.1:{self.gcs}", "--node-ip-address=127.0.0.1", "--num-cpus=1",
                    f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
                    f"--object-store-memory={100 << 20}", "--disable-usage-stats"]  # fmt: skip
         self.place.run([_ray(), "start", *options], self.log, self.env)
-        return [p for p, title in self.processes() if p.pid not in before and "raylet" in title]
+        self.nodes.append([p for p, title in self.processes() if p.pid not in before and "raylet" in title])
 
-    def kill_node(self, raylets: list[psutil.Process]) -> None:
-        """kill -9 of a raylet and of everything that it started."""
-        for raylet in raylets:
-            try:
-                family = [*raylet.children(recursive=True), raylet]
-            except psutil.Error:
-                continue
-            for process in family:
-                try:
-                    process.kill()
-                except psutil.Error:
-                    continue
+    def kill_node(self) -> None:
+        """kill -9 of the raylet added last and of everything that it started. Raises SystemExit if no Scorer was."""
+        family = {process for raylet in self.nodes.pop() for process in [*raylet.children(recursive=True), raylet]}
+        if not any(process in family and SCORER in title for process, title in self.processes()):
+            raise SystemExit("no Scorer ran on the node that was to be lost")
+        for process in family:
+            with suppress(psutil.Error):
+                process.kill()
 
 
 def _ray() -> Path:
@@ -213,7 +214,7 @@ def running(place: Place, root: Path, full: Path | None, haproxy: bool) -> Itera
              "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{session}/haproxy/admin.sock",
              "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": f"{session}/haproxy",
              "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{session}/haproxy/server-state"}  # fmt: skip
-    modes = {**PROXY, **({**TUNED, **files} if haproxy else {})}
+    modes = {**PRIORITY, **PROXY, **({**TUNED, **files} if haproxy else {})}
     env = place.environment({"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", **modes})
     store = str(workspace / "history.sqlite3")
     cluster = Cluster(place, root, session, env, gcs, http, redis_port, full, configuration(http, store), store)

@@ -12,6 +12,19 @@ Request = tuple[float, float, str, str, str]  # begin, seconds, kind, outcome, w
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Requests that were sent beside the steady load and are not told apart."""
+
+    sent: int
+    failed: int
+    degraded: int
+    shed: int
+    slowest: float
+    seconds: float
+    reasons: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Figures:
     """Of one fault; times in seconds."""
 
@@ -26,28 +39,29 @@ class Figures:
     reasons: dict[str, int]  # what the failed ones said, the most frequent first
 
 
-def figures(steady: Sequence[Request], more: Sequence[Request], since: float) -> Figures:
+def figures(steady: Sequence[Request], beside: Sequence[Counted], since: float) -> Figures:
     """Figures of the steady load and of what was sent beside it; only the steady one tells of gaps and recovery.
 
     since: when the fault was repaired, or happened where nothing is repaired. Raises ValueError without any request.
     """
     if not steady:
         raise ValueError("no request was sent")
-    everything = [*steady, *more]
-    counts = Counter(outcome for *_, outcome, _ in everything)
+    counts = Counter(outcome for *_, outcome, _ in steady)
     answered = sorted(
         begin + took for begin, took, kind, outcome, _ in steady if kind != "events" and outcome in ("ok", "degraded")
     )
     edges = [min(begin for begin, *_ in steady), *answered, max(begin + took for begin, took, *_ in steady)]
     trouble = [begin + took for begin, took, _, outcome, _ in steady if outcome != "ok" or took > SLOW_S]
-    reasons = Counter(said for *_, outcome, said in everything if outcome == "failed")
+    reasons = Counter(said for *_, outcome, said in steady if outcome == "failed")
+    for more in beside:
+        reasons.update(more.reasons)
     return Figures(
-        sent=len(everything),
-        failed=counts["failed"],
-        degraded=counts["degraded"],
-        shed=counts["shed"],
+        sent=len(steady) + sum(more.sent for more in beside),
+        failed=counts["failed"] + sum(more.failed for more in beside),
+        degraded=counts["degraded"] + sum(more.degraded for more in beside),
+        shed=counts["shed"] + sum(more.shed for more in beside),
         refused=counts["refused"],
-        slowest=max(took for _, took, *_ in everything),
+        slowest=max([took for _, took, *_ in steady] + [more.slowest for more in beside]),
         gap=max(after - before for before, after in zip(edges, edges[1:], strict=False)),
         recovered=max(0.0, max(trouble, default=since) - since),
         reasons=dict(reasons.most_common(5)),

@@ -1,10 +1,9 @@
 """Load for benchmarks/chaos.py, from a process of its own: what each request became, which events were acknowledged.
 
-    python benchmarks/chaos_load.py URL OUT.json --seconds 180 [--clients 8 --pause 0.05 | --rate 2000 | --stall 200]
+    python benchmarks/chaos_load.py URL OUT.json --seconds 180 [--clients 8 --pause 0.05 | --stall 200]
 
 Clients ask for recommendations, some with a query, and send events. An event that was not acknowledged is sent again
-with the same event_id, as a caller should. With --rate requests start at that rate, whether others were answered or
-not; with --stall connections send half a request each and wait.
+with the same event_id, as a caller should. With --stall connections send half a request each and wait.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import asyncio
 import json
 import random
 import resource
+import signal
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -25,7 +25,6 @@ import aiohttp
 
 PATIENCE_S = 10.0  # then a request has failed
 USERS = 40
-MOST_OPEN = 4000  # requests under way with --rate; a port each
 Json = dict[str, Any]
 
 
@@ -37,7 +36,7 @@ def outcome_of(status: int, retry_after: bool, answer: Any) -> str:
         code = answer.get("error", {}).get("code", "") if isinstance(answer, dict) else ""
         if code == "store_unavailable":
             return "refused"
-        return "failed" if code == "scorer_unavailable" else "shed"
+        return "failed" if code in ("scorer_unavailable", "unavailable") else "shed"
     return "failed"
 
 
@@ -96,31 +95,18 @@ class Caller:
 
 
 async def steady(url: str, log: Log, clients: int, pause: float, seconds: float) -> None:
-    """`clients` callers, each with a pause after every answer."""
-    end = time.monotonic() + seconds
+    """`clients` callers, each with a pause after every answer, until SIGTERM or for so long."""
+    end, over = time.monotonic() + seconds, asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, over.set)
     async with _session() as session:
 
         async def client() -> None:
             caller = Caller(session, url, log)
-            while time.monotonic() < end:
+            while time.monotonic() < end and not over.is_set():
                 await caller.ask()
                 await asyncio.sleep(pause * random.uniform(0.5, 1.5))
 
         await asyncio.gather(*(client() for _ in range(clients)))
-
-
-async def burst(url: str, log: Log, rate: float, seconds: float) -> None:
-    """Requests that start at `rate` per second, as far as this process is able to."""
-    begin, started, running = time.monotonic(), 0, set()
-    async with _session() as session:
-        while (passed := time.monotonic() - begin) < seconds:
-            for _ in range(min(int(rate * passed) - started, MOST_OPEN - len(running))):
-                task = asyncio.create_task(Caller(session, url, log).ask())
-                running.add(task)
-                task.add_done_callback(running.discard)
-                started += 1
-            await asyncio.sleep(0.005)
-        await asyncio.gather(*running)
 
 
 async def stall(url: str, connections: int, seconds: float) -> None:
@@ -150,15 +136,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--pause", type=float, default=0.05, help="seconds between an answer and the next request")
-    parser.add_argument("--rate", type=float, help="requests per second, in place of clients")
     parser.add_argument("--stall", type=int, help="connections that send half a request, in place of clients")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     log = Log()
     if args.stall is not None:
         asyncio.run(stall(args.url, args.stall, args.seconds))
-    elif args.rate is not None:
-        asyncio.run(burst(args.url, log, args.rate, args.seconds))
     else:
         asyncio.run(steady(args.url, log, args.clients, args.pause, args.seconds))
     args.out.write_text(json.dumps({"requests": log.requests, "acknowledged": log.acknowledged}))

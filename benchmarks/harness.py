@@ -193,6 +193,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same for a document."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
 @contextmanager
 def scratch(keep: Path | None) -> Iterator[Path]:
     """A folder for data and logs: `keep` if given (and then kept), else a temporary one that is removed."""

@@ -6,6 +6,7 @@ import pytest
 
 from chaos_figures import Request, figures, missed
 from chaos_load import outcome_of
+from chaos_wrk import counted
 
 
 def request(begin: float, took: float = 0.1, outcome: str = "ok", kind: str = "recommend") -> Request:
@@ -18,7 +19,8 @@ def request(begin: float, took: float = 0.1, outcome: str = "ok", kind: str = "r
         (200, False, {"items": []}, "ok"),
         (200, False, {"items": [], "degraded": True}, "degraded"),
         (503, True, {"error": {"code": "overloaded"}}, "shed"),
-        (503, True, None, "shed"),  # by the proxy
+        (503, True, None, "shed"),  # by Serve's own proxy
+        (503, True, {"error": {"code": "unavailable"}}, "failed"),  # HAProxy found no Ingress, or none in time
         (503, False, {"error": {"code": "overloaded"}}, "failed"),
         (503, True, {"error": {"code": "store_unavailable"}}, "refused"),
         (503, True, {"error": {"code": "scorer_unavailable"}}, "failed"),
@@ -44,10 +46,16 @@ def test_silence_to_the_end_is_a_gap() -> None:
 
 def test_recovery_counts_from_the_repair_to_the_last_trouble_of_the_steady_load() -> None:
     steady = [request(0), request(5, outcome="shed"), request(6, took=1.5), request(8)]
-    more = [request(20, outcome="shed")]
-    assert figures(steady, more, since=4.0).recovered == pytest.approx(3.5)
-    assert figures(steady, more, since=9.0).recovered == 0
-    assert figures(steady, more, since=4.0).shed == 2
+    assert figures(steady, [], since=4.0).recovered == pytest.approx(3.5)
+    assert figures(steady, [], since=9.0).recovered == 0
+
+
+def test_what_was_sent_beside_is_counted_too() -> None:
+    printed = {"ok": 90, "degraded": 1, "shed": 900, "failed": 2, "broken": 3, "slowest": 4.5, "seconds": 5.0,
+               "reason": "500 oops"}  # fmt: skip
+    found = figures([request(0), request(5, outcome="shed")], [counted(printed)], since=4.0)
+    assert (found.sent, found.failed, found.degraded, found.shed) == (998, 5, 1, 901)
+    assert found.slowest == 4.5 and found.reasons == {"connection broken": 3, "500 oops": 2}
 
 
 def test_missed_goals() -> None:

