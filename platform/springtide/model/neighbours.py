@@ -78,12 +78,28 @@ class Neighbours(nn.Module):
         whether items already in the history must be scored right too; columns: [N] catalogue rows to score, absent:
         all. Returns [P, I] or [P, N], zero for items that are not among the M.
         """
+        asked, spread = self._asked(columns)  # which of the M are wanted, and where they go
+        total = self.among(items, moments, weights, owned, repeats, asked)
+        if spread is None:
+            return total
+        width = self.catalogue if columns is None else len(columns)
+        return torch.zeros(len(moments), width, device=items.device).index_copy(1, spread, total)
+
+    def among(
+        self,
+        items: Tensor,
+        moments: Tensor,
+        weights: Tensor,
+        owned: tuple[Tensor, Tensor] | None = None,
+        repeats: bool = True,
+        asked: Tensor | None = None,
+    ) -> Tensor:
+        """The scores of the M items, or of the places `asked` among them, in their order; the rest as in `forward`."""
         row, at = moments.unbind(1)
         places = self.place[items]  # [B, L]
         scale = torch.exp(self.log_scale) / self.unit
         length = (at + 1).float() ** -0.5  # a long history says more than a short one, but not as many times more
         weight_of = {SHORT_DECAY: weights[:, 0] * scale[0], 1.0: weights[:, 1] * scale[1] * length}
-        asked, spread = self._asked(columns)  # which of the M are wanted, and where they go
         inverse, diagonal = self.inverse, self.inverse.diagonal()[None]
         if asked is not None:
             inverse, diagonal = inverse[:, asked], diagonal[:, asked]
@@ -101,10 +117,7 @@ class Neighbours(nn.Module):
             for decay, weight in weight_of.items():
                 own_weight = self._own_weight(places, row, at, decay)
                 total = total + weight[:, None] * (own_weight if asked is None else own_weight[:, asked])
-        if spread is None:
-            return total
-        width = self.catalogue if columns is None else len(columns)
-        return torch.zeros(len(row), width, device=items.device).index_copy(1, spread, total)
+        return total
 
     def _asked(self, columns: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(places among the M, columns they go to); None = all of them, and none = they are the catalogue already."""
