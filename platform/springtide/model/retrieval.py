@@ -71,10 +71,6 @@ class Retrieval:
         self._recent = None if channels.recent is None else channels.recent.table[-1].clone()
         self._counted = self._changed = self._drifted = NOTHING
 
-    def answers(self, question: Question) -> bool:
-        """Whether there is an index for this kind of request."""
-        return question.text is None or "queries" in self.index.indexes
-
     def changed(self, rows: np.ndarray) -> None:
         """These catalogue rows are new or have another text."""
         self._changed = np.union1d(self._changed, rows)
