@@ -92,7 +92,7 @@ def score_rows(
     columns = torch.from_numpy(rows)
     total = torch.zeros(len(rows))
     for query, keys in question.products.values():
-        total += keys[columns] @ query
+        total += torch.mv(keys.index_select(0, columns), query)
     total += _of_counts(question, columns)
     borrowing = model.channels.borrowing
     if borrowing is not None and (question.counted is not None or question.recent):
@@ -110,9 +110,9 @@ def _of_counts(question: Question, rows: Tensor) -> Tensor:
     """What the counting channels that can be lent say of rows of any shape."""
     total = torch.zeros(rows.shape)
     if question.counted is not None:
-        total += question.counted[rows]
+        total += question.counted.take(rows)
     if question.level is not None and question.recent:
-        total += question.recent * question.level[rows]
+        total += question.recent * question.level.take(rows)
     return total
 
 

@@ -1,7 +1,7 @@
 """The best items of a large catalogue without scoring all of it: candidates from an index and counts, scored exactly.
 
-Candidates of a request are what the index finds for the part of its scores that is a product, the items that
-transitions and neighbours of its history speak for, those that borrow most from these, and whatever the index does not
+Candidates of a request are what the index finds for the part of its scores that is a product, the items of which
+transitions and neighbours of its history say most, those that borrow most from these, and whatever the index does not
 know as it is now. Scores are exact; only an item that is no candidate can be missed. How many are is measured when a
 bundle is written. An answer never has fewer items than the catalogue would allow.
 """
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 DEPTH = 1000  # rows that are taken from an index: what its codes blur is among them
 EXACT_BELOW = 10_000  # allowed items up to which all are scored, as quick as asking the index
 BORROWERS = 256  # kept of an item that lends
-LENT_FROM, BORROWED = 64, 500  # lenders that a request looks at, and the borrowers it takes from them
+SPOKEN_FOR = 2000  # rows that transitions and neighbours may add
+LENT_FROM, BORROWED = 64, 1000  # lenders that a request looks at, and pairs with a borrower that it takes of them
 DRIFTED = 2000  # items whose popularity has changed most since the index was made, which are always candidates
 
 
@@ -115,25 +116,36 @@ class Retrieval:
         asked: dict[str, list[np.ndarray]] = {}
         if question.products:
             asked["histories"] = query_parts(question, self.index.parts, indexes["histories"].widths)
-            found += [question.touched, self._borrowing(question)]
+            found += [self._spoken_for(question), self._borrowing(question)]
         if question.text is not None:
             asked["queries"] = [question.text]
         for kind, query in asked.items():
             index = indexes[kind]
             found.append(ann.search(index.with_probes(index.lists) if exhaustive else index, query, depth, allowed))
-        rows = np.unique(np.concatenate(found).astype(np.int64))
-        return rows[allowed[rows]]
+        among = np.zeros(len(allowed), bool)
+        for rows in found:
+            among[rows] = True
+        return np.flatnonzero(among & allowed)
 
     def _borrowing(self, question: Question) -> np.ndarray:
-        """The rows that borrow most of what transitions and neighbours say: [n], n <= BORROWED."""
+        """The rows that borrow most of what transitions and neighbours say: [n], with repeats, n <= BORROWED."""
         index = self.index
         if question.counted is None or not len(index.lenders):
             return NOTHING
         lendable = question.counted.numpy()[index.lenders]
-        most = np.argpartition(-lendable, min(LENT_FROM, len(lendable)) - 1)[:LENT_FROM]
-        most = most[lendable[most] > 0]
-        rows, place = np.unique(index.borrowers[most], return_inverse=True)
-        lent = np.bincount(place.ravel(), (index.shares[most] * lendable[most, None]).ravel(), minlength=len(rows))
-        lent[rows < 0] = 0
-        order = np.argsort(-lent, kind="stable")[:BORROWED]
-        return rows[order[lent[order] > 0]]
+        most = _greatest(lendable, LENT_FROM)
+        lent = index.shares[most] * lendable[most, None]
+        pairs = _greatest(lent.ravel(), BORROWED)
+        rows = index.borrowers[most].ravel()[pairs]
+        return rows[rows >= 0]
+
+    def _spoken_for(self, question: Question) -> np.ndarray:
+        """The rows of which transitions and neighbours say most: [n], with repeats, n <= SPOKEN_FOR."""
+        if question.counted is None:
+            return NOTHING
+        return question.touched[_greatest(question.counted.numpy()[question.touched], SPOKEN_FOR)]
+
+
+def _greatest(values: np.ndarray, most: int) -> np.ndarray:
+    """The places of the `most` greatest of values [n], in no order."""
+    return np.argpartition(-values, most)[:most] if len(values) > most else np.arange(len(values))
