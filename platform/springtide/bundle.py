@@ -80,7 +80,7 @@ def write_bundle(
 
     items: schemas.ITEMS; tables: the counts in it; text_vectors: [I, D] float32 normalised, zero row = no text;
     log: content hash of the prepared log; features: what made the model's text features of them; histories: of users,
-    by which an index is measured, absent: random ones. Raises SpringtideError if the disk refuses.
+    by which an index is measured, too few: random ones too. Raises SpringtideError if the disk refuses.
     """
     with publish_directory(path) as out:
         save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors")
@@ -107,7 +107,9 @@ def write_bundle(
         kept = parity.sample(recommender, tables.end)
         write_json(out / "parity.json", kept)
         if len(items) >= settings.train.ann_items:
-            asked = [*histories] or [recommender.history(case["events"])[0] for case in kept["cases"]]
+            asked = [history for history in histories if len(history)]
+            if len(asked) < parity.CASES:
+                asked += [recommender.history(case["events"])[0] for case in kept["cases"]]
             retrieval, figures = make_index(recommender, asked, settings.train.ann_recall)
             save_arrays(retrieval.index.arrays(), out / INDEX)
             metrics = {**metrics, "index": figures}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from springtide.model import ann
-from springtide.model.batch import History
+from springtide.model.batch import EMPTY, History
 from springtide.model.question import key_parts, part_names
 from springtide.model.recommender import Recommender
 from springtide.model.retrieval import BORROWERS, DEPTH, Index, Retrieval
@@ -23,6 +23,7 @@ Json = dict[str, Any]
 K = 10  # recall is of the best so many
 SAMPLE = 400  # requests of each kind
 BATCH = 8  # of them scored exactly at once
+QUERY_COSINE = 0.7  # of a query and the text that it is after, as sentence encoders give it
 SEED = 0
 
 Ask = tuple[Sequence[History], np.ndarray | None]  # histories, and free-text queries [B, D]
@@ -31,7 +32,7 @@ Ask = tuple[Sequence[History], np.ndarray | None]  # histories, and free-text qu
 def make_index(recommender: Recommender, histories: Sequence[History], recall: float) -> tuple[Retrieval, Json]:
     """An index over the recommender's catalogue, and its figures.
 
-    histories: of users, to choose and measure by; recall: of the K best items, from 0 to 1. The figures are
+    histories: of users, two at least, to choose and measure by; recall: of the K best items, from 0 to 1. The figures are
     {"items", "depth", "histories": {...}, "queries": {...}}, each with lists, probes, bytes, build_seconds, recall@10
     and the requests it was measured on.
     """
@@ -62,17 +63,23 @@ def make_index(recommender: Recommender, histories: Sequence[History], recall: f
 
 
 def sample(recommender: Recommender, histories: Sequence[History]) -> dict[str, Ask]:
-    """The requests that recall is measured on: histories, and texts of items in the place of queries."""
+    """The requests that recall is measured on: histories, and in the place of queries what is like the text of an item.
+
+    No item's text is its own query: each is turned away from it to a cosine of QUERY_COSINE in a random direction.
+    """
     rng = np.random.default_rng(SEED)
     some = [history for history in histories if len(history)]
     picked = rng.choice(len(some), min(SAMPLE, len(some)), replace=False)
     found: dict[str, Ask] = {"histories": ([some[place] for place in picked], None)}
     texts = recommender.text_vectors
-    if texts is not None:
-        described = np.flatnonzero(np.abs(texts).sum(1) > 0)
+    described = np.zeros(0, np.int64) if texts is None else np.flatnonzero(np.abs(texts).sum(1) > 0)
+    if texts is not None and len(described) > 1:
         rows = rng.choice(described, min(SAMPLE, len(described)), replace=False)
-        empty = History(*(np.zeros(0, kind) for kind in (np.int64, np.int64, np.float32, np.int64)))
-        found["queries"] = ([empty] * len(rows), texts[rows])
+        away = rng.standard_normal((len(rows), texts.shape[1]))
+        away /= np.linalg.norm(away, axis=1, keepdims=True)
+        turned = QUERY_COSINE * texts[rows] + (1 - QUERY_COSINE**2) ** 0.5 * away
+        turned /= np.linalg.norm(turned, axis=1, keepdims=True)
+        found["queries"] = ([EMPTY] * len(rows), turned.astype(np.float32))
     return found
 
 
