@@ -24,6 +24,7 @@ K = 10  # recall is of the best so many
 SAMPLE = 400  # requests of each kind
 BATCH = 8  # of them scored exactly at once
 QUERY_COSINE = 0.7  # of a query and the text that it is after, as sentence encoders give it
+LEAST = 1 / 64  # of the lists: almost free, and a margin for requests unlike those of the sample
 SEED = 0
 
 Ask = tuple[Sequence[History], np.ndarray | None]  # histories, and free-text queries [B, D]
@@ -32,9 +33,9 @@ Ask = tuple[Sequence[History], np.ndarray | None]  # histories, and free-text qu
 def make_index(recommender: Recommender, histories: Sequence[History], recall: float) -> tuple[Retrieval, Json]:
     """An index over the recommender's catalogue, and its figures.
 
-    histories: of users, two at least, to choose and measure by; recall: of the K best items, from 0 to 1. The figures are
-    {"items", "depth", "histories": {...}, "queries": {...}}, each with lists, probes, bytes, build_seconds, recall@10
-    and the requests it was measured on.
+    histories: of users, two at least, to choose and measure by; recall: of the K best items, from 0 to 1. The figures
+    are {"items", "depth", "histories": {...}, "queries": {...}}, each with lists, probes, bytes, build_seconds,
+    recall@10 and the requests it was measured on.
     """
     model = recommender.model
     began = time.perf_counter()
@@ -120,11 +121,11 @@ def _recall(recommender: Recommender, retrieval: Retrieval, ask: Ask, exact: lis
 
 
 def _choose_probes(recommender: Recommender, index: Index, kind: str, ask: Ask, recall: float) -> ann.Ann:
-    """The index of one kind with the fewest lists read, doubled from 1 on, that reach the recall; all if none does."""
+    """The index of one kind with the fewest lists read that reach the recall, or all, doubled from LEAST of them on."""
     whole = index.indexes[kind]
     half = _half(ask, 0)
     exact = _exact(recommender, half)
-    probes = 1
+    probes = max(1, round(LEAST * whole.lists))
     while probes < whole.lists:
         tried = whole.with_probes(probes)
         if _recall(recommender, Retrieval(_with(index, kind, tried), recommender), half, exact) >= recall:

@@ -54,7 +54,7 @@ class Recommender:
         self._action_index = {action: number for number, action in enumerate(actions)}
         self._device = torch.device("cpu")
         self._observed = np.zeros(len(item_ids), bool)  # taken since the model was trained
-        self._retrieval: Retrieval | None = None
+        self.retrieval: Retrieval | None = None  # finds the best items without scoring all
         self._read_catalogue()
 
     @torch.inference_mode()
@@ -77,14 +77,9 @@ class Recommender:
         """[I, dim] of the items, on the model's device."""
         return self._vectors
 
-    @property
-    def retrieval(self) -> Retrieval | None:
-        """What finds the best items without scoring all; None without an index, and on a GPU, which need not."""
-        return self._retrieval if self._device.type == "cpu" else None
-
     def use_index(self, index: Index | None) -> None:
         """Find the best items by an index that was made of this very state; None: by scoring all."""
-        self._retrieval = None if index is None else Retrieval(index, self)
+        self.retrieval = None if index is None else Retrieval(index, self)
 
     def release(self) -> None:
         """Let go of what exact scoring keeps ready, as much again as the keys of all items; made again when needed."""
@@ -116,12 +111,14 @@ class Recommender:
         if self._transitions is not None:
             self._transitions.resize(len(self.item_ids), len(self.item_ids))
         self._read_catalogue()
-        if self._retrieval is not None:
-            self._retrieval.changed(np.unique(rows))
+        if self.retrieval is not None:
+            self.retrieval.changed(np.unique(rows))
 
     def to(self, device: str) -> Recommender:
         """Move the model to a device such as "cuda". Answers stay arrays on the CPU. Returns self."""
         self._device = torch.device(device)
+        if self._device.type != "cpu":
+            self.retrieval = None  # a GPU scores all items sooner than a CPU finds some
         self.model.to(self._device)
         self._vectors = self._vectors.to(self._device)
         return self
@@ -302,8 +299,8 @@ class Recommender:
         self._observed |= np.bincount(items, minlength=len(self.popularity)) > 0
         self.recommendable |= self._observed
         self.found_by_query |= self._observed
-        if self._retrieval is not None:
-            self._retrieval.observed(np.unique(items))
+        if self.retrieval is not None:
+            self.retrieval.observed(np.unique(items))
 
     @torch.inference_mode()
     def interests(self, history: History) -> Interests:
