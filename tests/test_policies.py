@@ -33,7 +33,7 @@ ACTIONS = ("view", "buy", "impression")
 class Shelf:
     """A recommender of given scores, whatever the history."""
 
-    text_vectors = None
+    text_vectors = retrieval = None
 
     def __init__(self, scores: Sequence[float], categories: list[list[str]], seed: int) -> None:
         self.scores, self.categories = np.asarray(scores, np.float32), categories

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ from springtide import parity
 from springtide.config import Settings
 from springtide.errors import SpringtideError
 from springtide.files import publish_directory, verify_manifest, write_json, write_manifest
+from springtide.model.batch import History
 from springtide.model.fusion import FusionModel
+from springtide.model.indexing import make_index
+from springtide.model.question import part_names
 from springtide.model.recommender import Recommender
+from springtide.model.retrieval import Index
+from springtide.model.retrieval import from_arrays as index_from_arrays
 from springtide.model.tables import Tables, from_arrays
 from springtide.schemas import ITEMS, check_schema
 from springtide.text.features import TextFeatures
@@ -40,6 +46,7 @@ FILES = (
     "parity.json",
     "text.safetensors",
 )
+INDEX = "index.safetensors"  # only of a large catalogue, see train.ann_items
 
 
 @dataclass(frozen=True)
@@ -67,12 +74,13 @@ def write_bundle(
     metrics: dict[str, Any],
     log: str | None = None,
     features: TextFeatures | None = None,
+    histories: Sequence[History] = (),
 ) -> None:
     """Write a bundle beside `path` and rename it into place.
 
     items: schemas.ITEMS; tables: the counts in it; text_vectors: [I, D] float32 normalised, zero row = no text;
-    log: content hash of the prepared log; features: what made the model's text features of them. Raises SpringtideError
-    if the disk refuses.
+    log: content hash of the prepared log; features: what made the model's text features of them; histories: of users,
+    by which an index is measured, too few: random ones too. Raises SpringtideError if the disk refuses.
     """
     with publish_directory(path) as out:
         save_tensors({k: v.contiguous() for k, v in model.state_dict().items()}, out / "model.safetensors")
@@ -94,10 +102,18 @@ def write_bundle(
                 "settings": settings.model_dump(mode="json"),
             },
         )
-        write_json(out / "metrics.json", metrics)
         training = model.training
         recommender = _recommender(model, settings, counted, actions, tables, vectors)
-        write_json(out / "parity.json", parity.sample(recommender, tables.end))
+        kept = parity.sample(recommender, tables.end)
+        write_json(out / "parity.json", kept)
+        if len(items) >= settings.train.ann_items:
+            asked = [history for history in histories if len(history)]
+            if len(asked) < parity.CASES:
+                asked += [recommender.history(case["events"])[0] for case in kept["cases"]]
+            retrieval, figures = make_index(recommender, asked, settings.train.ann_recall)
+            save_arrays(retrieval.index.arrays(), out / INDEX)
+            metrics = {**metrics, "index": figures}
+        write_json(out / "metrics.json", metrics)
         model.train(training)
         write_manifest(out)
 
@@ -110,7 +126,8 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     path = Path(path).absolute()
     if verify:
         listed = verify_manifest(path, "bundle")["files"]
-        if unlisted := [name for name in FILES if name not in listed]:
+        expected = (*FILES, *([INDEX] if (path / INDEX).exists() else []))
+        if unlisted := [name for name in expected if name not in listed]:
             raise SpringtideError(
                 f"bundle {path}: manifest.json has no checksum of {unlisted[0]}; write the bundle again"
             )
@@ -139,11 +156,13 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         )
         model.load_state_dict(state)
         tables.fill(model)
+        index = _load_index(path, metrics, model, len(items))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, pa.ArrowException) as error:
         raise SpringtideError(
             f"cannot load the bundle {path}: {' '.join(str(error).split())[:300]}; train it again"
         ) from None
     recommender = _recommender(model, settings, items, config["actions"], tables, vectors)
+    recommender.use_index(index)
     version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
     return Bundle(path, version, settings, metrics, recommender, kept, features, config.get("log"))
 
@@ -153,7 +172,17 @@ def check_parity(bundle: Bundle) -> float:
 
     Returns the greatest relative deviation. Raises SpringtideError if it does not.
     """
-    return parity.check(bundle.recommender, bundle.parity, f"bundle {bundle.path}")
+    apart = parity.check(bundle.recommender, bundle.parity, f"bundle {bundle.path}")
+    if bundle.recommender.retrieval is not None:
+        bundle.recommender.release()  # hardly ever needed again
+    return apart
+
+
+def _load_index(path: Path, metrics: dict[str, Any], model: FusionModel, items: int) -> Index | None:
+    """The index that the metrics tell of. Raises OSError, ValueError or KeyError if it is not there or is another."""
+    if "index" not in metrics:
+        return None
+    return index_from_arrays(load_arrays(path / INDEX), part_names(model), items)
 
 
 def _recommender(

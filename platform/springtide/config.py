@@ -135,6 +135,10 @@ class TrainConfig(Section):
     # Popularity is damped in what is recommended, so that lists reach more of the catalogue, as far as that costs at
     # most this share of the validation NDCG@10. 0 = no damping.
     coverage_cost: float = Field(0.01, ge=0, le=1)
+    # From this many items on the bundle holds an index (FAISS), so that an answer scores some thousand candidates in
+    # place of all. It reads as little as still finds `ann_recall` of the ten best items that scoring all would find.
+    ann_items: int = Field(1_000_000, ge=40)
+    ann_recall: float = Field(0.98, gt=0, le=1)
     # Beside the next item, learn what it will be rated (squared error of standardised ratings, where there is one) and
     # whether it will be taken (against random others), with these weights. 0 = no such head.
     rating_weight: float = Field(0.0, ge=0)

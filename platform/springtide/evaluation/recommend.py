@@ -40,9 +40,8 @@ class RecommendBatch:
 
     def _rank(self, batch: pa.Table) -> pa.Table:
         histories = histories_of(batch)
-        scores = self.recommender.score(histories).logits
         seen = [history.items for history in histories] if self.exclude_seen else None
-        rows, values = self.recommender.top_k(scores, self.k, seen)
+        rows, values = self.recommender.best(histories, self.k, seen)
         found = rows >= 0
         ids = np.array(self.recommender.item_ids, dtype=object)
         return pa.table(

@@ -129,6 +129,13 @@ class Borrowing(nn.Module):
         lent = F.embedding_bag(lenders, lendable.T.contiguous(), per_sample_weights=weights, mode="sum")
         return own.index_add(1, place, lent.T)
 
+    @torch.no_grad()
+    def shares(self, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Who of `items` [N] borrows [n] (places in them), from which catalogue rows [n, M], and what counts [n, M]."""
+        place = self._borrows(items, None).nonzero()[:, 0]
+        borrower = items[place]
+        return place, self.lenders[borrower], self._weights(borrower, self.events[borrower])
+
     def _weights(self, borrower: Tensor, events: Tensor) -> Tensor:
         """[n, M]: what each lender's score counts for items `borrower` [n] of so many `events` [n]."""
         kappa = torch.exp(self.log_kappa)

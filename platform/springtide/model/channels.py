@@ -51,9 +51,16 @@ class RecentPopularity(nn.Module):
 
     def forward(self, now: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """now: [P] int64 ms -> ([P, I] or [P, N] of `columns`, [P] bool: is that time after an edge?)."""
-        bucket = torch.searchsorted(self.edges, now, right=True) - 1
+        bucket, there = self.bucket(now)
+        if columns is not None and len(now) < len(self.edges):  # a few moments: not a column is read that is not theirs
+            return self.table[bucket[:, None], columns], there
         table = self.table if columns is None else self.table[:, columns]
-        return table[bucket.clamp(min=0)], bucket >= 0
+        return table[bucket], there
+
+    def bucket(self, now: Tensor) -> tuple[Tensor, Tensor]:
+        """now: [P] int64 ms -> (rows of the table [P], is that time after an edge? [P] bool)."""
+        row = torch.searchsorted(self.edges, now, right=True) - 1
+        return row.clamp(min=0), row >= 0
 
 
 def _in_means(counts: np.ndarray) -> np.ndarray:

@@ -75,23 +75,33 @@ class Neighbours(nn.Module):
         columns: [N] catalogue rows to score, absent: all. Returns [P, I] or [P, N], zero for items that are not among
         the M.
         """
+        asked, spread = self._asked(columns)  # which of the M are wanted, and where they go
+        total = self.among(items, moments, weights, owned, asked)
+        if spread is None:
+            return total
+        width = self.catalogue if columns is None else len(columns)
+        return torch.zeros(len(moments), width, device=items.device).index_copy(1, spread, total)
+
+    def among(
+        self,
+        items: Tensor,
+        moments: Tensor,
+        weights: Tensor,
+        owned: tuple[Tensor, Tensor] | None = None,
+        asked: Tensor | None = None,
+    ) -> Tensor:
+        """The scores of the M items, or of the places `asked` among them, in their order; the rest as in `forward`."""
         row, at = moments.unbind(1)
         places = self.place[items]  # [B, L]
         reading = self._reading(at, weights, items.shape[1])
-        asked, spread = self._asked(columns)  # which of the M are wanted, and where they go
         if len(row) and (owned is not None or len(row) > len(items)):
             # Many moments share a history: what each of its events says is made once, for a matrix product to add up.
             first = torch.searchsorted(row.contiguous(), row.contiguous())  # of the moments of the same history
             slot = torch.arange(len(row), device=row.device) - first
             shape = len(items), int(slot.max()) + 1, items.shape[1]
             each = reading.new_zeros(shape).index_put((row, slot), reading)
-            total = (each @ self._strength(places, owned, asked))[row, slot]
-        else:
-            total = self._read(places[row], reading, asked)
-        if spread is None:
-            return total
-        width = self.catalogue if columns is None else len(columns)
-        return torch.zeros(len(row), width, device=items.device).index_copy(1, spread, total)
+            return (each @ self._strength(places, owned, asked))[row, slot]
+        return self._read(places[row], reading, asked)
 
     def _reading(self, at: Tensor, weights: Tensor, length: int) -> Tensor:
         """[P, L]: what every event of a history counts for at moments that are its events `at` [P]."""

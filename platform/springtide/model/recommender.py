@@ -6,81 +6,25 @@ Item ids outside, catalogue rows inside. Arrays in, arrays out; no files, no Ray
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 
+from springtide.model.answers import Interests, Judgement, NewItem, Observed, Reasons, Scores
 from springtide.model.batch import EMPTY, History, scoring_batch
 from springtide.model.explain import SHARES, by_event, shares
 from springtide.model.frozen import FrozenModel
 from springtide.model.fusion import FusionModel, Interest
 from springtide.model.memory import count_transitions
+from springtide.model.question import Question, ask
+from springtide.model.retrieval import Index, Retrieval
 from springtide.model.tables import Tables
 from springtide.model.top_k import top_k
 
 QUERY_TEMPERATURE = 0.05  # cosines of sentence encoders differ by hundredths; this spreads them like logits
 NEAREST = 10
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the model thinks of the whole catalogue for B requests."""
-
-    logits: np.ndarray  # [B, I] float32, -inf = can never be recommended
-    gate_short: np.ndarray  # [B] float32, mean weight of the short branch, NaN for an empty history
-
-
-@dataclass(frozen=True)
-class Interests:
-    """What one history of n events says of its owner."""
-
-    attention_long: np.ndarray  # [n] weights of the events in the long branch, sum 1
-    attention_short: np.ndarray  # [n] in the short branch
-    gate_short: float
-    items_long: np.ndarray  # [10] catalogue rows nearest the long branch's interest, best first; none without a branch
-    items_short: np.ndarray  # [10] nearest the short branch's
-    channels: dict[str, float]  # weight of each counting channel, in the order of Channels.names
-
-
-@dataclass(frozen=True)
-class Reasons:
-    """Why N items have their scores after a history of n events."""
-
-    shares: dict[str, np.ndarray]  # of each name in explain.SHARES: [N] float32; they sum to the score
-    through: np.ndarray  # [n, N] float32: how much of memory + text came through each event
-
-
-@dataclass(frozen=True)
-class NewItem:
-    """An item to be added, or an item of the catalogue with another title, other categories or another text."""
-
-    item_id: str
-    title: str
-    categories: list[str]
-    text_vector: np.ndarray  # [D] float32, of the encoder, normalised; zero = no text
-    features: np.ndarray  # [width] float32, see text.features.TextFeatures
-
-
-@dataclass(frozen=True)
-class Observed:
-    """New events, E in all, and the transition counts with them."""
-
-    items: np.ndarray  # [E]
-    actions: np.ndarray  # [E]
-    timestamps: np.ndarray  # [E] ms
-    transitions: sp.csr_matrix | None  # [I, I]
-    tables: dict[str, torch.Tensor] | None  # see TransitionMemory.arrange
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What the heads say of given items; None where the model has no such head."""
-
-    ratings: np.ndarray | None  # [B, N] float32, in the log's units
-    clicks: np.ndarray | None  # [B, N] float32 probability of taking the item rather than another at random
 
 
 class Recommender:
@@ -110,6 +54,7 @@ class Recommender:
         self._action_index = {action: number for number, action in enumerate(actions)}
         self._device = torch.device("cpu")
         self._observed = np.zeros(len(item_ids), bool)  # taken since the model was trained
+        self.retrieval: Retrieval | None = None  # finds the best items without scoring all
         self._read_catalogue()
 
     @torch.inference_mode()
@@ -125,7 +70,20 @@ class Recommender:
         texts = self.text_vectors
         has_text = np.zeros(len(self.item_ids), bool) if texts is None else np.abs(texts).sum(1) > 0
         self.recommendable = trained | (has_text & model.item_vectors.text.any(1).cpu().numpy())
-        self._found_by_query = trained | has_text
+        self.found_by_query = trained | has_text  # by a query alone
+
+    @property
+    def vectors(self) -> torch.Tensor:
+        """[I, dim] of the items, on the model's device."""
+        return self._vectors
+
+    def use_index(self, index: Index | None) -> None:
+        """Find the best items by an index that was made of this very state; None: by scoring all."""
+        self.retrieval = None if index is None else Retrieval(index, self)
+
+    def release(self) -> None:
+        """Let go of what exact scoring keeps ready, as much again as the keys of all items; made again when needed."""
+        self._frozen = None
 
     def put_items(self, items: Sequence[NewItem]) -> None:
         """Add items to the catalogue, or replace what is known of them; each can be recommended from then on.
@@ -153,10 +111,14 @@ class Recommender:
         if self._transitions is not None:
             self._transitions.resize(len(self.item_ids), len(self.item_ids))
         self._read_catalogue()
+        if self.retrieval is not None:
+            self.retrieval.changed(np.unique(rows))
 
     def to(self, device: str) -> Recommender:
         """Move the model to a device such as "cuda". Answers stay arrays on the CPU. Returns self."""
         self._device = torch.device(device)
+        if self._device.type != "cpu":
+            self.retrieval = None  # a GPU scores all items sooner than a CPU finds some
         self.model.to(self._device)
         self._vectors = self._vectors.to(self._device)
         return self
@@ -211,7 +173,7 @@ class Recommender:
                 raise ValueError("this model has no item texts, so it cannot answer a query")
             logits[asked] += (queries[asked] / QUERY_TEMPERATURE) @ self.text_vectors.T
         for row, by_query_alone in enumerate(asked & ~told):
-            allowed = self._found_by_query if by_query_alone else self.recommendable
+            allowed = self.found_by_query if by_query_alone else self.recommendable
             logits[row][~allowed] = -np.inf
         return Scores(logits, gate)
 
@@ -225,6 +187,49 @@ class Recommender:
             logits = self._frozen.logits(batch, interest, last)
         gate = interest.gate[last[:, 0], last[:, 1]].mean(-1)
         return logits.cpu().numpy(), gate.cpu().numpy()
+
+    @torch.inference_mode()
+    def questions(
+        self,
+        histories: Sequence[History],
+        queries: np.ndarray | None = None,
+        now: np.ndarray | None = None,
+        damping: float = 0.0,
+    ) -> tuple[list[Question | None], np.ndarray]:
+        """What each request, as of `score`, asks of `retrieval`, and the gate of each as in Scores.
+
+        None for one with neither history nor query: nothing is to be found for it. damping: times log(1 + events) to
+        be taken off every score.
+        """
+        found: list[Question | None] = [None] * len(histories)
+        gate = np.full(len(histories), np.nan, np.float32)
+        told = [row for row, history in enumerate(histories) if len(history)]
+        if told:
+            batch, interest, last = self._read([histories[r] for r in told], None if now is None else now[told])
+            gate[told] = interest.gate[last[:, 0], last[:, 1]].mean(-1).numpy()
+            for row, question in zip(told, ask(self.model, batch, interest, self._vectors, last), strict=True):
+                found[row] = question
+        for row, query in enumerate(() if queries is None else queries):
+            if not np.isnan(query).any():
+                found[row] = replace(found[row] or Question({}), text=query / QUERY_TEMPERATURE)
+        return [None if question is None else replace(question, damping=damping) for question in found], gate
+
+    def best(
+        self, histories: Sequence[History], k: int, exclude: Sequence[np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The k best items after each history, never those in `exclude`, by the index if there is one; see `top_k`."""
+        retrieval = self.retrieval
+        if retrieval is None or not all(map(len, histories)):
+            return self.top_k(self.score(histories).logits, k, exclude)
+        k = min(k, len(self.item_ids))
+        rows, scores = np.full((len(histories), k), -1), np.full((len(histories), k), -np.inf, np.float32)
+        for place, question in enumerate(self.questions(histories)[0]):
+            barred = np.zeros(len(self.item_ids), bool)
+            barred[exclude[place] if exclude else []] = True
+            if question is not None:
+                found, their = retrieval.best(question, k, barred)
+                rows[place, : len(found)], scores[place, : len(found)] = found, their
+        return rows, scores
 
     def _read(self, histories: list[History], now: np.ndarray | None) -> tuple[Any, Interest, torch.Tensor]:
         if now is None and self.model.config.request_time and self.log_end is not None:
@@ -293,7 +298,9 @@ class Recommender:
         self._frozen = None
         self._observed |= np.bincount(items, minlength=len(self.popularity)) > 0
         self.recommendable |= self._observed
-        self._found_by_query |= self._observed
+        self.found_by_query |= self._observed
+        if self.retrieval is not None:
+            self.retrieval.observed(np.unique(items))
 
     @torch.inference_mode()
     def interests(self, history: History) -> Interests:

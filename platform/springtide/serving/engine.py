@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from springtide.serving.choose import Chosen, Rules, choose
+from springtide.serving.choose import Chosen, Draw, Rules, choose
+from springtide.serving.drawing import draws_of
 from springtide.serving.filters import barred, barred_by, index_catalogue
 from springtide.serving.policies import Policies, counting_events, damping_of, items_of
 from springtide.serving.reasons import explain_items
@@ -67,7 +68,6 @@ class Engine:
         self.loaded_at = datetime.now(UTC).isoformat(timespec="seconds")
         self._recommender = bundle.recommender
         self._policies = policies or Policies()
-        self._damped: tuple[np.ndarray, np.ndarray] | None = None
         self._lock = SharedLock()
         self._changing = threading.Lock()  # one change at a time, from its first look to its last write
         self._index_catalogue()
@@ -114,7 +114,7 @@ class Engine:
 
     def _index_catalogue(self) -> None:
         self._catalogue = index_catalogue(self._recommender.index, self._recommender.categories)
-        self._barred = np.flatnonzero(barred_by(self._catalogue, self._policies))
+        self._barred = barred_by(self._catalogue, self._policies)  # [I] bool
 
     def describe(self) -> Json:
         return {
@@ -171,21 +171,12 @@ class Engine:
         pairs = [self._history(request.events) for request in requests]
         histories = [history for history, _ in pairs]
         now = np.asarray([request.now or int(time.time() * 1000) for request in requests], np.int64)
-        scores = recommender.score(histories, _stack_queries(requests), now)
-        logits = scores.logits + self._damping() if self._policies.popularity_damping else scores.logits
-        for row, request in enumerate(requests):
-            self._bar(logits[row], request, histories[row])
         rules = [self._rules(request) for request in requests]
-        # One call for the batch: the largest list, cut per request.
-        rows, values = recommender.top_k(logits, max(rule.candidates for rule in rules))
+        barred = [self._barred_from(*pair) for pair in zip(requests, histories, strict=True)]
+        first, damping = [rule.candidates for rule in rules], self._policies.popularity_damping
+        draws, gate = draws_of(recommender, histories, _stack_queries(requests), now, barred, first, damping)
         return [
-            self._compose(
-                request,
-                pairs[i],
-                self._choose(request, rules[i], logits[i : i + 1], (rows[i], values[i])),
-                float(scores.gate_short[i]),
-                int(now[i]),
-            )
+            self._compose(request, pairs[i], self._choose(request, rules[i], draws[i]), float(gate[i]), int(now[i]))
             for i, request in enumerate(requests)
         ]
 
@@ -194,20 +185,7 @@ class Engine:
         diversity = policies.diversity if request.diversity is None else request.diversity
         return Rules(request.k, diversity, policies.caps, policies.exploration)
 
-    def _choose(
-        self, request: ScoreRequest, rules: Rules, logits: np.ndarray, best: tuple[np.ndarray, np.ndarray]
-    ) -> Chosen:
-        """Choose among the `best` rows and scores, and only where those run out rank the others of logits [1, I]."""
-
-        def draw(spent: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-            if len(spent):
-                found, their = self._recommender.top_k(logits, count, [spent])
-                rows, values = found[0], their[0]
-            else:
-                rows, values = best[0][:count], best[1][:count]
-            keep = (rows >= 0) & np.isfinite(values)
-            return rows[keep], values[keep]
-
+    def _choose(self, request: ScoreRequest, rules: Rules, draw: Draw) -> Chosen:
         vectors, catalogue = self._recommender.item_vectors, self._catalogue
         return choose(draw, rules, vectors, catalogue.categories, catalogue.in_any, request.request_id)
 
@@ -233,7 +211,8 @@ class Engine:
         if request.explain:
             interests = self._recommender.interests(history) if known else None
             reasons = self._recommender.explain(history, rows, request.query, now)
-            added = self._damping()[rows] if self._policies.popularity_damping else None
+            damping = self._policies.popularity_damping
+            added = damping_of(self._recommender.popularity[rows], damping) if damping else None
             told = explain_items(reasons, interests, lambda place: self._event(history, place), added)
             for item, explanation in zip(items, told, strict=True):
                 item["explanation"] = explanation
@@ -244,29 +223,21 @@ class Engine:
         """The events that count, and the unknown item ids among them."""
         return self._recommender.history(counting_events(events, self._policies.action_weights))
 
-    def _bar(self, logits: np.ndarray, request: ScoreRequest, history: History) -> None:
-        """Set the scores [I] of what the answer must not hold to -inf."""
-        logits[self._barred] = -np.inf
+    def _barred_from(self, request: ScoreRequest, history: History) -> np.ndarray:
+        """[I] bool: what the answer must not hold."""
+        out = self._barred.copy()
         if request.categories or request.exclude_items or request.allow_items is not None:
-            own = barred(
+            out |= barred(
                 self._catalogue,
                 categories=request.categories,
                 allow_items=request.allow_items,
                 block_items=request.exclude_items,
             )
-            logits[own] = -np.inf
         seen = (request.exclude_seen, self._policies.exclude_seen, self.bundle.settings.data.exclude_seen)
         if next(choice for choice in seen if choice is not None):
             actions = self._policies.seen_actions
-            taken = history.items if actions is None else self._catalogue.rows(items_of(request.events, actions))
-            logits[taken] = -np.inf
-
-    def _damping(self) -> np.ndarray:
-        """[I] what popularity adds to each score; counted again once the recommender has observed events."""
-        popularity = self._recommender.popularity
-        if self._damped is None or self._damped[0] is not popularity:
-            self._damped = (popularity, damping_of(popularity, self._policies.popularity_damping))
-        return self._damped[1]
+            out[history.items if actions is None else self._catalogue.rows(items_of(request.events, actions))] = True
+        return out
 
     def _explain(self, history: History, interests: Interests | None) -> Json:
         if interests is None:

@@ -32,6 +32,9 @@ from springtide.training.worker import build_model, load_features, read_progress
 log = logging.getLogger(__name__)
 WIDTHS = ((20_000, 32), (5_000_000, 64), (float("inf"), 128))  # events of a log below which a model is so wide
 DAMPED_USERS = 3000  # validation users that the damping of popularity is judged by
+ASKED_USERS = 1000  # users whose histories the index of a large catalogue is measured by
+# Settings of the section train that change no weight.
+HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", "coverage_cost", "ann_items", "ann_recall")
 CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder
 
 
@@ -70,7 +73,7 @@ def sized(settings: Settings, prepared: Prepared) -> Settings:
 def fingerprint(settings: Settings, prepared: Prepared) -> str:
     """Ten hex digits that change with the data and with every setting that the trained weights depend on."""
     said = settings.model_dump(mode="json", include={"model", "train"}) | {"exclude_seen": settings.data.exclude_seen}
-    for harmless in ("max_failures", "keep_checkpoints", "collective_timeout_s", "coverage_cost"):  # change no weight
+    for harmless in HARMLESS:
         del said["train"][harmless]
     vectors = Path(settings.workspace) / "vectors" / "manifest.json"
     said |= {"log": prepared.content_hash, "vectors": vectors.read_text() if vectors.exists() else ""}
@@ -230,8 +233,10 @@ def write_trained(
         "refit_epochs": final.epochs if final is not progress else [],
     }
     vectors, made = load_vectors(settings, prepared.items), load_features(inputs)
+    asked = [history for history, _ in _some_cases(prepared, holdout_share(settings, prepared), ASKED_USERS)]
+    log_hash = prepared.content_hash
     write_bundle(
-        bundle, model, settings, prepared.items, prepared.actions, tables, vectors, metrics, prepared.content_hash, made
+        bundle, model, settings, prepared.items, prepared.actions, tables, vectors, metrics, log_hash, made, asked
     )
     return metrics
 
