@@ -153,7 +153,9 @@ class Keeper:
         self.front.close()  # or callers would wait for nobody
         assert self.child is not None
         self.child.send_signal(self.ended_by)  # once more, if it was not yet there when we heard it
-        return _plain(self.child.wait())
+        status = self.child.wait()
+        # In its last moments, all requests answered, HAProxy no longer listens to the signal to stop, and dies of it.
+        return 0 if -status == self.ended_by == signal.SIGUSR1 else _plain(status)
 
     def _start(self, *more: str) -> int:
         """Start HAProxy and wait until it answers; 0, or the status with which it ended instead."""
