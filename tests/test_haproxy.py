@@ -369,7 +369,18 @@ def test_it_takes_the_place_of_an_old_one_that_ends(ray: Ray, replica: Replica) 
     ray.start()
     old.send_signal(signal.SIGTERM)
     old.wait(10)
-    until(lambda: ray.ask().status == 404)  # as Ray says it where no application is
+    until(lambda: ray.ask().status == 503)  # as long as it knows no application
+
+
+def test_before_ray_has_told_of_any_application_callers_come_again(ray: Ray, replica: Replica) -> None:
+    ray.write()
+    process = ray.start()
+    answer = ray.ask()
+    assert (answer.status, answer.getheader("Retry-After")) == (503, "1")
+    assert json.load(answer)["error"]["code"] == "unavailable"
+    ray.write(replica.port)
+    ray.reload(process)
+    assert ray.ask().status == 200
 
 
 def test_haproxy_ends_with_its_keeper(ray: Ray) -> None:
