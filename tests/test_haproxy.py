@@ -3,7 +3,9 @@ is too much, and is there again when it was killed."""
 
 from __future__ import annotations
 
+import csv
 import http.client
+import io
 import json
 import os
 import signal
@@ -32,7 +34,7 @@ from springtide.serving.haproxy_config import (
     serves,
     shedding,
 )
-from springtide.serving.haproxy_sockets import pid_of
+from springtide.serving.haproxy_sockets import ask, pid_of
 
 BACKEND = "http-springtide"
 
@@ -180,6 +182,12 @@ def haproxy_of(process: subprocess.Popen[bytes]) -> psutil.Process:
     return psutil.Process(process.pid).children()[0]
 
 
+def waiting(admin: Path) -> int:
+    """Requests that HAProxy holds back."""
+    rows = csv.DictReader(io.StringIO(ask(admin, b"show stat\n").decode().removeprefix("# ")))
+    return next(int(row["qcur"]) for row in rows if (row["pxname"], row["svname"]) == (BACKEND, "BACKEND"))
+
+
 # ---------------------------------------------------------------- the text
 def test_ray_still_writes_what_is_replaced(ray: Ray) -> None:
     before = ray.write(30_000)
@@ -264,8 +272,8 @@ def test_too_much_is_refused_at_once_with_retry_after(ray: Ray, replica: Replica
     for caller in callers[:2]:
         caller.start()
     until(lambda: len(replica.held) == 2)
-    callers[2].start()  # waits in HAProxy
-    until(lambda: ray.ask("/v1/events").status == 503, 5)
+    callers[2].start()
+    until(lambda: waiting(ray.admin) == 1)
     refused = ray.ask("/v1/events")
     assert (refused.status, refused.getheader("Retry-After")) == (503, "1")
     assert json.load(refused)["error"]["code"] == "overloaded"
