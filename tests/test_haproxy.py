@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import http.client
+import io
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ from springtide.serving.haproxy_config import (
     serves,
     shedding,
 )
-from springtide.serving.haproxy_sockets import pid_of
+from springtide.serving.haproxy_sockets import ask, pid_of
 
 BACKEND = "http-springtide"
 
@@ -111,15 +112,6 @@ class Ray:
         connection.request("POST", path, "{}")
         return connection.getresponse()
 
-    def waiting(self) -> int:
-        """Requests that wait in HAProxy for a place in a replica."""
-        with socket.socket(socket.AF_UNIX) as asking:
-            asking.connect(str(self.admin))
-            asking.sendall(b"show stat\n")
-            told = b"".join(iter(lambda: asking.recv(65536), b"")).decode()
-        rows = csv.DictReader(told.removeprefix("# ").splitlines())
-        return next(int(row["qcur"]) for row in rows if (row["pxname"], row["svname"]) == (BACKEND, "BACKEND"))
-
 
 @pytest.fixture
 def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
@@ -188,6 +180,12 @@ def until(true: Callable[[], object], seconds: float = 20) -> None:
 
 def haproxy_of(process: subprocess.Popen[bytes]) -> psutil.Process:
     return psutil.Process(process.pid).children()[0]
+
+
+def waiting(admin: Path) -> int:
+    """Requests that HAProxy holds back."""
+    rows = csv.DictReader(io.StringIO(ask(admin, b"show stat\n").decode().removeprefix("# ")))
+    return next(int(row["qcur"]) for row in rows if (row["pxname"], row["svname"]) == (BACKEND, "BACKEND"))
 
 
 # ---------------------------------------------------------------- the text
@@ -275,7 +273,7 @@ def test_too_much_is_refused_at_once_with_retry_after(ray: Ray, replica: Replica
         caller.start()
     until(lambda: len(replica.held) == 2)
     callers[2].start()
-    until(lambda: ray.waiting() == 1)
+    until(lambda: waiting(ray.admin) == 1)
     refused = ray.ask("/v1/events")
     assert (refused.status, refused.getheader("Retry-After")) == (503, "1")
     assert json.load(refused)["error"]["code"] == "overloaded"
@@ -379,7 +377,18 @@ def test_it_takes_the_place_of_an_old_one_that_ends(ray: Ray, replica: Replica) 
     ray.start()
     old.send_signal(signal.SIGTERM)
     old.wait(10)
-    until(lambda: ray.ask().status == 404)  # as Ray says it where no application is
+    until(lambda: ray.ask().status == 503)  # as long as it knows no application
+
+
+def test_before_ray_has_told_of_any_application_callers_come_again(ray: Ray, replica: Replica) -> None:
+    ray.write()
+    process = ray.start()
+    answer = ray.ask()
+    assert (answer.status, answer.getheader("Retry-After")) == (503, "1")
+    assert json.load(answer)["error"]["code"] == "unavailable"
+    ray.write(replica.port)
+    ray.reload(process)
+    assert ray.ask().status == 200
 
 
 def test_haproxy_ends_with_its_keeper(ray: Ray) -> None:

@@ -111,8 +111,13 @@ def on_loopback(config: str) -> str:
 
 
 def shedding(config: str, limits: Limits) -> str:
-    """With the limits, and with error bodies in JSON: Ray's own answers 500 where nothing has failed but time."""
+    """With the limits, and with errors that tell callers to come again.
+
+    Ray's own answers are 500 where nothing is free, and 404 for every path while no application is known.
+    """
     body = {code: json.dumps({"error": {"code": code, "message": message}}) for code, message in _MESSAGES.items()}
+    unavailable = f"{_JSON} string {_quoted(body['unavailable'])} hdr Retry-After 1"
+    untold = not serves(config)
     full = f"{{ queue ge {limits.waiting} }} !{{ path {VITAL} }}"
 
     def limit(section: str, line: str) -> list[str]:
@@ -123,9 +128,11 @@ def shedding(config: str, limits: Limits) -> str:
             return [
                 line,
                 f"    timeout http-request {CALLER_S}s",
-                f"    http-error status 503 {_JSON} string {_quoted(body['unavailable'])} hdr Retry-After 1",
+                f"    http-error status 503 {unavailable}",
                 f"    http-error status 408 {_JSON} string {_quoted(body['body_timeout'])}",
             ]
+        if section == "backend default_backend" and words[:4] == ["http-request", "return", "status", "404"] and untold:
+            return [f"    http-request return status 503 {unavailable}"]
         if _SERVED.match(section) and words[:1] == ["http-reuse"]:
             return [
                 line,
@@ -159,7 +166,7 @@ def handed_over(config: str, admin: Path, fronts: Mapping[str, int] | None) -> s
 _JSON = "content-type application/json"
 _MESSAGES = {
     "overloaded": "too many requests are under way; try again",
-    "unavailable": "nothing that could answer was free in time; try again",
+    "unavailable": "nothing that could answer is there yet, or was free in time; try again",
     "body_timeout": "the request did not arrive in time",
 }
 
