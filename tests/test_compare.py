@@ -181,7 +181,12 @@ def test_a_log_without_texts_ratings_and_times(workspace: Path) -> None:
     pq.write_table(plain, workspace / "prepared" / "items" / "part-0.parquet")
     write_json(
         workspace / "prepared" / "report.json",
-        {"users": USERS, "split": {"valid": USERS, "cuts_ms": []}, "catalogue": {"with_text": 0}},
+        {
+            "users": USERS,
+            "totals": {"kept": 600},
+            "split": {"valid": USERS, "cuts_ms": []},
+            "catalogue": {"with_text": 0},
+        },
     )
     write_manifest(workspace / "prepared", {"content_hash": "changed"})
     compare.run(settings_of(workspace, compare__presets=list(PRESETS), compare__epochs=1))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from springtide.config import Settings, load_settings, parse_settings, set_by_path, with_values
+from springtide.config import ModelConfig, Settings, load_settings, parse_settings, set_by_path, with_values
 from springtide.errors import SpringtideError
 from springtide.training.job import sized
 
@@ -220,13 +220,19 @@ def test_what_is_absent_follows_from_the_split(minimal: Path) -> None:
     assert (given.model.request_time, given.train.within_session) == (False, 0.5)
 
 
-def test_a_model_is_as_wide_as_its_log_is_long_unless_told(minimal: Path) -> None:
-    def width(kept: int, *overrides: str) -> int:
+def test_a_model_is_as_wide_and_deep_as_its_log_is_long_unless_told(minimal: Path) -> None:
+    def size(kept: int, *overrides: str) -> ModelConfig:
         report = {"totals": {"kept": kept}}
         settings = with_values(load_settings(minimal, list(overrides)), {"name": "written out"})  # as every job does
-        return sized(settings, SimpleNamespace(report=report)).model.dim  # type: ignore
+        return sized(settings, SimpleNamespace(report=report)).model  # type: ignore
+
+    def width(kept: int, *overrides: str) -> int:
+        return size(kept, *overrides).dim
 
     assert width(1000) < width(1_000_000) < width(10**9)
     assert width(1000, "model.dim=48") == width(10**9, "model.dim=48") == 48
     assert width(1000, "model.preset=gru") == width(10**9, "model.preset=gru") == 50
     assert width(1000, "data.split=temporal") == width(1000)  # what follows from the split is no width
+    assert (size(1000).long_layers, size(10**9).long_layers) == (1, 2)
+    assert size(10**9, "model.long_layers=1").long_layers == 1
+    assert size(1000, "model.preset=gru").long_layers == 2

@@ -41,7 +41,12 @@ def write_workspace(folder: Path) -> Path:
     write_json(prepared / "vocabulary.json", {"actions": ACTIONS})
     write_json(
         prepared / "report.json",
-        {"users": USERS, "split": {"valid": USERS, "cuts_ms": []}, "catalogue": {"with_text": ITEMS_IN_TOY}},
+        {
+            "users": USERS,
+            "totals": {"kept": 600},
+            "split": {"valid": USERS, "cuts_ms": []},
+            "catalogue": {"with_text": ITEMS_IN_TOY},
+        },
     )
     write_manifest(prepared, {"content_hash": "toy"})
     vectors = np.random.default_rng(0).normal(size=(ITEMS_IN_TOY, 32)).astype(np.float32)

@@ -44,7 +44,7 @@ class ModelConfig(Section):
     event_input: Literal["sum", "linear"] = "sum"
     long_branch: Literal["gru", "lstm", "cnn_lstm", "cnn", "mlp", "transformer", "none"] = "lstm"
     long_hidden: int = Field(0, ge=0)  # width inside the long branch; 0 = dim
-    long_layers: int = Field(1, ge=1, le=4)
+    long_layers: int = Field(0, ge=0, le=4)  # 0 = by the size of the log
     long_pool: Literal["attention", "last"] = "attention"  # over its states; mlp has running means instead
     long_window: int = Field(200, ge=2)  # most recent events that the long branch reads
     short_branch: Literal["attention", "none"] = "attention"

@@ -30,7 +30,7 @@ from springtide.model.heads import PairHead, click_loss, rating_loss
 from springtide.model.inputs import ItemVectors, context_features, make_event_input, time_bucket
 from springtide.model.losses import draw_negatives, full_softmax, sampled_softmax
 
-DEFAULT_DIM = 64  # where nothing has chosen a width
+DEFAULT_DIM, DEFAULT_LAYERS = 64, 1  # where nothing has chosen a size
 LOGIT_BLOCK = 24_000_000  # most logits held at once; above it, blocks are recomputed in the backward pass
 
 
@@ -68,7 +68,8 @@ class FusionModel(nn.Module):
         heads: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         super().__init__()
-        config = config if config.dim else config.model_copy(update={"dim": DEFAULT_DIM})
+        size = {"dim": config.dim or DEFAULT_DIM, "long_layers": config.long_layers or DEFAULT_LAYERS}
+        config = config.model_copy(update=size)
         self.config = config
         self.item_vectors = ItemVectors(config, text, known)
         self.event_input = make_event_input(config, actions)

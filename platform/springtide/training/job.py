@@ -30,7 +30,8 @@ from springtide.training.texts import choose_text, feature_rows, fit_texts
 from springtide.training.worker import build_model, load_features, read_progress, train_worker, write_inputs
 
 log = logging.getLogger(__name__)
-WIDTHS = ((20_000, 32), (5_000_000, 64), (float("inf"), 128))  # events of a log below which a model is so wide
+# Events of a log below which a model is so wide and its long branch so deep.
+SIZES = ((20_000, 32, 1), (5_000_000, 64, 1), (float("inf"), 128, 2))
 DAMPED_USERS = 3000  # validation users that the damping of popularity is judged by
 ASKED_USERS = 1000  # users whose histories the index of a large catalogue is measured by
 # Settings of the section train that change no weight.
@@ -60,14 +61,16 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def sized(settings: Settings, prepared: Prepared) -> Settings:
-    """`model.dim` by the size of the log, unless it was given (not 0).
+    """`model.dim` and `model.long_layers` by the size of the log, where they were not given (not 0).
 
-    A small log must not be learned by heart, and a large one has more to say than a narrow model can hold.
+    A small log must not be learned by heart, and a large one has more to say than a small model can hold.
     """
-    if settings.model.dim:
-        return settings
     events = prepared.report["totals"]["kept"]
-    return with_values(settings, {"model.dim": next(dim for limit, dim in WIDTHS if events < limit)})
+    _, *size = next(row for row in SIZES if events < row[0])
+    given = settings.model.model_dump()
+    sizes = zip(("dim", "long_layers"), size, strict=True)
+    chosen = {f"model.{name}": value for name, value in sizes if not given[name]}
+    return with_values(settings, chosen) if chosen else settings
 
 
 def fingerprint(settings: Settings, prepared: Prepared) -> str:
