@@ -185,7 +185,8 @@ class TransitionMemory(nn.Module):
             score = self._dense(recent, valid, weights, scale, column_of, width)
         if targets is not None and own is not None:
             without = self._without_own(recent, reading, own, targets, scale)[:, None]
-            score.scatter_(1, (targets if column_of is None else column_of[targets])[:, None], without)
+            # Not in place: where the score is part of a wider one, that would cost the backward pass more than a copy.
+            return score.scatter(1, (targets if column_of is None else column_of[targets])[:, None], without)
         return score
 
     def _scattered(
