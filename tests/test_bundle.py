@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import springtide
-from springtide.bundle import FILES, load_bundle
+from springtide.bundle import FILES, FORMAT, load_bundle
 from springtide.errors import SpringtideError
 from springtide.files import write_manifest
 from springtide.model.batch import History
@@ -129,7 +129,7 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
 
 def test_another_format_is_refused(path: Path) -> None:
     rewrite_json(path / "config.json", format=1)
-    with pytest.raises(SpringtideError, match="format 1, this version reads 3"):
+    with pytest.raises(SpringtideError, match=f"format 1, this version reads {FORMAT}"):
         load_bundle(path)
 
 
