@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from springtide.model.batch import History, scoring_batch
 from springtide.model.fusion import FusionModel
+from springtide.training import damping
 from springtide.training.damping import TRIED, choose_damping
 from toy import toy_settings
 
@@ -47,6 +49,21 @@ def test_what_it_may_cost_is_kept() -> None:
     cases = cases_of(0, 0, ITEMS - 2)
     assert choose_damping(model_of(), cases, None, False, 0.5) == 0.4
     assert choose_damping(model_of(), cases, None, False, 0.7) == TRIED[-1]
+
+
+def test_a_list_of_ten_may_lose_what_chance_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 400 cases 20 are in their list of ten. One that leaves it may be chance, twelve are none."""
+
+    def chosen(leaving: int, elsewhere: float = 0.3) -> float:
+        gains = np.full((len(TRIED), 2, 400), 0.3)
+        gains[:, 0], gains[:, 0, :20], gains[1:, 0, :leaving], gains[1:, 1] = 0, 1, 0, elsewhere
+        parts = iter(np.split(gains, range(damping.BATCH, 400, damping.BATCH), axis=2))
+        monkeypatch.setattr(damping, "_gains", lambda *_: next(parts))
+        return choose_damping(model_of(), cases_of(*[0] * 400), None, False, 0.01)
+
+    assert chosen(0) == chosen(1) == TRIED[-1]
+    assert chosen(12) == 0
+    assert chosen(0, elsewhere=0.29) == 0  # what all ranks tell is no chance
 
 
 def test_items_that_nobody_took_yet_have_no_say() -> None:
