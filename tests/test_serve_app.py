@@ -56,6 +56,7 @@ class FakeRecommender:
     index = {f"i{n}": n for n in range(ITEMS)}
     item_vectors = np.eye(ITEMS, dtype=np.float32)
     text_vectors: np.ndarray | None = np.ones((ITEMS, WIDTH), np.float32)
+    retrieval = None  # an index, of a large catalogue alone
 
     def history(self, events: Sequence[Mapping[str, Any]]) -> tuple[FakeHistory, list[str]]:
         events = sorted(events, key=lambda e: e.get("timestamp", 0))
