@@ -151,14 +151,3 @@ def split_hashes(events: pl.DataFrame) -> dict[str, str]:
         rows = events.filter(pl.col("part") == number).select(pl.format("{}\t{}\t{}", "user", "item", "pos"))
         found[part] = hashlib.sha256("\n".join(rows.to_series().to_list()).encode()).hexdigest()
     return found
-
-
-def write_split(prepared: Path, out: Path, split: str) -> None:
-    """Write a prepared log as train.parquet, valid.parquet, test.parquet, items.txt and meta.json for the yardstick."""
-    out.mkdir(parents=True, exist_ok=True)
-    events = read_events(prepared)
-    for number, part in enumerate(PARTS):
-        events.filter(pl.col("part") == number).drop("part").write_parquet(out / f"{part}.parquet")
-    items = pl.read_parquet(prepared / "items" / "*.parquet")["item_id"].sort().to_list()
-    (out / "items.txt").write_text("\n".join(items) + "\n", encoding="utf-8")
-    (out / "meta.json").write_text(json.dumps({"kind": {"leave_one_out": "loo"}.get(split, split)}), encoding="utf-8")

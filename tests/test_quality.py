@@ -26,7 +26,6 @@ from quality_logs import (
     sequences,
     source_files,
     split_hashes,
-    write_split,
 )
 from springtide.config import parse_settings
 from springtide.errors import SpringtideError
@@ -129,16 +128,6 @@ def test_the_hash_is_over_user_item_and_position(tmp_path: Path) -> None:
 
     found = split_hashes(read_events(tmp_path))
     assert found == {"train": of("u1\tx\t0\nu2\tx\t0"), "valid": of("u1\ty\t1"), "test": of("u1\tz\t2")}
-
-
-def test_a_split_is_written_for_the_yardstick(tmp_path: Path) -> None:
-    write_prepared(tmp_path / "prepared")
-    out = tmp_path / "split"
-    write_split(tmp_path / "prepared", out, "leave_one_out")
-    assert pl.read_parquet(out / "train.parquet").rows() == [("u1", "x", 3, 0), ("u2", "x", 5, 0)]
-    assert pl.read_parquet(out / "test.parquet").columns == ["user", "item", "timestamp", "pos"]
-    assert (out / "items.txt").read_text() == "x\ny\nz\n"
-    assert json.loads((out / "meta.json").read_text()) == {"kind": "loo"}
 
 
 # ---------------------------------------------------------------- figures
