@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 # Events of a log below which a model is so wide and its long branch so deep.
 SIZES = ((20_000, 32, 1), (5_000_000, 64, 1), (float("inf"), 128, 2))
 DAMPED_USERS = 3000  # validation users that the damping of popularity is judged by
+# A training worker keeps large arrays for its next step. To give them back to the system and have them cleared again is
+# up to a quarter of a step's CPU time. glibc reads these when a process starts; other C libraries ignore them.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
 ASKED_USERS = 1000  # users whose histories the index of a large catalogue is measured by
 # Settings of the section train that change no weight.
 HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", "coverage_cost", "ann_items", "ann_recall")
@@ -139,6 +142,7 @@ def train(
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             callbacks=callbacks,
             logging_config=LoggingConfig(log_level="WARNING"),
+            worker_runtime_env={"env_vars": KEEP_MEMORY},
         ),
         datasets=shards,
         dataset_config=DataConfig(datasets_to_split=[]),
