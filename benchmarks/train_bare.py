@@ -25,7 +25,7 @@ from springtide.config import Settings, load_settings
 from springtide.data.prepared import load_prepared
 from springtide.training.job import sized
 from springtide.training.loop import averaged, make_optimizer, update_average, validate
-from springtide.training.sampling import Sampling
+from springtide.training.sampling import sampling_of
 from springtide.training.sequences import concatenate, epoch_batches, from_table, validation_cases
 from springtide.training.worker import build_model
 
@@ -41,11 +41,7 @@ def train(rank: int, world: int, settings: Settings, inputs: Path, epochs: int) 
     model, _ = build_model(settings, len(prepared.actions), inputs)
     optimizer = make_optimizer(model, config)
     wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
-    sampling = Sampling(
-        settings.model.long_window, -(-config.batch_size // world), -(-config.batch_positions // world),
-        bool(settings.model.request_time), 1.0 if config.within_session is None else config.within_session,
-        config.crop, config.mask, config.reorder,
-    )  # fmt: skip
+    sampling = sampling_of(settings.model, config, world)
     catalogue = len(model.item_vectors.known)
     negatives = config.negatives if catalogue > max(config.full_softmax_items, config.negatives) else 0
     average: dict[str, torch.Tensor] = {}

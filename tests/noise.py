@@ -12,7 +12,7 @@ from springtide.config import TrainConfig
 from springtide.model.fusion import FusionModel
 from springtide.training.loop import make_optimizer
 from springtide.training.sampling import Sampling
-from springtide.training.sequences import Sequences, epoch_batches
+from springtide.training.sequences import Sequences, epoch_batches, with_own_counts
 from springtide.training.statistics import collect
 from springtide.training.tabulate import tabulate
 from toy import toy_settings
@@ -56,7 +56,8 @@ def train_on_noise(
     for parameter in model.item_vectors.parameters():
         torch.nn.init.zeros_(parameter)  # no item vectors: nothing can be learned by heart
     optimizer = make_optimizer(model, TrainConfig(memory_learning_rate=0.1))
-    sampling = Sampling(sequences.train_end[0], 8, 10**6)
+    sequences = with_own_counts(sequences, config)
+    sampling = Sampling(sequences.train_end[0], 8, 10**6, config.memory_distances - 1)
     loss_sum = positions = 0.0
     for epoch in range(12):
         loss_sum = positions = 0.0

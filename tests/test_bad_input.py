@@ -57,7 +57,7 @@ def table_of(rows: list[list[int]], ratings: list[list[float]] | None = None, ga
 def train(table: pa.Table, text: np.ndarray | None = None, exclude_seen: bool = False, **values: Any) -> FusionModel:
     """What the train stage does in a worker, in this process. Every figure on the way must be finite."""
     settings = toy_settings(Path("none"), **{f"model__{name}": value for name, value in values.items()})
-    feed = ShardFeed(Shard(table), 20, CONFIG, 0.0, False, None)
+    feed = ShardFeed(Shard(table), settings.model, CONFIG, 0.0, False, None)
     list(feed.epoch(0))  # reads the shard
     assert feed._cached is not None
     statistics = collect(feed._cached, ITEMS, settings.model)
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_names_the_batch() -> None:
     table = table_of([[5, 6, 7, 8], [1, 2, 9, 4]], [[1.0] * 4, [float("inf"), 2.0, 3.0, 1.0]])
     with pytest.raises(SpringtideError) as caught:
         settings = toy_settings(Path("none"))
-        feed = ShardFeed(Shard(table), 20, TrainConfig(epochs=1), 0.0, False, None)
+        feed = ShardFeed(Shard(table), settings.model, TrainConfig(epochs=1), 0.0, False, None)
         popularity = torch.ones(ITEMS)
         model = FusionModel(settings.model, 2, torch.from_numpy(TEXT), popularity > 0, popularity, (2.0, 1.0))
         tabulate(collect(sequences_of([[0, 1]]), ITEMS, settings.model), settings.model, None).fill(model)

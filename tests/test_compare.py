@@ -86,7 +86,7 @@ def train_here(
     rows = feature_rows(settings, prepared, features)
     write_inputs(run_folder / "inputs.safetensors", tables, rows, features)
     model, _ = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
-    feed = ShardFeed(Shard(table), settings.model.long_window, settings.train, 0.0, refit, None)
+    feed = ShardFeed(Shard(table), settings.model, settings.train, 0.0, refit, None)
 
     def after(progress: Progress) -> None:
         progress.epochs[-1] |= {"first_step_seconds": 0.1, "report_seconds": 0.5}

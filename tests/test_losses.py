@@ -115,8 +115,8 @@ def test_transitions_of_some_columns_are_those_of_all(neighbours: int) -> None:
         targets = torch.from_numpy(np.array([rows[n % 10][10] for n in range(count)]))
         columns = torch.unique(torch.cat([targets, torch.tensor([0, 5, 30])]))
         valid, weights = torch.ones_like(recent, dtype=torch.bool), torch.rand(count, 2)
-        for own in (None, targets):
-            whole, part = memory(recent, valid, weights, own), memory(recent, valid, weights, own, columns)
+        for later in (None, torch.stack([targets, targets.roll(1), torch.full_like(targets, -1)], 1)):
+            whole, part = memory(recent, valid, weights, later), memory(recent, valid, weights, later, columns)
             torch.testing.assert_close(part, whole[:, columns])
         assert not torch.equal(whole, memory(recent, valid, weights))  # something was left out
 

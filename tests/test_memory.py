@@ -59,8 +59,8 @@ def naive_score(memory: TransitionMemory, counts: np.ndarray, past: list[int], i
 def ask(memory: TransitionMemory, past: list[int], depth: int, target: int | None = None) -> torch.Tensor:
     """[I] scores after `past`."""
     recent, valid = lookback(past, depth)
-    targets = None if target is None else torch.tensor([target])
-    return memory(recent, valid, torch.tensor([WEIGHTS]), targets)[0]  # type: ignore[no-any-return]
+    later = None if target is None else torch.tensor([[target]])
+    return memory(recent, valid, torch.tensor([WEIGHTS]), later)[0]  # type: ignore[no-any-return]
 
 
 def pairs_of(rows: Rows) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -150,17 +150,17 @@ def test_many_moments_score_like_each_alone(dense: int, monkeypatch: pytest.Monk
     recent = torch.randint(0, ITEMS, (9, 4), generator=torch.Generator().manual_seed(0))
     valid = torch.arange(4) < torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 4])[:, None]
     weights = torch.rand(9, 2, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    targets, columns = torch.randint(1, 4, (9,), generator=torch.Generator().manual_seed(2)), torch.tensor([1, 2, 3, 5])
+    later = torch.randint(-1, ITEMS, (9, 4), generator=torch.Generator().manual_seed(2))
+    later[:, 0] = torch.randint(1, 4, (9,), generator=torch.Generator().manual_seed(3))
+    columns = torch.tensor([1, 2, 3, 5])
     learned = [*memory.parameters(), weights]
-    for of in ({}, {"targets": targets}, {"targets": targets, "columns": columns}, {"columns": columns}):
+    for of in ({}, {"later": later}, {"later": later, "columns": columns}, {"columns": columns}):
         monkeypatch.setattr(memory_module, "DENSE", dense)
         together = memory(recent, valid, weights, **of)
         with torch.no_grad():
             torch.testing.assert_close(memory(recent, valid, weights, **of), together)
         monkeypatch.setattr(memory_module, "DENSE", 0)
-        each = [
-            {name: value[n : n + 1] if name == "targets" else value for name, value in of.items()} for n in range(9)
-        ]
+        each = [{name: value[n : n + 1] if name == "later" else value for name, value in of.items()} for n in range(9)]
         alone = torch.cat(
             [memory(recent[n : n + 1], valid[n : n + 1], weights[n : n + 1], **some) for n, some in enumerate(each)]
         )
@@ -196,7 +196,9 @@ def test_on_noise_the_memory_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> 
     untrained = math.log(2)  # softplus(0)
     assert weight < untrained / 6
     monkeypatch.setattr(
-        TransitionMemory, "_own_counts", lambda self, recent, _: torch.zeros(recent[:, : self.recent].shape)
+        TransitionMemory,
+        "_own_counts",
+        lambda self, recent, _, ahead: torch.zeros(len(recent), ahead, min(recent.shape[1], self.recent)),
     )
     leaked_loss, leaked_weight = train_on_noise(log, NOISE_ITEMS, ("memory", "popularity"), "transitions_short")
     assert leaked_loss < loss - 1  # the leak wins in training: it knows the answers

@@ -281,3 +281,12 @@ def test_at_each_event_exactly_the_events_before_it_are_shown(
     p.replay_frozen(plan, Recorder().score, step)
     before = {tuple(range(sum(e[1] < cut for e in own))) for own in users.values()}
     assert {shown for shown, _ in asked} <= before and {t for _, t in asked} == {plan.cut}
+
+
+def test_a_user_of_many_events_does_not_crowd_out_the_others() -> None:
+    owners = np.concatenate([np.repeat(np.arange(300), 10), np.full(100_000, 300)])
+    for seed in range(20):
+        chosen = p._draw_users(owners, 301, 2000, seed)
+        assert chosen.sum() == 200 and not chosen[300]
+    assert p._draw_users(owners, 301, 5, 0).sum() == 1  # nobody fits: the lightest all the same
+    assert p._draw_users(owners, 301, 10**6, 0).all()

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from springtide.config import TrainConfig
+from springtide.config import ModelConfig, TrainConfig
 from springtide.errors import SpringtideError
 from springtide.model.batch import Batch, History
 from springtide.model.fusion import FusionModel
@@ -405,7 +405,7 @@ def test_a_feed_gives_every_window_in_every_epoch(cache_mb: int, passes: int) ->
     whole = table()
     shard = Shard([whole.slice(0, 10), whole.slice(10, 0), whole.slice(10)])
     config = TrainConfig(batch_size=5, cache_mb=cache_mb, validation_users=13)
-    feed = ShardFeed(shard, 20, config, 0.0, False, None)
+    feed = ShardFeed(shard, ModelConfig(long_window=20), config, 0.0, False, None)
     expected = windows_of(epoch_batches(from_table(whole, 0), Sampling(20, 5, 10**6), (0,)))
     for epoch in range(3):
         assert windows_of(feed.epoch(epoch)) == expected
@@ -416,7 +416,7 @@ def test_a_feed_gives_every_window_in_every_epoch(cache_mb: int, passes: int) ->
 
 
 def test_a_feed_that_refits_learns_from_validation_events_and_validates_on_nobody() -> None:
-    feed = ShardFeed(Shard([table()]), 20, TrainConfig(), 0.3, True, 7)
+    feed = ShardFeed(Shard([table()]), ModelConfig(long_window=20), TrainConfig(), 0.3, True, 7)
     targets = sum(int((batch.targets >= 0).sum()) for batch in feed.epoch(0))
     assert targets == sum(len(row) - 1 for row in table()["items"].to_pylist())
     assert feed.cases() == [] and feed.asked_at() == 7
@@ -437,7 +437,7 @@ def test_validation_asks_at_the_time_it_is_told() -> None:
 
 
 def test_a_feed_without_data() -> None:
-    feed = ShardFeed(Shard([]), 20, TrainConfig(), 0.0, False, None)
+    feed = ShardFeed(Shard([]), ModelConfig(long_window=20), TrainConfig(), 0.0, False, None)
     assert list(feed.epoch(0)) == [] and feed.cases() == []
 
 

@@ -38,6 +38,8 @@ class ModelConfig(Section):
     dim: int = Field(0, ge=0)  # width of item vectors, branches and gate; 0 = by the size of the log
     text_dim: int = Field(128, ge=0)  # kept principal components of the text vectors; 0 = ID only
     id_embeddings: bool = True  # off: items are their text alone
+    # Where ID rows begin: as a factorisation of the transition counts (where there is a memory), or drawn at random.
+    id_start: Literal["transitions", "random"] = "transitions"
     id_dropout: float = Field(0.1, ge=0, lt=1)  # share of items whose ID row is hidden in a training step
     dropout: float = Field(0.3, ge=0, lt=1)
     # sum: item vector + action + rating + gap; linear: W1 item vector + W2 [action; gap; rating] + b
@@ -115,13 +117,13 @@ class TrainConfig(Section):
     threads_per_worker: int = Field(1, ge=1)
     epochs: int = Field(30, ge=1)
     patience: int = Field(5, ge=1)  # epochs without a better validation NDCG (over all ranks) before stopping
-    batch_positions: int = Field(1500, ge=1)  # events in a step, over all workers together
+    batch_positions: int = Field(750, ge=1)  # events in a step, over all workers together
     batch_size: int = Field(512, ge=1)  # most sequences in a step, over all workers together
     learning_rate: float = Field(5e-3, gt=0)
     memory_learning_rate: float = Field(2e-2, gt=0)  # for the few scalars that weigh memory and popularity
     weight_decay: float = Field(1e-4, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    average: float = Field(0.98, ge=0, lt=1)  # decay per step of the weights' moving average, which is kept; 0 = off
+    average: float = Field(0.99, ge=0, lt=1)  # decay per step of the weights' moving average, which is kept; 0 = off
     full_softmax_items: int = Field(10_000, ge=1)  # up to this catalogue the softmax is over all items,
     negatives: int = Field(2048, ge=1)  # above it over this many draws, corrected for how they were drawn
     # Share of the moments within a session that are learned from (its start always is). Absent: 1, or 0.1 where the

@@ -216,13 +216,20 @@ def _repeats(events: FlatSequences) -> np.ndarray:
 
 
 def _draw_users(owners: np.ndarray, users: int, limit: int, seed: int) -> np.ndarray:
-    """[users] bool: whose events are asked about, given the owner of each event."""
+    """[users] bool: whose events are asked about, given the owner of each event: at most `limit` events.
+
+    Users are drawn at random, and who has more events than are left is passed over; if all have, the lightest is taken.
+    """
     counts = np.bincount(owners, minlength=users)
     order = np.random.default_rng(seed).permutation(users)
     order = order[counts[order] > 0]
-    taken = max(1, int(np.searchsorted(np.cumsum(counts[order]), limit, side="right")))
     chosen = np.zeros(users, dtype=bool)
-    chosen[order[:taken]] = True
+    for user, count in zip(order.tolist(), counts[order].tolist(), strict=True):
+        if count <= limit:
+            chosen[user] = True
+            limit -= count
+    if len(order) and not chosen.any():
+        chosen[order[counts[order].argmin()]] = True
     return chosen
 
 

@@ -45,11 +45,14 @@ class Batch:
     offset: Tensor  # [B] int64 events of the user before this row's first one
     now: Tensor  # [B, L] int64 ms: when the item after event t is asked for
     targets: Tensor  # [B, L] int64 the next item, -1 = nothing to predict here
+    after: Tensor | None = None  # [B, L + A] the item t + 1 for every t, beyond the row's end as well; -1 = no target
+    own: Tensor | None = None  # [B, L, J] float32 see training.own_counts; NaN: told by distance
     target_ratings: Tensor | None = None  # [B, L] float32 what the next item was rated, NaN = none; None: no ratings
     shown: Tensor | None = None  # [B, L] int64 what the network sees instead of `items`, -1 = nothing; None: `items`
-    # The owner's training items, -1 = pad, and when each was taken: what to leave out of item-item models.
+    # The owner's training items, -1 = pad, when and where each was last taken: what to leave out of item-item models.
     owned: Tensor | None = None  # [B, K] int64
     owned_at: Tensor | None = None  # [B, K] int64 ms
+    owned_place: Tensor | None = None  # [B, K] int64 where in the row it was last taken, before or beyond it as well
 
     def to(self, device: torch.device) -> Batch:
         moved = {name: None if tensor is None else tensor.to(device) for name, tensor in vars(self).items()}

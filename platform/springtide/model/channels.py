@@ -164,9 +164,10 @@ class Channels(nn.Module):
             depth = max(self.memory.recent, self.memory.distances) if held_out else self.memory.recent
             back = at[:, None] - torch.arange(depth, device=at.device)  # [P, J]
             recent = batch.items[row[:, None], back.clamp(min=0)]
-            targets = batch.targets[row, at] if held_out else None
+            later = later_items(batch, moments, self.memory.distances) if held_out else None
+            own = batch.own[row, at] if held_out and batch.own is not None else None
             pair = torch.stack([weight["transitions_short"], weight["transitions_long"]], 1)
-            out["transitions"] = self.memory(recent, back >= 0, pair, targets, columns)
+            out["transitions"] = self.memory(recent, back >= 0, pair, later, columns, own)
         if self.neighbours is not None and len(self.neighbours.items):
             pair = torch.stack([weight["neighbours_short"], weight["neighbours_long"]], 1)
             owned = None
@@ -203,6 +204,17 @@ class Channels(nn.Module):
         if self.damping and not self.training:
             out["damping"] = (-self.damping).expand(len(row), 1), self.excess[:, None]
         return out
+
+
+def later_items(batch: Batch, moments: Tensor, most: int) -> Tensor:
+    """[P, F] the target of each moment [P, 2] and what its owner took after it; -1 = nobody's successor, F <= most."""
+    row, at = moments.unbind(1)
+    targets = batch.targets[row, at][:, None]
+    if batch.after is None:
+        return targets
+    ahead = batch.after.shape[1] - batch.items.shape[1] + 1
+    place = at[:, None] + torch.arange(1, min(ahead, most), device=at.device)
+    return torch.cat([targets, batch.after[row[:, None], place]], 1)
 
 
 def _centred_log(popularity: Tensor) -> Tensor:

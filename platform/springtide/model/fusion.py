@@ -169,8 +169,7 @@ class FusionModel(nn.Module):
         if not parts:
             return total
         if borrowing is not None:
-            width = len(self.item_vectors.known) if wider is None else len(wider)
-            later = _taken_later(batch, moments, wider, width) if held_out else None
+            later = _taken_later(batch, moments, wider) if held_out else None
             return borrowing(total, wider, columns, cold, later)
         return total if cold is None else total * ~(cold if columns is None else cold[columns])
 
@@ -264,19 +263,19 @@ def _barred_from(batch: Batch, known: Tensor, exclude_seen: bool, columns: Tenso
     return _first_place(batch, columns, len(known)).masked_fill(~known, -1)
 
 
-def _taken_later(batch: Batch, moments: Tensor, columns: Tensor | None, width: int) -> tuple[Tensor, Tensor] | None:
-    """(moments [n], columns [n]): items, of the catalogue or `columns`, that a moment's owner takes only after it.
+def _taken_later(batch: Batch, moments: Tensor, columns: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """(moments [n], columns [n]): items, of the catalogue or `columns`, that a moment's owner takes after it.
 
     The counts of what follows a moment's history hold that owner's own future. A target has its own part taken out, but
     an item that lends to it would still tell that it was near.
     """
-    if batch.owned is None:
+    if batch.owned is None or batch.owned_place is None:
         return None
     items, there = batch.owned.clamp(min=0), batch.owned >= 0  # [B, K]
     if columns is not None:
-        place = torch.searchsorted(columns, items).clamp(max=width - 1)
+        place = torch.searchsorted(columns, items).clamp(max=len(columns) - 1)
         items, there = place, there & (columns[place] == items)
-    taken = _first_place(batch, columns, width).gather(1, items).masked_fill(~there, -1)
+    taken = batch.owned_place.masked_fill(~there, -1)
     row, at = moments.unbind(1)
     moment, owned = (taken[row] > at[:, None]).nonzero().unbind(1)
     return moment, items[row[moment], owned]

@@ -41,6 +41,12 @@ class ItemVectors(nn.Module):
         if self.project is not None:
             nn.init.normal_(self.project.weight, std=0.5 * config.dim**-0.5)
 
+    @torch.no_grad()
+    def begin_with(self, factors: Tensor) -> None:
+        """Start the ID rows from `factors` [I, dim]; those that are zero there stay as they were drawn."""
+        if self.ids is not None:
+            self.ids.weight.copy_(torch.where(factors.any(1, keepdim=True), factors, self.ids.weight))
+
     def draw_cold(self) -> Tensor | None:
         """[I] bool: the items that one training step treats as new; None if there are none to be."""
         if not (self.training and self.id_dropout):

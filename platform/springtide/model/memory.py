@@ -158,19 +158,24 @@ class TransitionMemory(nn.Module):
         recent: Tensor,
         valid: Tensor,
         weights: Tensor,
-        targets: Tensor | None = None,
+        later: Tensor | None = None,
         columns: Tensor | None = None,
+        own: Tensor | None = None,
     ) -> Tensor:
         """Score all items, or `columns` [N] of them, ascending and with the targets among them.
 
         recent: [P, J] int64, the last J items before each of P moments, newest first; valid: [P, J] bool. The first
         `recent` of them are asked about; own transitions are looked for in the first `distances`.
         weights: [P, 2] of the short and the long reading.
-        targets: [P] int64, the item that really came next, whose own transitions are then taken out of the counts.
+        later: [P, F] int64, what really came next (the target, never -1), after that, and so on; -1 = nobody's
+        successor. What a moment's owner did after it is then taken out of the counts.
+        own: [P, J] what the target's part in that is, where not NaN; else it follows from the distances.
         Returns [P, I] or [P, N] float32, zero where no recent event was ever followed by the item.
         """
         scale = self.smoothed_over * torch.exp(-self.log_tau)
-        own = None if targets is None else self._own_counts(recent, valid)
+        leaving = None if later is None else self._own_counts(recent, valid, later.shape[1])
+        if leaving is not None and own is not None:
+            leaving = torch.cat([torch.where(own.isnan(), leaving[:, 0], own)[:, None], leaving[:, 1:]], 1)
         recent, valid = recent[:, : self.recent], valid[:, : self.recent]
         weights = weights * torch.exp(self.log_scale)
         reading = (weights @ self.kernels[:, : recent.shape[1]]) * valid  # [P, J]
@@ -183,11 +188,16 @@ class TransitionMemory(nn.Module):
             score = self._scattered(recent, reading, scale, column_of, width)
         else:
             score = self._dense(recent, valid, weights, scale, column_of, width)
-        if targets is not None and own is not None:
-            without = self._without_own(recent, reading, own, targets, scale)[:, None]
-            # Not in place: where the score is part of a wider one, that would cost the backward pass more than a copy.
-            return score.scatter(1, (targets if column_of is None else column_of[targets])[:, None], without)
-        return score
+        if later is None or leaving is None:
+            return score
+        without = self._without_own(recent, reading, leaving, later.clamp(min=0), scale)  # [P, F]
+        column = later.clamp(min=0) if column_of is None else column_of[later.clamp(min=0)]
+        # What is not asked for, nobody's successor or there before stands for the target once more, without a gradient.
+        again = (later[:, :, None] == later[:, None]).tril(-1).any(2)
+        no = (later < 0) | (column >= width) | again
+        without = torch.where(no, without[:, :1].detach(), without)
+        # Not in place: where the score is part of a wider one, that would cost the backward pass more than a copy.
+        return score.scatter(1, torch.where(no, column[:, :1], column), without)
 
     def _scattered(
         self, recent: Tensor, reading: Tensor, scale: Tensor, column_of: Tensor | None, width: int
@@ -227,18 +237,21 @@ class TransitionMemory(nn.Module):
         slope = read(-scaled / (1 + scaled), (weights @ kernels).detach())
         return score + (self.log_tau - self.log_tau.detach()).expand(len(recent), 1) * slope
 
-    def _own_counts(self, recent: Tensor, valid: Tensor) -> Tensor:
-        """[P, J]: what each moment itself added to the count from each of its recent items to what came next."""
+    def _own_counts(self, recent: Tensor, valid: Tensor, ahead: int) -> Tensor:
+        """[P, F, J]: what the owner of each moment added to the count from each recent item to what came f-th after."""
         near, there = recent[:, : self.distances], valid[:, : self.distances]
-        share = self.decay ** torch.arange(near.shape[1], dtype=torch.float64, device=recent.device)
+        step = torch.arange(near.shape[1], device=recent.device)
+        distance = step + torch.arange(ahead, device=recent.device)[:, None] + 1  # [F, N]
+        share = (self.decay ** (distance - 1).double()).float() * (distance <= self.distances)
         same = (recent[:, : self.recent, None] == near[:, None]) & there[:, None]  # an item may stand at many distances
-        return (same * share.float()).sum(-1)
+        return share @ same.float().transpose(1, 2)
 
-    def _without_own(self, recent: Tensor, reading: Tensor, own: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-        """[P]: the target's score when its own transitions have left the counts."""
+    def _without_own(self, recent: Tensor, reading: Tensor, own: Tensor, items: Tensor, scale: Tensor) -> Tensor:
+        """[P, F]: the scores of `items` [P, F] when their own transitions [P, F, J] have left the counts."""
         if len(self.keys) == 0:
-            return (0 * reading).sum(1)
-        key = recent * self.items + targets[:, None]  # [P, J]
+            return (0 * reading).sum(1, keepdim=True).expand(items.shape)
+        recent = recent[:, None]
+        key = recent * self.items + items[:, :, None]  # [P, F, J]
         place = torch.searchsorted(self.keys, key).clamp(max=len(self.keys) - 1)
         found = self.keys[place] == key
         count = self.counts[place] * found
@@ -246,5 +259,5 @@ class TransitionMemory(nn.Module):
         left = left * (left > 1e-5 * count)  # what is left of rounding is no transition
         ahead = left - self.cutoff[recent]
         tied = ahead.abs() <= 1e-5 * count
-        left = left * torch.where(tied, targets[:, None] < self.runner_up[recent], ahead > 0)
-        return (reading * torch.log1p(left * scale)).sum(1)
+        left = left * torch.where(tied, items[:, :, None] < self.runner_up[recent], ahead > 0)
+        return (reading[:, None] * torch.log1p(left * scale)).sum(2)

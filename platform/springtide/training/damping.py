@@ -59,6 +59,8 @@ def _gains(
     moments = torch.stack([rows, batch.mask.sum(1) - 1], 1)
     logits = model.logits_at(batch, model.interest(batch, vectors), vectors, moments)
     targets = torch.tensor([target for _, target in cases])
+    items = model.item_vectors  # what was neither trained nor described is no candidate for a Recommender either
+    logits[:, ~(items.known | items.text.any(1))] = -torch.inf
     if exclude_seen:
         for row, (history, target) in enumerate(cases):
             logits[row, torch.from_numpy(history.items[history.items != target])] = -torch.inf

@@ -10,21 +10,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from springtide.bundle import write_bundle
 from springtide.cluster import connect
-from springtide.config import Settings, with_values
+from springtide.config import ModelConfig, Settings, with_values
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json
 from springtide.model.batch import History
+from springtide.model.fusion import DEFAULT_DIM
 from springtide.text.embed import load_vectors
 from springtide.training.damping import choose_damping
+from springtide.training.factors import item_factors
 from springtide.training.loop import Progress
 from springtide.training.sampling import Sampling
 from springtide.training.sequences import epoch_batches, from_table, validation_cases
-from springtide.training.statistics import collect_file, merge
+from springtide.training.statistics import Statistics, collect_file, merge
 from springtide.training.tabulate import JUDGED_USERS, choose_share, tabulate
 from springtide.training.texts import choose_text, feature_rows, fit_texts
 from springtide.training.worker import build_model, load_features, read_progress, train_worker, write_inputs
@@ -192,8 +195,15 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
     path = run_folder / "inputs.safetensors"
     features = fit_texts(settings, prepared, choices["text_features"])
     text = feature_rows(settings, prepared, features)
-    write_inputs(path, tabulate(statistics, settings.model, choices["neighbour_half_life"], text), text, features)
+    tables = tabulate(statistics, settings.model, choices["neighbour_half_life"], text)
+    write_inputs(path, tables, text, features, _factors(settings.model, statistics))
     return path
+
+
+def _factors(config: ModelConfig, statistics: Statistics) -> np.ndarray | None:
+    if config.id_start == "random" or not (config.memory and config.id_embeddings):
+        return None
+    return item_factors(statistics.transitions, config.dim or DEFAULT_DIM)
 
 
 def _some_cases(prepared: Prepared, share: float, limit: int = JUDGED_USERS) -> list[tuple[History, int]]:

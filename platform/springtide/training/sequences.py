@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from springtide.config import ModelConfig
 from springtide.model.batch import Batch, History, pad_rows
 from springtide.schemas import TRAIN, VALID
+from springtide.training.own_counts import own_counts
 from springtide.training.sampling import Sampling, crop, disturb
 
+OWNED = 4_000_000  # most padded places of what the owners of a batch took
 BUCKET = 1024  # windows that are sorted by length together
 
 
@@ -32,6 +35,9 @@ class Sequences:
     start: np.ndarray  # [U] first event of each user
     train_end: np.ndarray  # [U] one past the last training event
     valid_target: np.ndarray  # [U] the event to predict in validation, -1 = none
+    # See own_counts.py; empty: not counted, and every target's own transitions are told by distance.
+    own_row: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [E]
+    own: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))  # [R, J]
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +94,20 @@ def concatenate(parts: list[Sequences]) -> Sequences:
     return Sequences(**joined)
 
 
+def with_own_counts(sequences: Sequences, config: ModelConfig) -> Sequences:
+    """The same with what has to leave the transition counts where items come more than once."""
+    if not config.memory:
+        return sequences
+    lengths = np.diff(np.append(sequences.start, len(sequences.items)))
+    users = np.repeat(np.arange(len(lengths)), lengths)
+    trained = np.arange(len(users)) < sequences.train_end[users]
+    row, own = own_counts(
+        sequences.items, users, sequences.targets & trained,
+        config.memory_distances, config.memory_decay, config.memory_recent,
+    )  # fmt: skip
+    return replace(sequences, own_row=row, own=own) if len(own) else sequences
+
+
 def training_windows(sequences: Sequences, length: int) -> np.ndarray:
     """[W, 3] int64 (first event, one past the last input, events of the user before it).
 
@@ -103,8 +123,11 @@ def training_windows(sequences: Sequences, length: int) -> np.ndarray:
     return np.stack([first, end, first - sequences.start[user]], 1)
 
 
-def training_batch(sequences: Sequences, windows: np.ndarray) -> Batch:
-    """Gather windows [B, 3] into padded tensors; targets are the events one step later."""
+def training_batch(sequences: Sequences, windows: np.ndarray, ahead: int = 0) -> Batch:
+    """Gather windows [B, 3] into padded tensors; targets are the events one step later.
+
+    ahead: how many more of the owner's training targets after each window the batch knows, for what to hold out.
+    """
     first, end, offset = windows.T
     place = first[:, None] + np.arange(int((end - first).max()))  # [B, L]
     mask = place < end[:, None]
@@ -114,7 +137,15 @@ def training_batch(sequences: Sequences, windows: np.ndarray) -> Batch:
     def gather(array: np.ndarray, fill: float) -> torch.Tensor:
         return torch.from_numpy(np.where(mask, array[place], np.array(fill, array.dtype)))
 
-    owned, owned_at = _owned(sequences, np.searchsorted(sequences.start, first, side="right") - 1)
+    users = np.searchsorted(sequences.start, first, side="right") - 1
+    owned, owned_at, owned_place = _owned(sequences, users)
+    later = first[:, None] + 1 + np.arange(mask.shape[1] + ahead)
+    trained = later < sequences.train_end[users][:, None]
+    later = np.where(trained, later, first[:, None])
+    own = None
+    if len(sequences.own):
+        row = np.where(wanted, sequences.own_row[place + 1], -1)
+        own = torch.from_numpy(np.where(row[..., None] >= 0, sequences.own[row], np.float32(np.nan)))
     return Batch(
         items=gather(sequences.items, 0),
         actions=gather(sequences.actions, 0),
@@ -124,22 +155,26 @@ def training_batch(sequences: Sequences, windows: np.ndarray) -> Batch:
         offset=torch.from_numpy(offset),
         now=torch.from_numpy(np.where(mask, sequences.timestamps[place + 1], 0)),
         targets=torch.from_numpy(np.where(wanted, sequences.items[place + 1], -1)),
+        after=torch.from_numpy(np.where(trained & sequences.targets[later], sequences.items[later], -1)),
+        own=own,
         target_ratings=torch.from_numpy(np.where(wanted, sequences.ratings[place + 1], np.float32(np.nan))),
         owned=torch.from_numpy(owned),
         owned_at=torch.from_numpy(owned_at),
+        owned_place=torch.from_numpy(owned_place - first[:, None]),
     )
 
 
-def _owned(sequences: Sequences, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each user's training targets, once each, and when last taken, as in Statistics.taken: two [B, K], -1 = pad."""
-    rows, times = [], []
+def _owned(sequences: Sequences, users: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each user's training targets, once each, when last taken, as in Statistics.taken, and where: [B, K], -1 = pad."""
+    rows, places = [], []
     for user in users:
         part = slice(int(sequences.start[user]), int(sequences.train_end[user]))
-        wanted = sequences.targets[part]
-        items, first = np.unique(sequences.items[part][wanted][::-1], return_index=True)
+        wanted = np.flatnonzero(sequences.targets[part])[::-1] + part.start
+        items, first = np.unique(sequences.items[wanted], return_index=True)
         rows.append(items)
-        times.append(sequences.timestamps[part][wanted][::-1][first])
-    return pad_rows(rows, np.int64, -1), pad_rows(times, np.int64)
+        places.append(wanted[first])
+    place = pad_rows(places, np.int64, -1)
+    return pad_rows(rows, np.int64, -1), np.where(place >= 0, sequences.timestamps[place], 0), place
 
 
 def epoch_batches(sequences: Sequences, sampling: Sampling, seed: tuple[int, ...]) -> Iterator[Batch]:
@@ -152,18 +187,25 @@ def epoch_batches(sequences: Sequences, sampling: Sampling, seed: tuple[int, ...
     windows = crop(windows[rng.permutation(len(windows))], sampling.crop, rng)
     sizes = windows[:, 1] - windows[:, 0]
     order = np.lexsort((sizes, np.arange(len(windows)) // BUCKET))
-    batches = list(_cut(sizes[order], sampling))
+    owner = np.searchsorted(sequences.start, windows[order, 0], side="right") - 1
+    batches = list(_cut(sizes[order], (sequences.train_end - sequences.start)[owner], sampling))
     for number in rng.permutation(len(batches)):
-        yield disturb(training_batch(sequences, windows[order[slice(*batches[number])]]), sampling, rng)
+        yield disturb(training_batch(sequences, windows[order[slice(*batches[number])]], sampling.ahead), sampling, rng)
 
 
-def _cut(sizes: np.ndarray, sampling: Sampling) -> Iterator[tuple[int, int]]:
-    """(begin, end) of batches with at most so many windows and padded events, each with one window or more."""
+def _cut(sizes: np.ndarray, owned: np.ndarray, sampling: Sampling) -> Iterator[tuple[int, int]]:
+    """(begin, end) of batches with at most so many windows and padded events, each with one window or more.
+
+    owned: [W] events of each window's owner; all that owners took is padded as well, so a heavy user shares a batch
+    with few.
+    """
     begin = 0
     while begin < len(sizes):
-        longest = np.maximum.accumulate(sizes[begin : begin + sampling.sequences])
-        area = longest * np.arange(1, len(longest) + 1)
-        end = begin + max(1, int(np.searchsorted(area, sampling.positions, side="right")))
+        some = slice(begin, begin + sampling.sequences)
+        rows = np.arange(1, len(sizes[some]) + 1)
+        area = np.maximum.accumulate(sizes[some]) * rows
+        too_many = (area > sampling.positions) | (np.maximum.accumulate(owned[some]) * rows > OWNED)
+        end = begin + max(1, int(too_many.argmax()) if too_many.any() else len(rows))
         yield begin, end
         begin = end
 

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
-from springtide.config import Settings, TrainConfig
+from springtide.config import ModelConfig, Settings, TrainConfig
 from springtide.errors import SpringtideError
 from springtide.model.batch import Batch, History
 from springtide.model.fusion import FusionModel
@@ -28,8 +28,15 @@ from springtide.schemas import SEQUENCES, check_schema
 from springtide.text.features import TextFeatures
 from springtide.text.features import from_arrays as features_from_arrays
 from springtide.training.loop import Progress, bare, fit, make_optimizer, rank, seed_of, world_size
-from springtide.training.sampling import Sampling
-from springtide.training.sequences import Sequences, concatenate, epoch_batches, from_table, validation_cases
+from springtide.training.sampling import sampling_of
+from springtide.training.sequences import (
+    Sequences,
+    concatenate,
+    epoch_batches,
+    from_table,
+    validation_cases,
+    with_own_counts,
+)
 
 log = logging.getLogger(__name__)
 FEATURES = "features."  # before the names of arrays
@@ -37,10 +44,16 @@ PLACEMENT_GROUP = "placement_group"  # file in the run's folder
 
 
 # ---------------------------------------------------------------- inputs that the driver leaves for the workers
-def write_inputs(path: Path, tables: Tables, text: np.ndarray, features: TextFeatures) -> None:
-    """Save the counts, the text features [I, width] and how they were made where every worker can read them."""
+def write_inputs(
+    path: Path, tables: Tables, text: np.ndarray, features: TextFeatures, factors: np.ndarray | None = None
+) -> None:
+    """Save the counts, the text features [I, width] and how they were made where every worker can read them.
+
+    factors: [I, dim] where the item vectors begin; None = at random.
+    """
     made = {FEATURES + name: array for name, array in features.arrays().items()}
-    save_arrays(tables.arrays() | {"text": np.ascontiguousarray(text, np.float32)} | made, path)
+    start = {} if factors is None else {"factors": factors}
+    save_arrays(tables.arrays() | {"text": np.ascontiguousarray(text, np.float32)} | made | start, path)
 
 
 def load_features(inputs: Path) -> TextFeatures:
@@ -64,6 +77,8 @@ def build_model(settings: Settings, actions: int, inputs: Path) -> tuple[FusionM
         settings.train.heads,
     )
     tables.fill(model)
+    if "factors" in arrays:
+        model.item_vectors.begin_with(torch.from_numpy(arrays["factors"]))
     return model, tables
 
 
@@ -79,20 +94,15 @@ class ShardFeed:
     def __init__(
         self,
         shard: Any,
-        window: int,
+        model: ModelConfig,
         config: TrainConfig,
         holdout_share: float,
         refit: bool,
         asked_at: int | None,
-        request_time: bool = False,
     ) -> None:
         self._shard, self._config, self._holdout, self._refit = shard, config, holdout_share, refit
-        self._asked_at = asked_at
-        workers = world_size()
-        self._sampling = Sampling(
-            window, -(-config.batch_size // workers), -(-config.batch_positions // workers), request_time,
-            1.0 if config.within_session is None else config.within_session, config.crop, config.mask, config.reorder,
-        )  # fmt: skip
+        self._asked_at, self._model = asked_at, model
+        self._sampling = sampling_of(model, config, world_size())
         self._cached: Sequences | None = None
         self._cases: list[tuple[History, int]] | None = None
 
@@ -119,15 +129,17 @@ class ShardFeed:
             if held > limit:
                 break
         else:
-            self._cached = concatenate(kept) if kept else from_table(SEQUENCES.empty_table(), 0)
+            whole = concatenate(kept) if kept else from_table(SEQUENCES.empty_table(), 0)
+            self._cached = with_own_counts(whole, self._model)
             self._cases = cases if self._cases is None else self._cases
             yield self._cached
             return
-        yield from kept
+        for block in kept:
+            yield with_own_counts(block, self._model)
         for block in stream:
             if self._cases is None and len(cases) < quota:
                 cases += validation_cases(block, quota - len(cases))
-            yield block
+            yield with_own_counts(block, self._model)
         self._cases = cases if self._cases is None else self._cases
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -217,15 +229,7 @@ def train_worker(job: dict[str, Any]) -> None:
         # Where a search finds the group to remove, if it stops this run from outside.
         Path(job["inputs"]).with_name(PLACEMENT_GROUP).write_text(group.id.hex(), encoding="utf-8")
     shard = ray.train.get_dataset_shard(f"train-{ray.train.get_context().get_world_rank()}")
-    feed = ShardFeed(
-        shard,
-        settings.model.long_window,
-        config,
-        job["holdout_share"],
-        job["refit"],
-        job["asked_at"],
-        bool(settings.model.request_time),
-    )
+    feed = ShardFeed(shard, settings.model, config, job["holdout_share"], job["refit"], job["asked_at"])
     clock = {"first_step": 0.0, "report": 0.0}
 
     class FirstStep:

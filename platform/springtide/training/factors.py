@@ -1,0 +1,38 @@
+"""Where item vectors begin: a factorisation of the transition counts, so that like items start out near each other.
+
+The top eigenvectors of the positive pointwise mutual information of what is taken close together, as word vectors
+implicitly are (Levy and Goldberg 2014, "Neural word embedding as implicit matrix factorization"). Training then takes
+a half to a third of the epochs that it takes from vectors drawn at random.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import scipy.sparse as sp
+from scipy.sparse.linalg import eigsh
+
+SMOOTHING = 0.75  # power of an item's frequency as a context, or rare pairs would say most
+
+
+def item_factors(transitions: sp.csr_matrix, dim: int) -> np.ndarray:
+    """Factors [I, dim] float32 of counts C[a, b], with a mean square of 1 / dim; zero rows for what was never counted.
+
+    All zero where fewer than dim + 2 items were counted: there is nothing to factorise.
+    """
+    pairs = (transitions + transitions.T).tocoo()
+    factors = np.zeros((transitions.shape[0], dim), np.float32)
+    frequency = np.asarray(pairs.sum(1)).ravel()
+    counted = np.flatnonzero(frequency > 0)
+    if len(counted) < dim + 2:
+        return factors
+    context = frequency**SMOOTHING
+    ratio = pairs.data * context.sum() / frequency[pairs.row]
+    told = np.maximum(np.log(ratio / context[pairs.col]), 0)
+    matrix = sp.csr_matrix((told, (pairs.row, pairs.col)), shape=pairs.shape)[counted][:, counted]
+    matrix = (matrix + matrix.T) / 2  # smoothing favours one side
+    values, vectors = eigsh(matrix, k=dim, which="LA", v0=np.ones(len(counted)))
+    found = vectors * np.sqrt(values.clip(min=0))
+    size = np.sqrt((found**2).mean())
+    if size > 0:
+        factors[counted] = found / (size * dim**0.5)
+    return factors
