@@ -13,7 +13,7 @@ import pytest
 from springtide.errors import SpringtideError
 from springtide.evaluation.leakage import check
 from springtide.evaluation.ranking import FlatSequences, flatten
-from springtide.schemas import SEQUENCES
+from springtide.schemas import SEQUENCES, VALID
 
 
 def events_of(*users: dict[str, Any]) -> FlatSequences:
@@ -38,7 +38,8 @@ CLEAN = events_of(user([0, 1, 2, 3], [1, 2, 5, 9], [0, 0, 1, 2]), user([0, 1, 4]
 
 def test_a_clean_split_passes() -> None:
     assert check(CLEAN, "leave_one_out") == {
-        "test_events": 2, "test_events_in_training": 0, "same_moment_in_training": 0, "histories_out_of_order": 0
+        "learned_from": "training", "test_events": 2, "test_events_in_training": 0,
+        "same_moment_in_training": 0, "histories_out_of_order": 0
     }  # fmt: skip
     found = check(CLEAN, "temporal")
     assert found["cuts"] == {"validation": 5, "test": 9} and found["training_events_after_the_cut"] == 0
@@ -49,6 +50,13 @@ def test_a_test_event_in_the_training_part_is_found(rating: float) -> None:
     tied = user([3, 1, 3], [7, 7, 7], [0, 1, 2], ratings=[rating] * 3, user_id="bad one")
     with pytest.raises(SpringtideError, match="test event of user bad one on catalogue row 3 is in the training part"):
         check(events_of(user([0, 1, 2], [1, 2, 3], [0, 1, 2]), tied), "leave_one_out")
+
+
+def test_a_test_event_in_the_validation_part_is_found_where_that_was_learned_from() -> None:
+    tied = events_of(user([0, 1, 2], [1, 2, 3], [0, 1, 2]), user([3, 1, 1], [5, 7, 7], [0, 1, 2]))
+    assert check(tied, "leave_one_out")["learned_from"] == "training"
+    with pytest.raises(SpringtideError, match="catalogue row 1 is in the training or validation part too"):
+        check(tied, "leave_one_out", VALID)
 
 
 def test_a_user_who_is_there_twice_is_one_user() -> None:

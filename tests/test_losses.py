@@ -66,6 +66,22 @@ def test_the_estimated_sum_over_the_catalogue_is_unbiased() -> None:
     assert (found.mean(0) < expected * 1.2).all() and (found.mean(0) > expected * 0.8).all()
 
 
+def test_smoothing_favours_nobody_where_all_score_alike() -> None:
+    """Popular items are drawn more often; the pull towards all of them must not be stronger for it."""
+    _, targets, _, popularity, known = case(3)
+    free = torch.zeros(POSITIONS, ITEMS, dtype=torch.bool)
+    pull = torch.zeros(ITEMS)
+    torch.manual_seed(3)
+    for _ in range(400):
+        sample = draw_negatives(popularity, known, targets, 12)
+        logits = torch.zeros(POSITIONS, len(sample.items), requires_grad=True)
+        sampled_softmax(logits, sample, targets, free[:, sample.items], 1.0).backward()
+        assert logits.grad is not None
+        grad = logits.grad.scatter(1, torch.searchsorted(sample.items, targets)[:, None], 0.0)
+        pull.index_add_(0, sample.items, grad.sum(0) / (400 * POSITIONS))
+    assert pull.abs().max() < 0.01
+
+
 def test_targets_that_nobody_drew_are_there_for_their_own_position_only() -> None:
     logits = torch.zeros(2, 3)
     targets, barred = torch.tensor([4, 9]), torch.zeros(2, 3, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The score sample of a bundle: the same model passes, another one is refused, an older bundle has none."""
+"""The score sample of a bundle: the same model passes, and another one is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_bundle_scores_as_when_it_was_written(tmp_path: Path, values: dict[str
     assert sum("query_item" in case for case in bundle.parity["cases"]) == parity.CASES // parity.QUERY_EVERY
     assert all(case["scores"] == sorted(case["scores"], reverse=True) for case in bundle.parity["cases"])
     deviation = check_parity(bundle)
-    assert deviation is not None and deviation < 1e-6
+    assert deviation < 1e-6
 
 
 def test_another_model_is_refused(path: Path, tmp_path: Path) -> None:

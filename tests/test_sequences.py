@@ -226,3 +226,15 @@ def test_the_scale_of_ratings(ratings: list[float]) -> None:
     mean, deviation = collect(from_table(table_of([row]), 0), ITEMS, MODEL).rating_stats
     assert mean == pytest.approx(np.mean(ratings) if ratings else 0)
     assert deviation == pytest.approx(max(np.std(ratings), 1e-3**0.5) if ratings else 1)
+
+
+def test_a_heavy_owner_shares_a_batch_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the owners took is padded to the longest: one of them must not make all the others' rows as long."""
+    monkeypatch.setattr("springtide.training.sequences.OWNED", 600)
+    rows = [list(range(200)), *([[1, 2, 3]] * 300)]
+    log = from_table(table_of([plain_row(f"u{n:03d}", row) for n, row in enumerate(rows)]), 0)
+    batches = list(epoch_batches(log, Sampling(60, 100, 10**6), (0,)))
+    shapes = [tuple(batch.owned.shape) for batch in batches if batch.owned is not None]
+    assert sum(rows for rows, _ in shapes) == 300 + 4
+    assert max(rows * width for rows, width in shapes) <= 600 and any(width == 200 for _, width in shapes)
+    assert max(rows for rows, _ in shapes) == 100

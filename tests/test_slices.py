@@ -13,7 +13,7 @@ import pytest
 from springtide.evaluation import comparison, slices
 from springtide.evaluation.ranking import Cases, build_cases, flatten
 from springtide.model.batch import History
-from springtide.schemas import SEQUENCES, TEST
+from springtide.schemas import SEQUENCES, TEST, TRAIN, VALID
 
 CATALOGUE = 6
 
@@ -90,6 +90,24 @@ def test_new_items_are_ranked_in_the_catalogue_and_among_themselves() -> None:
     assert told["new_only"]["ndcg@10"]["value"] == pytest.approx((1 + 1 / log2(4)) / 2)
     assert told["new_only"]["hr@10"] == {"value": 1, "lo": 1, "hi": 1}
     assert told["catalogue"]["ndcg@10"]["lo"] <= told["catalogue"]["ndcg@10"]["value"]
+
+
+def test_what_validation_showed_to_a_refitted_model_is_not_new() -> None:
+    rows = [
+        {"user_id": f"u{n}", "items": items, "actions": [1] * 3, "ratings": [1.0] * 3, "timestamps": [1, 2, 3],
+         "parts": [TRAIN, VALID, TEST], "targets": [True] * 3}
+        for n, items in enumerate(([0, 1, 2], [0, 2, 3], [1, 0, 4]))
+    ]  # fmt: skip
+    events = flatten(pa.Table.from_pylist(rows, SEQUENCES), CATALOGUE)
+    alone, refitted = (build_cases(events, TEST, "leave_one_out", fitted) for fitted in (TRAIN, VALID))
+    assert alone.new_items.tolist() == [True, True, True] and refitted.new_items.tolist() == [False, True, True]
+    ndcg = {"model": np.array([1.0, 0.0, 0.0])}
+    assert [(g["from"], g["users"]) for g in slices.by_target_popularity(refitted, ndcg)] == [(0, 2), (1, 1)]
+    found = slices.new_items(
+        refitted, {"model": lambda h: np.zeros((len(h), CATALOGUE), np.float32)}, exclude_seen=True, batch_size=2,
+        resamples=100,
+    )  # fmt: skip
+    assert found is not None and (found["targets"], found["candidates"]) == (2, CATALOGUE - 3)
 
 
 def test_without_new_targets_there_is_nothing_to_tell() -> None:

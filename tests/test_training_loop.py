@@ -152,6 +152,13 @@ def one_of_two(number: int, folder: str) -> None:
             progress = run_split(wrapped, optimizer, sequences, shares[number], users)
             torch.save({"state": model.state_dict(), "epochs": progress.epochs}, f"{folder}/{variant}-{split}-{number}")
             del wrapped  # it holds the process group, which must not outlive its end below
+    sequences.ratings[sequences.start[USERS - 1]] = np.inf
+    model = build(from_table(table(), 0), **EXACT)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    with pytest.raises(loop.Diverged) as caught:
+        run_split(wrapped, make_optimizer(model, TWO_EPOCHS), sequences, [[[0, 1]], [[USERS - 1]]][number], [])
+    Path(folder, f"words-{number}").write_text(str(caught.value))
+    del wrapped
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # all is written; ending the usual way, gloo's threads now and then abort the process
@@ -160,6 +167,8 @@ def one_of_two(number: int, folder: str) -> None:
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Also where one has little data or none: gradients are those of the mean over all positions."""
     mp.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    words = [(tmp_path / f"words-{number}").read_text() for number in range(2)]
+    assert words[0] == words[1] and "worker 1: loss nan over 1 sequences" in words[0]  # both name the batch it was
     sequences = from_table(table(), 0)
     for variant, values in VARIANTS.items():
         for split, shares in SPLITS.items():

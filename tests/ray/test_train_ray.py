@@ -19,7 +19,6 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from springtide.bundle import FORMAT, load_bundle
 from springtide.config import Settings
 from springtide.errors import SpringtideError
-from springtide.jobs import explain
 from springtide.model.batch import History
 from springtide.schemas import SEQUENCES
 from springtide.training.job import run
@@ -145,9 +144,8 @@ def test_a_rerun_goes_on_where_a_broken_run_stopped(undisturbed: tuple[Path, dic
 
 def test_a_loss_that_is_not_finite_ends_in_a_sentence(ray_session: Any, tmp_path: Path) -> None:
     workspace = write_workspace(tmp_path / "diverged")
-    with pytest.raises(TrainingFailedError) as caught:
-        run(settings_of(workspace, train__max_failures=0, train__learning_rate=1e30))
-    assert "the loss is not finite in epoch 1" in str(explain(caught.value, workspace))
+    with pytest.raises(SpringtideError, match="the loss is not finite in epoch 1"):
+        run(settings_of(workspace, train__learning_rate=1e30))
     assert not (workspace / "bundle").exists()
 
 

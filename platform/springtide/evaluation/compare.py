@@ -23,7 +23,7 @@ from springtide.evaluation.ranking import Cases, Ranking, Score, build_cases, fl
 from springtide.files import write_json, write_text
 from springtide.model.recommender import Recommender
 from springtide.schemas import PARTS, TRAIN, VALID
-from springtide.training.job import fingerprint, sized, train, write_trained
+from springtide.training.job import OF_THE_BUNDLE, fingerprint, sized, train, write_trained
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,10 @@ def trained(settings: Settings, prepared: Prepared, folder: Path) -> Bundle:
     """The bundle of these settings in `folder`, trained if it is not there yet."""
     settings = sized(settings, prepared)
     wanted, note = fingerprint(settings, prepared), folder / "trained.json"
+    # Of these no weight depends, but what the bundle answers.
+    written = {"fingerprint": wanted, **{name: getattr(settings.train, name) for name in OF_THE_BUNDLE}}
     there = note.exists() and (folder / "bundle" / "manifest.json").exists()
-    if there and json.loads(note.read_text(encoding="utf-8"))["fingerprint"] == wanted:
+    if there and json.loads(note.read_text(encoding="utf-8")) == written:
         log.info("%s: trained before", settings.model.preset)
         return load_bundle(folder / "bundle")
     note.unlink(missing_ok=True)  # from here on the bundle may be another one than it says
@@ -106,7 +108,7 @@ def trained(settings: Settings, prepared: Prepared, folder: Path) -> Bundle:
     run_folder = folder / "runs" / f"train-{wanted}"
     progress = train(settings, prepared, run_folder, time.time())
     write_trained(settings, prepared, run_folder, progress, folder / "bundle")
-    write_json(note, {"fingerprint": wanted})
+    write_json(note, written)
     shutil.rmtree(folder / "runs", ignore_errors=True)  # the checkpoints have done their work
     return load_bundle(folder / "bundle")
 

@@ -89,8 +89,8 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
         )
     seconds: dict[str, float] = {}
     with _timed(seconds, "leakage"):
-        found = leakage.check(events, split)
-    cases = build_cases(events, PARTS[config.part], split)
+        found = leakage.check(events, split, VALID if refit else TRAIN)
+    cases = build_cases(events, PARTS[config.part], split, VALID if refit else TRAIN)
     if not len(cases):
         raise SpringtideError(
             f"the {config.part} part holds no event to predict; take a longer log or another data.split, then run "

@@ -13,23 +13,27 @@ from springtide.schemas import TEST, TRAIN, VALID
 _NAMES = {TRAIN: "training", VALID: "validation", TEST: "test"}
 
 
-def check(events: FlatSequences, split: str) -> dict[str, Any]:
+def check(events: FlatSequences, split: str, fitted: int = TRAIN) -> dict[str, Any]:
     """What was checked and found. Raises SpringtideError, naming a user, if the split leaks.
 
-    - No test event is also in the training part: same user, item, time, action and rating. An event that differs in
+    fitted: the last part that the model has learned from.
+
+    - No test event is also in what was learned from: same user, item, time, action and rating. An event that differs in
       action or rating only is another event of the same moment, which a log may hold; under `temporal` it cannot be.
     - No history goes back in time, and none comes back to an earlier part.
     - Under `temporal`, every training event is before every validation and test event, whoever's they are.
     """
     _check_order(events)
-    copies, same_moment = _copies(events)
+    copies, same_moment = _copies(events, fitted)
+    learned = "training" if fitted == TRAIN else "training or validation"
     if copies.size:
         raise SpringtideError(
             f"the test event of user {_user(events, int(copies[0]))} on catalogue row {events.items[copies[0]]} is in "
-            f"the training part too ({copies.size} such events), so the split leaks; run prepare and train again"
+            f"the {learned} part too ({copies.size} such events), so the split leaks; run prepare and train again"
         )
     found: dict[str, Any] = {
         "test_events": int((events.parts == TEST).sum()),
+        "learned_from": learned,
         "test_events_in_training": 0,
         "same_moment_in_training": same_moment,
         "histories_out_of_order": 0,
@@ -49,11 +53,11 @@ def _check_order(events: FlatSequences) -> None:
         )
 
 
-def _copies(events: FlatSequences) -> tuple[np.ndarray, int]:
-    """Rows of test events that are in the training part, and how many more share user, item and time with one there."""
+def _copies(events: FlatSequences, fitted: int) -> tuple[np.ndarray, int]:
+    """Test events that are in the parts up to `fitted` too; how many more share user, item and time with one there."""
     people = events.user_ids.dictionary_encode().indices.to_numpy()[events.users].astype(np.int64)  # ids, not rows
     pairs = people * events.catalogue + events.items
-    tested, trained = (np.flatnonzero(events.parts == part) for part in (TEST, TRAIN))
+    tested, trained = np.flatnonzero(events.parts == TEST), np.flatnonzero(events.parts <= fitted)
     trained = trained[np.isin(pairs[trained], pairs[tested])]
     tested = tested[np.isin(pairs[tested], pairs[trained])]  # now few: the same user took the same item before
     rows = np.concatenate([trained, tested])

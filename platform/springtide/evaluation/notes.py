@@ -43,11 +43,9 @@ def notes_on(body: Mapping[str, Any]) -> list[str]:
             "they can only be missed; they stay in the figures, for every scorer alike."
         )
     if body["new_item_targets"]:
-        new = f"{body['new_item_targets']:,} targets have no training event"
+        learned = "training or validation" if body["refit"] else "training"
         notes.append(
-            f"{new}; of them, counting can rank only those whose items have validation events."
-            if body["refit"]
-            else f"{new}, so no baseline can rank them by counting."
+            f"{body['new_item_targets']:,} targets have no {learned} event, so no baseline can rank them by counting."
         )
     notes += _on_lists(body) + _on_replay(body) + _on_ties(body)
     for name, fit in body["baseline_settings"].items():

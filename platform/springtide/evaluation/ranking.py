@@ -57,6 +57,10 @@ class FlatSequences:
         """[I] int64 events of each item in a part."""
         return np.bincount(self.items[self.parts == part], minlength=self.catalogue)
 
+    def fitted(self, last: int) -> np.ndarray:
+        """[I] int64 events of each item in the parts up to `last`."""
+        return np.bincount(self.items[self.parts <= last], minlength=self.catalogue)
+
 
 @dataclass(frozen=True)
 class Cases:
@@ -70,7 +74,8 @@ class Cases:
     all_targets: np.ndarray  # every target in the part, case after case
     all_offsets: np.ndarray  # [C + 1] where each case's targets lie in `all_targets`
     slices: np.ndarray  # [C] of WARM, COLD_USER, COLD_ITEM
-    new_items: np.ndarray  # [C] bool: the target has no training event
+    new_items: np.ndarray  # [C] bool: nothing that was fitted has an event of the target
+    fitted: int  # the last part that was fitted
 
     def __len__(self) -> int:
         return len(self.users)
@@ -91,8 +96,10 @@ class Cases:
         counts = np.diff(self.all_offsets)[cases]
         offsets = np.concatenate([[0], np.cumsum(counts)])
         rows = np.arange(offsets[-1]) + np.repeat(self.all_offsets[:-1][cases] - offsets[:-1], counts)
-        return Cases(self.events, self.users[cases], self.ends[cases], self.rows[cases], self.targets[cases],
-                     self.all_targets[rows], offsets, self.slices[cases], self.new_items[cases])  # fmt: skip
+        return Cases(
+            self.events, self.users[cases], self.ends[cases], self.rows[cases], self.targets[cases],
+            self.all_targets[rows], offsets, self.slices[cases], self.new_items[cases], self.fitted,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,8 @@ def flatten(sequences: pa.Table, catalogue: int) -> FlatSequences:
     )
 
 
-def build_cases(events: FlatSequences, part: int, split: str) -> Cases:
-    """The cases of a part (schemas.VALID or TEST).
+def build_cases(events: FlatSequences, part: int, split: str, fitted: int = TRAIN) -> Cases:
+    """The cases of a part (schemas.VALID or TEST). fitted: the last part that what is judged has learned from.
 
     Slices tell cases apart under the split `temporal` only: `cold_user` has no training event, else `cold_item` if the
     target has none, else `warm`. A user without a target in the part is no case.
@@ -147,13 +154,13 @@ def build_cases(events: FlatSequences, part: int, split: str) -> Cases:
     targets = events.items[wanted[first]]
 
     in_train = events.parts == TRAIN
-    new_items = ~np.isin(targets, np.unique(events.items[in_train]))
+    new_items = events.fitted(fitted)[targets] == 0
     slices = np.full(len(asked), WARM, dtype="<U9")
     if split == "temporal":
-        slices[new_items] = COLD_ITEM
+        slices[~np.isin(targets, np.unique(events.items[in_train]))] = COLD_ITEM
         slices[~np.isin(asked, np.unique(users[in_train]))] = COLD_USER
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    return Cases(events, asked, ends, wanted[first], targets, events.items[wanted], offsets, slices, new_items)
+    return Cases(events, asked, ends, wanted[first], targets, events.items[wanted], offsets, slices, new_items, fitted)
 
 
 def headline_mask(cases: Cases) -> tuple[np.ndarray, str]:

@@ -49,7 +49,7 @@ def checks(metrics: Metrics) -> list[str]:
     if not found:
         return []
     told = [
-        f"None of the {whole_of(found['test_events'])} test events is in the training part.",
+        f"None of the {whole_of(found['test_events'])} test events is in the {found['learned_from']} part.",
         "No history goes back in time or to an earlier part.",
     ]
     if "cuts" in found:
@@ -172,7 +172,7 @@ def _slices(metrics: Metrics, scorers: Metrics) -> Section | None:
 
 
 def _cold(metrics: Metrics, scorers: Metrics) -> Section | None:
-    """Users and items without a training event. The latter come under every split."""
+    """Users and items without an event that was learned from. The latter come under every split."""
     parts, new = metrics.get("slices") or {}, metrics.get("new_items")
     groups: list[dict[str, Any]] = []
     if parts:
@@ -189,8 +189,8 @@ def _cold(metrics: Metrics, scorers: Metrics) -> Section | None:
     if new:
         users = text_cell(whole_of(new["targets"]))
         for kind, title in (
-            ("catalogue", "Targets without a training event, in the whole catalogue"),
-            ("new_only", f"The same, ranked among the {whole_of(new['candidates'])} items without a training event"),
+            ("catalogue", "Targets without an event that was learned from, in the whole catalogue"),
+            ("new_only", f"The same, ranked among the {whole_of(new['candidates'])} items without one"),
         ):
             rows = [
                 _row(column_of(key), [users, *(metric_cell(key, new["scorers"][name][kind][key]) for name in scorers)])

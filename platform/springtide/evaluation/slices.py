@@ -30,13 +30,13 @@ def by_history_length(cases: Cases, ndcg: Mapping[str, np.ndarray]) -> list[dict
 
 
 def by_target_popularity(cases: Cases, ndcg: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    """Targets without a training event, then quartiles of the others' training events. ndcg: scorer -> [C].
+    """Targets without an event that was fitted, then quartiles of the others' numbers of those. ndcg: scorer -> [C].
 
     Over all users who have a training event, so that cold items count under every split; over all users if none has.
     """
     known = cases.slices != COLD_USER
     known = known if known.any() else np.ones(len(cases), dtype=bool)
-    counts = cases.events.popularity()[cases.targets]
+    counts = cases.events.fitted(cases.fitted)[cases.targets]
     new, seen = known & (counts == 0), known & (counts > 0)
     groups = quartiles(counts[new], _where(ndcg, new)) if new.any() else []
     return groups + (quartiles(counts[seen], _where(ndcg, seen)) if seen.any() else [])
@@ -71,7 +71,7 @@ def quartiles(values: np.ndarray, ndcg: Mapping[str, np.ndarray]) -> list[dict[s
 def new_items(
     cases: Cases, scorers: Mapping[str, Score], *, exclude_seen: bool, batch_size: int, resamples: int
 ) -> dict[str, Any] | None:
-    """How targets without a training event are ranked: in the whole catalogue, and among the items without one alone.
+    """How targets without an event that was fitted are ranked: in the whole catalogue, and among such items alone.
 
     Returns {"targets", "candidates", "chance_hr@10", "scorers": {name: {"catalogue" | "new_only": {"hr@10",
     "ndcg@10"}}}} with intervals over users, or None if there is no such target. `chance_hr@10` is what a random order
@@ -80,7 +80,7 @@ def new_items(
     asked = cases.take(np.flatnonzero(cases.new_items))
     if not len(asked):
         return None
-    new = cases.events.popularity() == 0
+    new = cases.events.fitted(cases.fitted) == 0
     names, columns = [], []
     for name, score in scorers.items():
         for kind, scorer in (("catalogue", score), ("new_only", restricted(score, new))):

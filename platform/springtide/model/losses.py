@@ -63,6 +63,9 @@ def sampled_softmax(logits: Tensor, sample: Sample, targets: Tensor, barred: Ten
     log_p = corrected.log_softmax(-1)
     loss = -log_p.gather(1, place).sum()
     if smoothing:
-        part = (barred | ~sample.drawn).scatter(1, place, False)
-        loss = (1 - smoothing) * loss - smoothing * (log_p.masked_fill(part, 0).sum(1) / (~part).sum(1)).sum()
+        # The mean over all candidates, estimated alike: each item drawn for as many as its chance was small.
+        weight = torch.exp(-sample.log_inclusion) * ~(barred | ~sample.drawn)
+        total = torch.logsumexp(corrected, 1, keepdim=True)
+        mean = ((logits - total) * weight).sum(1) / weight.sum(1).clamp(min=1)
+        loss = (1 - smoothing) * loss - smoothing * mean.sum()
     return loss

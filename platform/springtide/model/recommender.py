@@ -215,15 +215,22 @@ class Recommender:
         return [None if question is None else replace(question, damping=damping) for question in found], gate
 
     def best(
-        self, histories: Sequence[History], k: int, exclude: Sequence[np.ndarray] | None = None
+        self,
+        histories: Sequence[History],
+        k: int,
+        exclude: Sequence[np.ndarray] | None = None,
+        now: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k best items after each history, never those in `exclude`, by the index if there is one; see `top_k`."""
+        """The k best items after each history, never those in `exclude`, by the index if there is one; see `top_k`.
+
+        now: [B] int64 ms as in `score`.
+        """
         retrieval = self.retrieval
         if retrieval is None or not all(map(len, histories)):
-            return self.top_k(self.score(histories).logits, k, exclude)
+            return self.top_k(self.score(histories, now=now).logits, k, exclude)
         k = min(k, len(self.item_ids))
         rows, scores = np.full((len(histories), k), -1), np.full((len(histories), k), -np.inf, np.float32)
-        for place, question in enumerate(self.questions(histories)[0]):
+        for place, question in enumerate(self.questions(histories, now=now)[0]):
             barred = np.zeros(len(self.item_ids), bool)
             barred[exclude[place] if exclude else []] = True
             if question is not None:

@@ -14,7 +14,8 @@ from springtide.model.batch import History, scoring_batch
 from springtide.model.fusion import FusionModel
 
 TRIED = tuple(step / 20 for step in range(17))  # no more: beyond 0.8 every log that was tried lost 3 % or more
-BATCH, LIST = 64, 10
+BATCH, LIST = 64, 10  # cases scored at once, fewer where their logits would be more than
+CELLS = 8_000_000
 
 
 def choose_damping(
@@ -35,9 +36,8 @@ def choose_damping(
     if not cases or not cost:
         return 0.0
     model.eval()
-    parts = [
-        _gains(model, cases[begin : begin + BATCH], asked_at, exclude_seen) for begin in range(0, len(cases), BATCH)
-    ]
+    step = max(1, min(BATCH, CELLS // len(known)))
+    parts = [_gains(model, cases[begin : begin + step], asked_at, exclude_seen) for begin in range(0, len(cases), step)]
     gains = np.concatenate(parts, 2)  # [TRIED, 2, C]
     lost = gains[0] - gains
     loss, error = lost.mean(2), lost.std(2) / len(cases) ** 0.5

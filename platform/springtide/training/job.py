@@ -30,7 +30,7 @@ from springtide.training.sequences import epoch_batches, from_table, validation_
 from springtide.training.statistics import Statistics, collect_file, merge
 from springtide.training.tabulate import JUDGED_USERS, choose_share, tabulate
 from springtide.training.texts import choose_text, feature_rows, fit_texts
-from springtide.training.worker import build_model, load_features, read_progress, train_worker, write_inputs
+from springtide.training.worker import STOPPED, build_model, load_features, read_progress, train_worker, write_inputs
 
 log = logging.getLogger(__name__)
 # Events of a log below which a model is so wide and its long branch so deep.
@@ -41,7 +41,8 @@ DAMPED_USERS = 3000  # validation users that the damping of popularity is judged
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
 ASKED_USERS = 1000  # users whose histories the index of a large catalogue is measured by
 # Settings of the section train that change no weight.
-HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", "coverage_cost", "ann_items", "ann_recall")
+OF_THE_BUNDLE = ("coverage_cost", "ann_items", "ann_recall")  # but what is recommended
+HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", *OF_THE_BUNDLE)
 CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder
 
 
@@ -62,7 +63,10 @@ def run(settings: Settings) -> dict[str, Any]:
     metrics = write_trained(settings, prepared, run_folder, progress, Path(settings.workspace) / "bundle")
     (run_folder / "finished").touch()
     where = (progress.best_ndcg, progress.best_epoch + 1, progress.epoch)
-    log.info("validation NDCG@10 %.4f in epoch %d, the best of %d", *where)
+    if metrics["validation"]["ndcg@10"] is None:
+        log.warning("no user has a validation event, so all %d epochs were trained and nothing was judged", where[2])
+    else:
+        log.info("validation NDCG@10 %.4f in epoch %d, the best of %d", *where)
     return {"bundle": str(Path(settings.workspace) / "bundle"), "run": str(run_folder), **metrics}
 
 
@@ -99,7 +103,8 @@ def train(
 ) -> Progress:
     """Run Ray Train in `run_folder` and return the final progress, best weights included.
 
-    refit: learn from validation events too, and validate on nothing.
+    refit: learn from validation events too, and validate on nothing. Raises SpringtideError if the loss stops being
+    finite.
     """
     connect()
     import ray
@@ -150,7 +155,10 @@ def train(
         datasets=shards,
         dataset_config=DataConfig(datasets_to_split=[]),
     )
+    inputs.with_name(STOPPED).unlink(missing_ok=True)
     result = trainer.fit()
+    if inputs.with_name(STOPPED).exists():
+        raise SpringtideError(inputs.with_name(STOPPED).read_text(encoding="utf-8"))
     if result.checkpoint is None:
         raise SpringtideError("training ended without a checkpoint; see the messages of the workers above")
     with result.checkpoint.as_directory() as folder:
@@ -273,7 +281,11 @@ def summarise(progress: Progress, parameters: int) -> dict[str, Any]:
     loop = sum(e["seconds"] + e["report_seconds"] for e in running)
     around = sum(e["wait_seconds"] + e["report_seconds"] for e in running)
     return {
-        "validation": {"ndcg@10": progress.best_ndcg, "epoch": progress.best_epoch},
+        # None: there was nobody to validate on, and the last epoch stands.
+        "validation": {
+            "ndcg@10": progress.best_ndcg if any(e["users"] for e in progress.epochs) else None,
+            "epoch": progress.best_epoch,
+        },
         "epochs": progress.epochs,
         "parameters": parameters,
         "positions_per_cpu_second": sum(e["positions"] for e in running)

@@ -23,9 +23,14 @@ from springtide.errors import SpringtideError
 from springtide.model.batch import Batch, History, scoring_batch
 from springtide.model.fusion import FusionModel
 
-RANK_BATCH = 128
+RANK_BATCH = 128  # validation cases scored at once, fewer where their logits would be more than
+CELLS = 8_000_000
 STEPS = "steps"  # how many steps are in the average, beside the weights in it
 FAST = ("log_temperature", "channels.text_scale", "channels.weigh.bias")
+
+
+class Diverged(SpringtideError):
+    """The loss is not finite. Raised by all workers at the same step, in the same words."""
 
 
 class Feed(Protocol):
@@ -88,7 +93,7 @@ def fit(
 ) -> Progress:
     """Train until early stopping. `model` is a FusionModel or DDP around one; `after_epoch` saves and reports.
 
-    Raises SpringtideError if the loss stops being finite.
+    Raises Diverged if the loss stops being finite.
     """
     device = device or torch.device("cpu")
     inner = bare(model)
@@ -152,8 +157,10 @@ def train_epoch(
         (loss * (world_size() / count)).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         if not torch.isfinite(norm):
-            raise SpringtideError(
-                f"the loss is not finite in epoch {epoch + 1}, step {steps + 1} ({describe(batch, loss)}); lower "
+            told = all_told(describe(batch, loss) if not torch.isfinite(loss) else None)
+            where = next((words for words in told if words), describe(batch, loss))  # of the worker whose batch it was
+            raise Diverged(
+                f"the loss is not finite in epoch {epoch + 1}, step {steps + 1} ({where}); lower "
                 "train.learning_rate or look for extreme ratings in the log (the last checkpoint is kept)"
             )
         optimizer.step()
@@ -239,8 +246,9 @@ def validate(
     nameless = ~(model.item_vectors.known | model.item_vectors.text.any(1)).cpu().numpy()
     sums = torch.zeros(4, dtype=torch.float64)  # NDCG@10, hits, cases, NDCG
     cases = sorted(cases, key=lambda case: len(case[0]))  # like lengths together: padding costs as much as events do
-    for begin in range(0, len(cases), RANK_BATCH):
-        some = cases[begin : begin + RANK_BATCH]
+    step = max(1, min(RANK_BATCH, CELLS // len(nameless)))
+    for begin in range(0, len(cases), step):
+        some = cases[begin : begin + step]
         histories = [history for history, _ in some]
         now = None if asked_at is None else np.full(len(some), asked_at, np.int64)
         batch = scoring_batch(histories, model.config.long_window, now).to(device)
@@ -289,6 +297,15 @@ def all_sum(value: Tensor) -> Tensor:
         else:
             dist.all_reduce(value)
     return value
+
+
+def all_told(words: str | None) -> list[str | None]:
+    """What each worker has to say, in the order of their ranks."""
+    if world_size() == 1:
+        return [words]
+    told: list[str | None] = [None] * world_size()
+    dist.all_gather_object(told, words)
+    return told
 
 
 def seed_of(*parts: int) -> int:

@@ -17,6 +17,7 @@ from springtide.training.statistics import Statistics
 RECENT_ROWS = 64  # moments at which recent popularity is tabulated
 TRIED_SHARES = (None, 0.4)  # half-lives of the neighbours' log, as shares of its span; None = every event alike
 JUDGED_USERS = 1000
+CELLS = 8_000_000  # most scores held at once
 
 
 def tabulate(
@@ -120,8 +121,9 @@ def _judge(
     model = Neighbours(len(statistics.popularity))
     model.load(inverse, items, _span(statistics)[1], half_life)
     gains = np.zeros(2)
-    for begin in range(0, len(cases), 64):
-        some = cases[begin : begin + 64]
+    step = max(1, min(64, CELLS // len(statistics.popularity)))
+    for begin in range(0, len(cases), step):
+        some = cases[begin : begin + step]
         batch = scoring_batch([history for history, _ in some], config.long_window)
         last = torch.stack([torch.arange(len(some)), batch.mask.sum(1) - 1], 1)
         target = torch.tensor([target for _, target in some])

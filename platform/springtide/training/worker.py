@@ -20,14 +20,13 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 
 from springtide.config import ModelConfig, Settings, TrainConfig
-from springtide.errors import SpringtideError
 from springtide.model.batch import Batch, History
 from springtide.model.fusion import FusionModel
 from springtide.model.tables import Tables, from_arrays
 from springtide.schemas import SEQUENCES, check_schema
 from springtide.text.features import TextFeatures
 from springtide.text.features import from_arrays as features_from_arrays
-from springtide.training.loop import Progress, bare, fit, make_optimizer, rank, seed_of, world_size
+from springtide.training.loop import Diverged, Progress, bare, fit, make_optimizer, rank, seed_of, world_size
 from springtide.training.sampling import sampling_of
 from springtide.training.sequences import (
     Sequences,
@@ -41,6 +40,7 @@ from springtide.training.sequences import (
 log = logging.getLogger(__name__)
 FEATURES = "features."  # before the names of arrays
 PLACEMENT_GROUP = "placement_group"  # file in the run's folder
+STOPPED = "stopped"  # file in the run's folder: why training cannot go on, in a sentence
 
 
 # ---------------------------------------------------------------- inputs that the driver leaves for the workers
@@ -263,8 +263,10 @@ def train_worker(job: dict[str, Any]) -> None:
 
     try:
         fit(wrapped, optimizer, FirstStep(), config, settings.data.exclude_seen, progress, after_epoch, device)
-    except SpringtideError:
-        raise
+    except Diverged as error:
+        # All workers stop here. Raised, it would count as a worker's death, after which Ray tries again in vain.
+        if rank() == 0:
+            Path(job["inputs"]).with_name(STOPPED).write_text(str(error), encoding="utf-8")
     except RuntimeError as error:
         where = f"worker {rank()} of {world_size()} failed in epoch {progress.epoch + 1}"
         raise RuntimeError(f"{where}: {error}") from error
@@ -272,12 +274,9 @@ def train_worker(job: dict[str, Any]) -> None:
 
 def _line(progress: Progress, config: TrainConfig) -> str:
     record = progress.epochs[-1]
-    better = (
-        " *"
-        if progress.best_epoch == progress.epoch - 1
-        else f" (best {progress.best_ndcg:.4f} in epoch {progress.best_epoch + 1})"
-    )
-    return (
-        f"epoch {progress.epoch}/{config.epochs}  loss {record['loss']:.4f}  "
-        f"validation NDCG@10 {record['ndcg@10']:.4f}{better}  {record['seconds']:.1f} s"
-    )
+    judged = "  nobody to validate on"
+    if record["users"]:
+        best = progress.best_epoch == progress.epoch - 1
+        better = " *" if best else f" (best {progress.best_ndcg:.4f} in epoch {progress.best_epoch + 1})"
+        judged = f"  validation NDCG@10 {record['ndcg@10']:.4f}{better}"
+    return f"epoch {progress.epoch}/{config.epochs}  loss {record['loss']:.4f}{judged}  {record['seconds']:.1f} s"
