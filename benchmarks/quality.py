@@ -76,6 +76,7 @@ PARTS = (  # what --ablate parts takes away, one at a time; the last one all cou
     "model.short_branch=none",
     "model.gate=mean",
     "model.text_dim=0",
+    "model.id_start=random",
     "model.id_dropout=0",
     "train.average=0",
     "model.memory=false model.neighbours=false model.text_neighbours=false model.recent_popularity=false "
