@@ -16,11 +16,10 @@ import pyarrow.compute as pc
 
 from springtide.errors import SpringtideError
 from springtide.model.recommender import History
-from springtide.model.top_k import top_k
+from springtide.model.top_k import block_size, hide, places, top_k
 from springtide.schemas import SEQUENCES, TRAIN, check_schema
 
 WARM, COLD_USER, COLD_ITEM = "warm", "cold_user", "cold_item"
-_CELLS = 32_000_000  # users times items scored at once, whatever the batch size
 
 Score = Callable[[Sequence[History]], np.ndarray]  # histories -> [B, I] scores, -inf where never to be recommended
 
@@ -203,27 +202,11 @@ def target_ranks(cases: Cases, score: Score, *, exclude_seen: bool, batch_size: 
     return ranks
 
 
-def places(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """[B] int64 the place of column targets[b] in row b of scores [B, I], from 1; 0 = excluded. Ties by column."""
-    own = scores[np.arange(len(scores)), targets][:, None]
-    better = (scores > own).sum(axis=1)
-    level = scores == own
-    for row in np.flatnonzero(level.sum(axis=1) > 1):
-        better[row] += level[row, : targets[row]].sum()
-    return np.where(own[:, 0] == -np.inf, 0, better + 1)
-
-
-def block_size(wanted: int, catalogue: int) -> int:
-    """How many users to score at once: `wanted`, fewer for large catalogues."""
-    return max(1, min(wanted, _CELLS // max(catalogue, 1)))
-
-
 def candidates(scores: np.ndarray, histories: Sequence[History], exclude_seen: bool) -> np.ndarray:
     """A copy of scores [B, I] as float32, with the items of each history at -inf if seen items are left out."""
     out = np.array(scores, dtype=np.float32, order="C")
-    if exclude_seen and len(histories):
-        row = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-        out[row, np.concatenate([history.items for history in histories])] = -np.inf
+    if exclude_seen:
+        hide(out, [history.items for history in histories])
     return out
 
 

@@ -1,8 +1,12 @@
-"""Selecting the best K of each row of scores, exact under ties."""
+"""Ranking rows of scores, exact under ties: the best K, and the place of one column."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+
+CELLS = 8_000_000  # most scores that are ranked at once
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
@@ -27,3 +31,29 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     chosen = np.take_along_axis(chosen, order, axis=1)
     chosen[np.take_along_axis(values, order, axis=1) == -np.inf] = -1
     return chosen
+
+
+def places(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """[B] int64 the place of column targets[b] in row b of scores [B, I], from 1; 0 = excluded. Ties by column."""
+    own = scores[np.arange(len(scores)), targets][:, None]
+    better = (scores > own).sum(axis=1)
+    level = scores == own
+    for row in np.flatnonzero(level.sum(axis=1) > 1):
+        better[row] += level[row, : targets[row]].sum()
+    return np.where(own[:, 0] == -np.inf, 0, better + 1)
+
+
+def gains(place: np.ndarray) -> np.ndarray:
+    """What a target at these places adds to NDCG without a cut-off; 0 for one that is excluded."""
+    return np.where(place > 0, 1 / np.log2(np.maximum(place, 1) + 1), 0.0)
+
+
+def hide(scores: np.ndarray, items: Sequence[np.ndarray]) -> None:
+    """Exclude the columns items[b] from row b of scores [B, I], in place."""
+    if len(items):
+        scores[np.repeat(np.arange(len(items)), [len(row) for row in items]), np.concatenate(items)] = -np.inf
+
+
+def block_size(wanted: int, catalogue: int) -> int:
+    """How many rows to score at once: `wanted`, fewer for large catalogues."""
+    return max(1, min(wanted, CELLS // max(catalogue, 1)))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from springtide.model.top_k import gains, hide, places
 from springtide.text.spelling import Spelling, fit_spelling
 from springtide.text.whitening import Whitening, fit_whitening
 
@@ -79,9 +80,8 @@ def judge_features(features: np.ndarray, cases: list[tuple[np.ndarray, int]], ex
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     total = 0.0
     for items, target in cases:
-        scores = unit @ unit[items].mean(0)
-        own = scores[target]
+        scores = (unit @ unit[items].mean(0))[None]
         if exclude_seen:
-            scores[items] = -np.inf
-        total += 1 / np.log2(2 + np.count_nonzero(scores > own) + np.count_nonzero(scores[:target] == own))
+            hide(scores, [items])
+        total += float(gains(places(scores, np.array([target])))[0])
     return total / max(1, len(cases))

@@ -12,10 +12,10 @@ import torch
 
 from springtide.model.batch import History, scoring_batch
 from springtide.model.fusion import FusionModel
+from springtide.model.top_k import block_size, gains, hide, places
 
 TRIED = tuple(step / 20 for step in range(17))  # no more: beyond 0.8 every log that was tried lost 3 % or more
-BATCH, LIST = 64, 10  # cases scored at once, fewer where their logits would be more than
-CELLS = 8_000_000
+BATCH, LIST = 64, 10  # cases scored at once, fewer of a large catalogue
 
 
 def choose_damping(
@@ -36,7 +36,7 @@ def choose_damping(
     if not cases or not cost:
         return 0.0
     model.eval()
-    step = max(1, min(BATCH, CELLS // len(known)))
+    step = block_size(BATCH, len(known))
     parts = [_gains(model, cases[begin : begin + step], asked_at, exclude_seen) for begin in range(0, len(cases), step)]
     gains = np.concatenate(parts, 2)  # [TRIED, 2, C]
     lost = gains[0] - gains
@@ -55,19 +55,14 @@ def _gains(
     histories = [history for history, _ in cases]
     now = None if asked_at is None else np.full(len(cases), asked_at, np.int64)
     batch = scoring_batch(histories, model.config.long_window, now)
-    vectors, rows = model.item_vectors(), torch.arange(len(cases))
-    moments = torch.stack([rows, batch.mask.sum(1) - 1], 1)
-    logits = model.logits_at(batch, model.interest(batch, vectors), vectors, moments)
-    targets = torch.tensor([target for _, target in cases])
+    vectors = model.item_vectors()
+    moments = torch.stack([torch.arange(len(cases)), batch.mask.sum(1) - 1], 1)
+    logits = model.logits_at(batch, model.interest(batch, vectors), vectors, moments).numpy()
     items = model.item_vectors  # what was neither trained nor described is no candidate for a Recommender either
-    logits[:, ~(items.known | items.text.any(1))] = -torch.inf
+    logits[:, ~(items.known | items.text.any(1)).numpy()] = -np.inf
     if exclude_seen:
-        for row, (history, target) in enumerate(cases):
-            logits[row, torch.from_numpy(history.items[history.items != target])] = -torch.inf
-    out = []
-    for damping in TRIED:
-        damped = logits - damping * model.channels.excess
-        rank = (damped > damped[rows, targets][:, None]).sum(1)
-        gain = 1 / torch.log2(rank + 2.0)
-        out.append(torch.stack([gain * (rank < LIST), gain]))
-    return torch.stack(out).double().numpy()
+        hide(logits, [history.items for history in histories])
+    targets, excess = np.array([target for _, target in cases]), model.channels.excess.numpy()
+    place = np.stack([places(logits - np.float32(damping) * excess, targets) for damping in TRIED])
+    gain = gains(place)
+    return np.stack([gain * (place <= LIST), gain], 1)

@@ -22,9 +22,9 @@ from springtide.config import TrainConfig
 from springtide.errors import SpringtideError
 from springtide.model.batch import Batch, History, scoring_batch
 from springtide.model.fusion import FusionModel
+from springtide.model.top_k import block_size, gains, hide, places
 
-RANK_BATCH = 128  # validation cases scored at once, fewer where their logits would be more than
-CELLS = 8_000_000
+RANK_BATCH = 128  # validation cases scored at once, fewer of a large catalogue
 STEPS = "steps"  # how many steps are in the average, beside the weights in it
 FAST = ("log_temperature", "channels.text_scale", "channels.weigh.bias")
 
@@ -246,7 +246,7 @@ def validate(
     nameless = ~(model.item_vectors.known | model.item_vectors.text.any(1)).cpu().numpy()
     sums = torch.zeros(4, dtype=torch.float64)  # NDCG@10, hits, cases, NDCG
     cases = sorted(cases, key=lambda case: len(case[0]))  # like lengths together: padding costs as much as events do
-    step = max(1, min(RANK_BATCH, CELLS // len(nameless)))
+    step = block_size(RANK_BATCH, len(nameless))
     for begin in range(0, len(cases), step):
         some = cases[begin : begin + step]
         histories = [history for history, _ in some]
@@ -255,15 +255,10 @@ def validate(
         last = torch.stack([torch.arange(len(some), device=device), batch.mask.sum(1) - 1], 1)
         logits = model.logits_at(batch, model.interest(batch, vectors), vectors, last).cpu().numpy()
         logits[:, nameless] = -np.inf
-        targets = np.array([target for _, target in some])
         if exclude_seen:
-            for row, history in enumerate(histories):
-                logits[row, history.items] = -np.inf
-        own = logits[np.arange(len(some)), targets][:, None]
-        ahead = (logits > own).sum(1) + ((logits == own) & (np.arange(logits.shape[1]) < targets[:, None])).sum(1)
-        # A target that was excluded above cannot be hit.
-        found = np.isfinite(own[:, 0])
-        gain, hit = found / np.log2(ahead + 2), found & (ahead < 10)
+            hide(logits, [history.items for history in histories])
+        place = places(logits, np.array([target for _, target in some]))
+        gain, hit = gains(place), (place > 0) & (place <= 10)
         sums += torch.tensor([gain[hit].sum(), hit.sum(), len(some), gain.sum()], dtype=torch.float64)
     all_sum(sums)
     count = max(1.0, float(sums[2]))

@@ -12,12 +12,12 @@ from springtide.model.borrowing import nearest_by_text
 from springtide.model.counting.ease import regularised_inverse
 from springtide.model.neighbours import Neighbours
 from springtide.model.tables import Tables
+from springtide.model.top_k import block_size, gains, hide, places
 from springtide.training.statistics import Statistics
 
 RECENT_ROWS = 64  # moments at which recent popularity is tabulated
 TRIED_SHARES = (None, 0.4)  # half-lives of the neighbours' log, as shares of its span; None = every event alike
 JUDGED_USERS = 1000
-CELLS = 8_000_000  # most scores held at once
 
 
 def tabulate(
@@ -114,27 +114,25 @@ def choose_share(
 
 @torch.no_grad()
 def _judge(
-    statistics: Statistics, config: ModelConfig, share: float | None, cases: list[tuple[History, int]], hide: bool
+    statistics: Statistics, config: ModelConfig, share: float | None, cases: list[tuple[History, int]], hide_seen: bool
 ) -> float:
     """NDCG@10 of the better of the two readings."""
     items, inverse, half_life = _neighbours(statistics, config, share)
     model = Neighbours(len(statistics.popularity))
     model.load(inverse, items, _span(statistics)[1], half_life)
-    gains = np.zeros(2)
-    step = max(1, min(64, CELLS // len(statistics.popularity)))
+    total = np.zeros(2)
+    step = block_size(64, len(statistics.popularity))
     for begin in range(0, len(cases), step):
         some = cases[begin : begin + step]
-        batch = scoring_batch([history for history, _ in some], config.long_window)
+        histories = [history for history, _ in some]
+        batch = scoring_batch(histories, config.long_window)
         last = torch.stack([torch.arange(len(some)), batch.mask.sum(1) - 1], 1)
-        target = torch.tensor([target for _, target in some])
         for reading in range(2):
             weights = torch.zeros(len(some), 2)
             weights[:, reading] = 1
-            scores = model(batch.items, last, weights)
-            if hide:
-                for row, (history, _) in enumerate(some):
-                    scores[row, torch.from_numpy(history.items.copy())] = -1e9
-            own = scores.gather(1, target[:, None])
-            rank = (scores > own).sum(1)
-            gains[reading] += float((((rank < 10) & (own[:, 0] > -1e9)) / torch.log2(rank + 2.0)).sum())
-    return float(gains.max())
+            scores = model(batch.items, last, weights).numpy()
+            if hide_seen:
+                hide(scores, [history.items for history in histories])
+            place = places(scores, np.array([target for _, target in some]))
+            total[reading] += gains(place)[place <= 10].sum()
+    return float(total.max())
