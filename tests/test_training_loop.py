@@ -308,6 +308,24 @@ def test_the_best_epoch_is_kept_not_the_last() -> None:
     assert same_tensors(progress.best_state, states[progress.best_epoch])
 
 
+def test_gains_that_are_mostly_chance_are_not_waited_for() -> None:
+    config = TrainConfig(epochs=30, patience=3)
+
+    def stops_after(*scores: float) -> int:
+        progress = Progress()
+        for score in scores:
+            progress.epochs.append({"ndcg": score})
+            progress.epoch += 1
+            if progress.finished(config):
+                break
+        return progress.epoch
+
+    assert stops_after(0.1, 0.2, 0.2005, 0.2006, 0.2009, 0.3) == 5
+    assert stops_after(0.1, 0.2, 0.2005, 0.2006, 0.2011, 0.3, 0.3, 0.3, 0.3, 0.3) == 9
+    assert stops_after(*[0.1 * 1.006**n for n in range(40)]) == 30
+    assert stops_after(*[0.0] * 40) == 30  # nobody to validate on
+
+
 def test_without_validation_users_the_last_epoch_stands() -> None:
     sequences = from_table(table(6), 0)
     feed = Script(sequences, [[0, 1], [2]], [])

@@ -25,6 +25,7 @@ from springtide.model.fusion import FusionModel
 from springtide.model.top_k import block_size, gains, hide, places
 
 RANK_BATCH = 128  # validation cases scored at once, fewer of a large catalogue
+LEAST_GAIN = 0.005  # share by which validation must rise to be waited for: less is mostly chance, epoch after epoch
 STEPS = "steps"  # how many steps are in the average, beside the weights in it
 FAST = ("log_temperature", "channels.text_scale", "channels.weigh.bias")
 
@@ -60,8 +61,12 @@ class Progress:
         return self.epochs[self.best_epoch]["ndcg@10"] if self.epochs else -1.0
 
     def finished(self, config: TrainConfig) -> bool:
-        waited = self.epoch - 1 - self.best_epoch
-        return self.epoch >= config.epochs or (self.best_epoch >= 0 and waited >= config.patience)
+        """Are all epochs done, or has patience run out since validation last rose by more than chance would?"""
+        reached, at = 0.0, self.epoch - 1
+        for epoch, record in enumerate(self.epochs):
+            if record["ndcg"] > reached * (1 + LEAST_GAIN):
+                reached, at = record["ndcg"], epoch
+        return self.epoch >= config.epochs or (self.epoch > 0 and self.epoch - 1 - at >= config.patience)
 
 
 def make_optimizer(model: FusionModel, config: TrainConfig) -> torch.optim.AdamW:
