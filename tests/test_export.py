@@ -15,6 +15,7 @@ from springtide import jobs
 from springtide.errors import SpringtideError
 from springtide.serving import export
 from springtide.serving.export import export_events
+from springtide.serving.seeding import seed_histories
 from springtide.serving.store_rows import Retention
 from springtide.serving.store_sqlite import SQLiteStore
 from without_ray import prepare_without_ray, read_report, read_table, settings_for
@@ -62,6 +63,24 @@ def test_prepare_reads_the_same_events_back(
         expected = [tuple(e.get(column) for column in columns) for e in EVENTS if e["user_id"] == user]
         assert got.filter(pl.col("user_id") == user).sort("position").select(columns).rows() == expected
     assert len(got) == 60
+
+
+def test_a_history_is_the_same_after_the_whole_cycle(store: SQLiteStore, tmp_path: Path) -> None:
+    """Stored, exported, prepared and imported again: no event appears twice, and none is lost."""
+    workspace = tmp_path / "workspace"
+    (tmp_path / "first.csv").write_text(f"user_id,item_id,timestamp\nuser-1,ü1,{START - 9}\nuser-9,old,{START - 8}\n")
+    live = {"paths": str(workspace / "exported"), "columns": {"action": "action", "rating": "rating"}}
+    settings = settings_for(workspace, [{"paths": str(tmp_path / "first.csv")}, live])
+    users = {e["user_id"] for e in EVENTS}
+    for end in (40, 60):
+        store.append(EVENTS[:end])
+        before = {user: store.history(user) for user in users}
+        export_events(store, workspace / "exported")
+        prepare_without_ray(settings)
+        assert seed_histories(store, workspace) == end + 2
+        first = [{"item_id": "ü1", "timestamp": START - 9}]
+        earlier = {user: first if user == "user-1" and end == 40 else [] for user in users}  # known from then on
+        assert {user: store.history(user) for user in users} == {u: earlier[u] + before[u] for u in users}
 
 
 def test_the_next_export_adds_what_is_new(store: SQLiteStore, tmp_path: Path) -> None:

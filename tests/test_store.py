@@ -316,6 +316,21 @@ def test_a_replaced_log_leaves_nothing_behind(store: HistoryStore, monkeypatch: 
         assert store._all_rows("SELECT name, active FROM seeds") == [("log-2", 1)]
 
 
+def test_an_event_that_came_back_with_the_imported_log_is_shown_once(store: HistoryStore) -> None:
+    store.append([event("1", "a", 5), event("2", "b", 6, action="view"), event("3", "new", 7)])
+    store.seed("log", [("u", "old", 1, None, None), ("u", "a", 5, None, None), ("u", "b", 6, "view", 2.0)])
+    assert store.history("u") == [
+        {"item_id": "old", "timestamp": 1},
+        {"item_id": "a", "timestamp": 5},
+        {"item_id": "b", "timestamp": 6, "action": "view", "rating": 2.0},
+        {"item_id": "new", "timestamp": 7},
+    ]
+    store.append([event("4", "a", 8)])  # taken again, later
+    assert items(store) == ["old", "a", "b", "new", "a"]
+    store.seed("another", [("v", "x", 1, None, None)])
+    assert items(store) == ["a", "b", "new", "a"]
+
+
 def test_replicas_that_seed_at_once_import_one_log(url: str) -> None:
     stores = [open_store(url) for _ in range(3)]
     imported = [-1] * 3
@@ -485,6 +500,30 @@ def test_both_follow_a_model_in_memory(url: str, tmp_path: Path, steps: list[Any
         kept = [item for _, item in sorted(expected, key=lambda row: row[0])]
         assert items(store, user) == (kept if most is None else kept[-most:])
     assert [(e["event_id"], e["item_id"]) for e in followed(store, 2)] == [(str(r[0]), r[2]) for r in live]
+    store.close()
+
+
+taken = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=8)  # item, time
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seeded=taken, live=taken, limit=st.integers(0, 9))
+def test_both_show_what_is_in_both_once(
+    url: str, tmp_path: Path, seeded: list[tuple[int, int]], live: list[tuple[int, int]], limit: int
+) -> None:
+    """However few rows are asked for: those that fall away make room for earlier ones, and ties are told apart."""
+    if url.startswith("sqlite"):
+        for old in tmp_path.glob("log*"):
+            old.unlink()
+        url = str(tmp_path / "log")
+    else:
+        redis.Redis.from_url(url).flushdb()
+    store = open_store(url)
+    store.seed("log", [("u", str(item), time, None, None) for item, time in seeded])
+    store.append([event(f"{number}", str(item), time) for number, (item, time) in enumerate(live)])
+    both = [*seeded, *(row for row in live if row not in seeded)]
+    kept = [str(item) for item, _ in sorted(both, key=lambda row: row[1])]
+    assert items(store, limit=limit) == kept[len(kept) - min(limit, len(kept)) :]
     store.close()
 
 

@@ -31,6 +31,7 @@ class HistoryStore(Protocol):
     def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
         """The user's most recent events, oldest first; events of one instant in the order of their arrival.
 
+        An appended event whose item and time are those of a seeded one is that one, and shown once.
         Each is {item_id, timestamp} with action and rating where they were given. Never more than `retention` keeps.
         """
         ...

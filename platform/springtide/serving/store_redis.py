@@ -34,11 +34,12 @@ from springtide.serving.store_rows import (
     REMOVAL_DELAY_MS,
     AddedItem,
     EventRow,
+    HistoryRow,
     Retention,
     SeedRow,
     StoredItem,
     event_rows,
-    history_event,
+    merged,
     milliseconds,
 )
 
@@ -148,12 +149,14 @@ class RedisStore:
             return max(0, int(self._redis.get(PREFIX + "counter") or 0) - latest)
 
     def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
-        limit = self.retention.most(limit)
-        with self._told():
-            seeded, live = self._history(args=[user_id, limit, self.retention.oldest()])
-        # An imported log came before live events, and the sort keeps the order of equal times.
-        rows = sorted((json.loads(row[DIGITS:]) for row in [*seeded[::-1], *live[::-1]]), key=lambda row: row[1])
-        return [history_event(*row) for row in rows[-limit:]]
+        limit, oldest = self.retention.most(limit), self.retention.oldest()
+
+        def read(count: int) -> tuple[list[HistoryRow], list[HistoryRow]]:
+            with self._told():
+                seeded, live = self._history(args=[user_id, count, oldest])
+            return _rows(seeded), _rows(live)
+
+        return merged(read, limit)
 
     def version(self, user_id: str) -> int:
         with self._told(), self._redis.pipeline() as both:
@@ -310,6 +313,11 @@ class RedisStore:
         return SpringtideError(
             f"the event log {self._name} cannot be used: {error}; check that Redis runs there and accepts this client"
         )
+
+
+def _rows(members: list[bytes]) -> list[HistoryRow]:
+    """Of a sorted set, latest first, as rows, oldest first."""
+    return [tuple(json.loads(member[DIGITS:])) for member in reversed(members)]
 
 
 def _packed(row: EventRow) -> str:

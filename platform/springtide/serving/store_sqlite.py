@@ -21,11 +21,12 @@ from springtide.serving.store_rows import (
     REMOVAL_DELAY_MS,
     AddedItem,
     EventRow,
+    HistoryRow,
     Retention,
     SeedRow,
     StoredItem,
     event_rows,
-    history_event,
+    merged,
     milliseconds,
 )
 
@@ -105,12 +106,14 @@ class SQLiteStore:
             "SELECT item_id, timestamp, action, rating FROM {} WHERE user_id = ? AND timestamp >= ? {} "
             "ORDER BY timestamp DESC, seq DESC LIMIT ?"
         )
-        live = self._all_rows(query.format("live", ""), user_id, oldest, limit)
         of_active = "AND seed = (SELECT id FROM seeds WHERE active)"
-        seeded = self._all_rows(query.format("seeded", of_active), user_id, oldest, limit)
-        # An imported log came before live events, and the sort keeps the order of equal times.
-        rows = sorted([*reversed(seeded), *reversed(live)], key=lambda row: row[1])[-limit:]
-        return [history_event(*row) for row in rows]
+
+        def read(count: int) -> tuple[list[HistoryRow], list[HistoryRow]]:
+            live = self._all_rows(query.format("live", ""), user_id, oldest, count)
+            seeded = self._all_rows(query.format("seeded", of_active), user_id, oldest, count)
+            return seeded[::-1], live[::-1]
+
+        return merged(read, limit)
 
     def version(self, user_id: str) -> int:
         query = (
