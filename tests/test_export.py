@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,43 @@ def test_the_next_export_adds_what_is_new(store: SQLiteStore, tmp_path: Path) ->
         export_events(store, folder)
         assert exported(folder)["event_id"].to_list() == [e["event_id"] for e in EVENTS[:end]]
     assert len(list(folder.glob("*.parquet"))) == 3
+
+
+def test_it_ends_while_events_keep_coming(
+    store: SQLiteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "FILE_ROWS", 20)
+    monkeypatch.setattr(export, "PAGE", 10)
+    store.append(EVENTS[:45])
+    real, pages = store.since, [0]
+
+    def since(cursor: int = 0, limit: int = 1000) -> Any:
+        pages[0] += 1
+        assert pages[0] < 50, "it follows the log for ever"
+        store.append([event(1000 + 20 * pages[0] + n, "busy") for n in range(20)])
+        return real(cursor, limit)
+
+    monkeypatch.setattr(store, "since", since)
+    first = export_events(store, tmp_path / "exported")
+    assert 45 <= first["events"] <= 45 + 10
+    monkeypatch.setattr(store, "since", real)
+    export_events(store, tmp_path / "exported")
+    assert exported(tmp_path / "exported")["event_id"].to_list() == [row["event_id"] for row in real(0, 10_000)[0]]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(
+    store: SQLiteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut must not leave a name with nothing behind it: the next export would go on after that."""
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: [steps.append("fsync"), fsync(number)])
+    monkeypatch.setattr(os, "replace", lambda *names: [steps.append("replace"), replace(*names)])
+    store.append(EVENTS[:5])
+    (tmp_path / ".events-killed-7.parquet.new").touch()
+    export_events(store, tmp_path)
+    assert steps == ["fsync", "replace", "fsync"]
+    assert sorted(path.suffix for path in tmp_path.glob("*events*")) == [".parquet"]
 
 
 def test_what_was_exported_outlives_retention_and_a_new_log(tmp_path: Path) -> None:
