@@ -86,6 +86,30 @@ def test_a_model_that_is_swapped_in_knows_everything_before_it_answers(tmp_path:
     assert live.told(engine)["observed_events"] == 30
 
 
+def test_items_are_added_page_by_page_and_none_twice(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_module, "ITEMS_PAGE", 3)
+    monkeypatch.setattr(live_module, "REST_S", 0.0)
+    for number in range(8):
+        put(store, f"new{number}", np.random.default_rng(number).normal(size=384))
+    engine, live, asked = engine_of(tmp_path / "a"), Live(lambda: store), list[tuple[int, int]]()
+    real = store.items_since
+
+    def since(revision: int = 0, limit: int = 1000) -> Any:
+        asked.append((revision, limit))
+        if len(asked) == 3:
+            raise SpringtideError("Timeout reading from socket")
+        return real(revision, limit)
+
+    monkeypatch.setattr(store, "items_since", since)
+    assert not live.add_items([engine])
+    assert engine.bundle.recommender.item_ids[ITEMS_IN_TOY:] == [f"new{n}" for n in range(6)]
+    assert live.add_items([engine])
+    assert engine.bundle.recommender.item_ids[ITEMS_IN_TOY:] == [f"new{n}" for n in range(8)]
+    assert asked == [(0, 3), (3, 3), (6, 3), (6, 3)]
+
+
 def test_models_without_texts_and_vectors_of_another_width_are_left_as_they_are(
     tmp_path: Path, store: SQLiteStore
 ) -> None:

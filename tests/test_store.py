@@ -457,6 +457,16 @@ def test_added_items_by_revision(store: HistoryStore, url: str) -> None:
     other.close()
 
 
+def test_added_items_come_in_pages(store: HistoryStore) -> None:
+    revisions = [store.put_item(added(name)) for name in "abcde"]
+    assert [item["item_id"] for item in store.items_since(0, 2)] == ["a", "b"]
+    assert store.put_item(added("c", "C again"))  # while somebody reads
+    page = store.items_since(revisions[1], 2)
+    assert [item["item_id"] for item in page] == ["d", "e"]
+    assert [item["title"] for item in store.items_since(page[-1]["revision"], 2)] == ["C again"]
+    assert store.items_since(store.items_revision(), 2) == []
+
+
 def test_no_more_items_than_wanted_are_added(store: HistoryStore) -> None:
     assert store.put_item(added("a", "A"), 2) and store.put_item(added("b", "B"), 2)
     before = store.items_revision()

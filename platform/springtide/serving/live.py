@@ -27,6 +27,7 @@ from springtide.serving.tails import Tails
 log = logging.getLogger("ray.serve")
 Json = dict[str, Any]
 PAGE = 2000  # events counted in one go
+ITEMS_PAGE = 500  # added items read in one go, some 3 KB each: a store answers within a Scorer's short patience
 REST_S = 1.0  # after the store has failed, before it is asked again
 PREPARE_S = 10.0  # longest that a new model counts before it serves
 AHEAD_MS = 3_600_000  # events later than now by more are not counted
@@ -115,12 +116,13 @@ class Live:
     def _add_to(self, engine: Engine, store: HistoryStore) -> None:
         with self._adding:
             place = self.place(engine)
-            found = store.items_since(place.revision)
-            if not found:
-                return
-            if engine.takes_new_items:
-                engine.put_items(new_items(engine, found))
-            place.revision = found[-1]["revision"]
+            # Page by page, each noted: what a store that fails in between has told is not asked for again.
+            while found := store.items_since(place.revision, ITEMS_PAGE):
+                if engine.takes_new_items:
+                    engine.put_items(new_items(engine, found))
+                place.revision = found[-1]["revision"]
+                if len(found) < ITEMS_PAGE:
+                    break
 
     def _observe_with(self, engine: Engine, store: HistoryStore) -> bool:
         place = self.place(engine)

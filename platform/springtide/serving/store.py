@@ -77,8 +77,11 @@ class HistoryStore(Protocol):
         """
         ...
 
-    def items_since(self, revision: int = 0) -> list[StoredItem]:
-        """The added items of a later revision, in that order."""
+    def items_since(self, revision: int = 0, limit: int = 1000) -> list[StoredItem]:
+        """The added items of a later revision, in that order, at most `limit`: go on from the last one's revision.
+
+        An item that is put again meanwhile comes later, and no longer in its old place.
+        """
         ...
 
     def items_revision(self) -> int:

@@ -262,9 +262,9 @@ class RedisStore:
             revision = self._put_item(args=[item["item_id"], text, -1 if most is None else most])
         return None if revision is None else int(revision)
 
-    def items_since(self, revision: int = 0) -> list[StoredItem]:
+    def items_since(self, revision: int = 0, limit: int = 1000) -> list[StoredItem]:
         with self._told():
-            rows = self._items_since(args=[revision])
+            rows = self._items_since(args=[revision, limit])
         return [_stored_item(int(number), json.loads(text)) for number, text in rows]
 
     def items_revision(self) -> int:

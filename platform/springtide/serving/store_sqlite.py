@@ -220,13 +220,14 @@ class SQLiteStore:
 
         return self._run(replace)
 
-    def items_since(self, revision: int = 0) -> list[StoredItem]:
+    def items_since(self, revision: int = 0, limit: int = 1000) -> list[StoredItem]:
         query = (
-            "SELECT revision, item_id, title, categories, text, vector FROM items WHERE revision > ? ORDER BY revision"
+            "SELECT revision, item_id, title, categories, text, vector FROM items "
+            "WHERE revision > ? ORDER BY revision LIMIT ?"
         )
         return [
             StoredItem(item_id=i, title=t, categories=json.loads(c), text=text, vector=vector, revision=number)
-            for number, i, t, c, text, vector in self._all_rows(query, revision)
+            for number, i, t, c, text, vector in self._all_rows(query, revision, limit)
         ]
 
     def items_revision(self) -> int:
