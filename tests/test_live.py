@@ -265,6 +265,48 @@ def test_added_items_do_not_wait_for_events_to_be_read(
     assert live.told(engine)["observed_events"] == 1
 
 
+# ---------------------------------------------------------------- another store at the same address
+def test_another_log_is_followed_from_its_beginning(tmp_path: Path, store: SQLiteStore) -> None:
+    engine, live, other = engine_of(tmp_path / "a"), Live(lambda: store), SQLiteStore(tmp_path / "other")
+    take(store, "u", *["i01"] * 5)
+    put(store, "old", np.ones(384))
+    put(store, "old", np.ones(384))
+    live.observe([engine])
+    live._store = other
+    put(other, "new", np.ones(384))
+    take(other, "u", *["i02"] * 3)
+    live.observe([engine])
+    assert live.told(engine)["observed_events"] == 8
+    assert live.told(engine)["cursor"] == 3 and live.told(engine)["items_revision"] == 1
+    assert "new" in engine.bundle.recommender.index
+    other.close()
+
+
+def test_a_log_that_lost_its_end_is_followed_from_there(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that takes over: the same log without its last events and items, whose numbers are given again."""
+    engine, live, replica = engine_of(tmp_path / "a"), Live(lambda: store), SQLiteStore(tmp_path / "replica")
+    monkeypatch.setattr(replica, "identity", store.identity)
+    for log in (store, replica):
+        take(log, "u", *["i01"] * 3)
+        put(log, "both", np.ones(384))
+    take(store, "u", *["i02"] * 4, at=NOW + 100)
+    put(store, "lost", np.ones(384))
+    live.observe([engine])
+    assert live.told(engine)["observed_events"] == 7
+    live._store = replica
+    live.observe([engine])
+    take(replica, "u", *["i03"] * 2, at=NOW + 200)
+    live.observe([engine])
+    assert live.told(engine)["observed_events"] == 9
+    assert live.add_items([engine])
+    put(replica, "again", np.ones(384))  # with the number of the one that was lost
+    live.add_items([engine])
+    assert "again" in engine.bundle.recommender.index
+    replica.close()
+
+
 # ---------------------------------------------------------------- a store that fails
 def test_a_store_that_fails_costs_nothing_but_the_news(
     tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch

@@ -38,6 +38,7 @@ PRECEDING = 50  # events of a user not seen lately that are read to find what ca
 class Place:
     """How far one engine has come."""
 
+    log: str | None = None  # identity of the event log that this is of
     revision: int = 0  # of the items added
     cursor: int | None = None  # in the event log; None before the first look
     observed: int = 0  # events counted
@@ -81,6 +82,9 @@ class Live:
             return False
         try:
             newest = store.items_revision()
+            for engine in engines:
+                if self.place(engine).revision > newest:  # a store that lost the last ones: see `_begin_anew`
+                    self.place(engine).revision = 0
             if any(self.place(engine).revision < newest for engine in engines):
                 for engine in engines:
                     self._add_to(engine, store)
@@ -126,6 +130,7 @@ class Live:
 
     def _observe_with(self, engine: Engine, store: HistoryStore) -> bool:
         place = self.place(engine)
+        self._begin_anew(place, store)
         if place.cursor is None:
             place.cursor, place.tails = store.cursor(self.observe_at_most), Tails(events=max(1, engine.distances))
         began = time.time()
@@ -151,6 +156,17 @@ class Live:
         if len(rows) < PAGE:
             place.at = began
         return len(rows) == PAGE
+
+    def _begin_anew(self, place: Place, store: HistoryStore) -> None:
+        """Leave a place that is not of the log as it is now: another log, or one that lost its end in a failover."""
+        identity, end = store.identity(), store.cursor(0)
+        if place.log not in (None, identity):
+            log.warning("the event log is another one now; its events are counted from its beginning")
+            place.cursor, place.revision = None, 0
+        elif place.cursor is not None and place.cursor > end:
+            log.warning("the event log ends before what was read of it; events that come from now on are counted")
+            place.cursor = end  # all before it was counted already
+        place.log = identity
 
     def _reachable(self) -> HistoryStore | None:
         if time.monotonic() < self._rest_until:

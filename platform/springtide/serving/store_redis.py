@@ -273,7 +273,8 @@ class RedisStore:
 
     def identity(self) -> str:
         with self._told():
-            self._redis.set(PREFIX + "identity", secrets.token_hex(8), nx=True)
+            if not self._redis.exists(PREFIX + "identity"):  # a replica takes no writes
+                self._redis.set(PREFIX + "identity", secrets.token_hex(8), nx=True)
             return str(self._redis.get(PREFIX + "identity").decode())
 
     def close(self) -> None:
