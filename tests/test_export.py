@@ -79,7 +79,7 @@ def test_a_history_is_the_same_after_the_whole_cycle(store: SQLiteStore, tmp_pat
         export_events(store, workspace / "exported")
         prepare_without_ray(settings)
         assert seed_histories(store, workspace) == end + 2
-        first = [{"item_id": "ü1", "timestamp": START - 9}]
+        first = [{"item_id": "ü1", "timestamp": START - 9, "action": "interaction"}]
         earlier = {user: first if user == "user-1" and end == 40 else [] for user in users}  # known from then on
         assert {user: store.history(user) for user in users} == {u: earlier[u] + before[u] for u in users}
 
@@ -95,9 +95,7 @@ def test_the_next_export_adds_what_is_new(store: SQLiteStore, tmp_path: Path) ->
     assert len(list(folder.glob("*.parquet"))) == 3
 
 
-def test_it_ends_while_events_keep_coming(
-    store: SQLiteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_ends_while_events_keep_coming(store: SQLiteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "FILE_ROWS", 20)
     monkeypatch.setattr(export, "PAGE", 10)
     store.append(EVENTS[:45])
