@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from springtide.serving.app import Edge, create_app
 from springtide.serving.limits import MAX_DEPTH, MAX_OPENERS, Bodies, Crowd, too_deep
 from springtide.serving.metrics import NoMetrics, PrometheusMetrics
 from springtide.serving.replies import error_reply
-from springtide.serving.schemas import ApiError
+from springtide.serving.schemas import MAX_BODY_BYTES, ApiError
 
 SECRET = "user-4711 likes\nknitting"
 
@@ -196,6 +197,15 @@ def test_depth_is_measured_outside_of_strings(value: Any, levels: int, ascii_onl
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
     assert too_deep(json.dumps(value, ensure_ascii=ascii_only).encode()) == (depth(value) > MAX_DEPTH)
+
+
+@pytest.mark.parametrize("text", [b"\\", b'"', b'\\"', b"[]", b'"["'])
+def test_no_body_takes_long_to_look_through(text: bytes) -> None:
+    """Processor seconds of the worst that fits into a body, four times as large."""
+    body = b"[" * (MAX_DEPTH + 1) + text * (4 * MAX_BODY_BYTES // len(text))
+    began = time.thread_time()
+    too_deep(body)
+    assert time.thread_time() - began < 1
 
 
 def test_width_is_bounded_too() -> None:

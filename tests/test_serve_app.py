@@ -20,14 +20,16 @@ import pytest
 from starlette.testclient import TestClient
 
 from springtide.errors import SpringtideError
+from springtide.serving import large_bodies, limits
 from springtide.serving.app import create_app
 from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
+from springtide.serving.large_bodies import AT_ONCE
 from springtide.serving.options import ExposureOptions, TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.replay import Log, replay
-from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, HistoryEvent, RecommendRequest
+from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, MAX_HISTORY, HistoryEvent, RecommendRequest
 from springtide.serving.service import Service, recent_events
 from springtide.serving.store import SQLiteStore
 
@@ -447,6 +449,7 @@ def test_documentation_needs_no_other_host(client: TestClient) -> None:
 
 
 # ---------------------------------------------------------------- bad input
+@pytest.mark.parametrize("padding", [0, AT_ONCE], ids=["small", "large"])
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
@@ -467,14 +470,21 @@ def test_documentation_needs_no_other_host(client: TestClient) -> None:
         (b'{"query": " \\n "}', 422, "invalid_request"),
     ],
 )
-def test_bad_bodies(client: TestClient, body: bytes, status: int, code: str) -> None:
-    answer = client.post("/v1/recommend", content=body, headers={"Content-Type": "application/json"})
+def test_bad_bodies(client: TestClient, body: bytes, status: int, code: str, padding: int) -> None:
+    """Whether it is parsed on the event loop or, for its size, apart from it."""
+    if padding and not body:
+        return
+    answer = client.post("/v1/recommend", content=body + b" " * padding, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert set(answer.json()) == {"error"}
     assert "Traceback" not in answer.text
 
 
-def test_sentences_name_the_field(client: TestClient) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_sentences_name_the_field(client: TestClient, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:
+        monkeypatch.setattr(large_bodies, "AT_ONCE", 1)
+
     def message(**body: Any) -> str:
         return str(recommend(client, **body).json()["error"]["message"])
 
@@ -487,9 +497,25 @@ def test_sentences_name_the_field(client: TestClient) -> None:
 
 
 def test_a_long_history_is_answered_and_a_longer_one_refused(client: TestClient) -> None:
-    events = [{"item_id": f"i{n % 3}", "timestamp": n} for n in range(100_000)]
+    events = [{"item_id": f"i{n % 3}", "timestamp": n} for n in range(MAX_HISTORY)]
     assert recommend(client, history=events).status_code == 200
     assert recommend(client, history=[*events, events[0]]).status_code == 422
+
+
+def test_a_large_body_is_read_apart_from_the_event_loop(
+    client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: list[str] = []
+    for module, name in ((large_bodies, "parsed"), (limits, "too_deep")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real: [where.append(threading.current_thread().name),
+                                                                 real(*a)][1])  # fmt: skip
+    long = [{"item_id": f"i{n % 3}", "timestamp": n + 1} for n in range(6000)]
+    small, large = recommend(client, history=long[-3:]), recommend(client, history=long)
+    assert large.status_code == small.status_code == 200
+    assert len(where) == 3 and [name.startswith("large-bodies") for name in where] == [False, True, True]
+    stored = client.post("/v1/events", json=[{"user_id": "u" * 150, "item_id": "i1"} for _ in range(1000)])
+    assert stored.status_code == 202 and parts.store.count() == 1000
 
 
 def test_a_large_body_is_refused_before_it_is_read(client: TestClient) -> None:

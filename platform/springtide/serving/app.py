@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from fastapi import Body, FastAPI, Query, Request
+from fastapi import APIRouter, Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from springtide.serving.haproxy_config import MAX_CONCURRENT
+from springtide.serving.large_bodies import LargeBodyRoute
 from springtide.serving.limits import Bodies, Crowd
 from springtide.serving.metrics import Metrics, PrometheusMetrics, SeveralMetrics
 from springtide.serving.observe import Observed, start_access_log
@@ -110,15 +111,19 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
 
 
 def _add_recommending(app: FastAPI, backend: Backend) -> None:
-    @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
+    router = APIRouter(route_class=LargeBodyRoute)
+
+    @router.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
     async def recommend(request: RecommendRequest) -> Any:
         """The best items for a known user, a history, a free text, or several of these together."""
         return JSONResponse(await backend.recommend(request))
 
-    @app.post("/v1/events", status_code=202, response_model=EventsResponse, tags=["events"])
+    @router.post("/v1/events", status_code=202, response_model=EventsResponse, tags=["events"])
     async def events(body: Annotated[EventsBody, Body()]) -> Any:
         """Append one event or up to 1,000. Answered once they are durable; the next `recommend` knows them."""
         return JSONResponse(await backend.events(body if isinstance(body, list) else [body]), status_code=202)
+
+    app.include_router(router)
 
     @app.get("/v1/users/{user_id:path}/interests", response_model=InterestsResponse, tags=["recommend"])
     async def interests(user_id: Identifier) -> Any:

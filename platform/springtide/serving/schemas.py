@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-MAX_BODY_BYTES = 16 * 2**20
+MAX_BODY_BYTES = 4 * 2**20
 MAX_K = 1000
-MAX_HISTORY = 100_000  # events accepted in one request
+MAX_HISTORY = 10_000  # events accepted in one request
 HISTORY_USED = 1000  # most recent events that a recommendation reads
 MAX_QUERY = 2000  # characters
 MAX_ID = 512
