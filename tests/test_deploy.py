@@ -152,7 +152,8 @@ def test_further_models_are_filled_in(experiment: Path) -> None:
     )
     assert lint(config) == []
     scorer = next(d for d in config["applications"][0]["deployments"] if d["name"] == "Scorer")["user_config"]
-    assert scorer["models"]["b"]["bundle"] == str(experiment / "bundles" / "b")
+    assert scorer["models"]["b"]["bundle"] == str(experiment / "served" / scorer["models"]["b"]["version"])
+    assert scorer["bundle"] == str(experiment / "served" / scorer["version"])
     assert versions(config) == {"toy": scorer["version"], "b": scorer["models"]["b"]["version"]}
     assert scorer["version"] != scorer["models"]["b"]["version"]
 

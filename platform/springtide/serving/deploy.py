@@ -3,7 +3,6 @@ wait until it answers."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from springtide.serving.lint import check_config, load_config
 from springtide.serving.options import IMPORT_PATH
 from springtide.serving.plan import normal, plan, told
 from springtide.serving.readiness import wait_ready, wait_running
+from springtide.serving.served import keep, prune, served_path, version_of
 from springtide.serving.store import file_of
 
 Json = dict[str, Any]
@@ -54,7 +54,8 @@ def deploy(
     """
     started = time.monotonic()
     deadline = started + (timeout_s or settings.serve.timeout_s)
-    config = filled(load_config(config_path or settings.serve.config, allow_public), settings, port)
+    linted = load_config(config_path or settings.serve.config, allow_public)
+    config = filled(linted, settings, port)
     check_config(config, "filled-in Serve configuration", allow_public)
     jobs, apps = _clients(address)
     running = _call(apps.get_serve_details)
@@ -68,12 +69,17 @@ def deploy(
     if plan_only:
         say("nothing was applied: serve.plan_only is on")
         return {"plan": [asdict(step) for step in steps], "applied": False}
+    workspace = Path(settings.workspace).resolve()
+    for source in _bundles_in(linted, workspace):
+        keep(source, workspace, version_of(source))
+    check_kept(config)
     say(f"deploying {', '.join(app['name'] for app in config['applications'])} to {jobs.get_address()}")
     _call(lambda: apps.deploy_applications(config))
     wait_running(lambda: _call(apps.get_serve_details), config, deadline)
     http = config["http_options"]
     url = f"http://{_bracketed(str(http['host']))}:{http.get('port', 8000)}"
     models = wait_ready(url, config, deadline)
+    prune(workspace, [running, config, _call(apps.get_serve_details)])
     say(f"serving {', '.join(models)} at {url}, API documentation at {url}/docs")
     return {
         "url": url,
@@ -87,10 +93,13 @@ def deploy(
 
 
 def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
-    """A copy of a linted configuration with the experiment's bundle, its encoder, workspace and event log in it."""
+    """A copy of a linted configuration with the experiment's bundle, its encoder, workspace and event log in it.
+
+    Bundles are named by where `keep` puts this version of them.
+    """
     workspace = Path(settings.workspace).resolve()
     # Not the settings' encoder: queries must be read by the one that read the items.
-    served, trained = _bundle_at(workspace / "bundle")
+    served, trained = _bundle_at(workspace / "bundle", workspace)
     served["name"] = settings.name
     text = trained["settings"]["text"]
     values: dict[str, Json] = {
@@ -134,12 +143,31 @@ def store_of(settings: Settings, configured: str) -> str:
     return str(workspace / (STORE_FILE if settings.serve.store is None else file))
 
 
-def _bundle_at(path: Path) -> tuple[Json, Json]:
+def _bundle_at(path: Path, workspace: Path) -> tuple[Json, Json]:
     """What a configuration says of a whole bundle, and the bundle's config.json. Raises SpringtideError for others."""
     verify_manifest(path, "bundle")
-    version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
+    version = version_of(path)
     trained: Json = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return {"bundle": str(path), "version": version}, trained
+    return {"bundle": str(served_path(workspace, version)), "version": version}, trained
+
+
+def _bundles_in(linted: Json, workspace: Path) -> list[Path]:
+    """Where the bundles lie that a configuration asks for, before it is filled in."""
+    parts = [part for app in linted["applications"] for part in app["deployments"] if part["name"] == "Scorer"]
+    further = [model["bundle"] for part in parts for model in (part["user_config"].get("models") or {}).values()]
+    return [workspace / "bundle", *(workspace / bundle for bundle in further)]
+
+
+def check_kept(config: Json) -> None:
+    """Raise SpringtideError if a filled-in configuration names a bundle that was not kept."""
+    for app in config["applications"]:
+        for part in app["deployments"]:
+            options = part.get("user_config") or {}
+            for one in (options, *(options.get("models") or {}).values()):
+                if one.get("version") and not (Path(one["bundle"]) / "manifest.json").is_file():
+                    raise SpringtideError(
+                        f"version {one['version']} of a bundle was replaced while it was deployed; deploy again"
+                    )
 
 
 def _fill_models(app: Json, workspace: Path, encoder: str) -> None:
@@ -150,7 +178,7 @@ def _fill_models(app: Json, workspace: Path, encoder: str) -> None:
     options = {deployment["name"]: deployment["user_config"] for deployment in app["deployments"]}
     models = {}
     for name, model in (options["Scorer"].get("models") or {}).items():
-        models[name], trained = _bundle_at(workspace / model["bundle"])
+        models[name], trained = _bundle_at(workspace / model["bundle"], workspace)
         if trained["settings"]["text"]["encoder"] != encoder:
             raise SpringtideError(
                 f"model {name} was trained with the text encoder {trained['settings']['text']['encoder']} and the "

@@ -319,7 +319,10 @@ def _load_engine(options: ScorerOptions) -> Engine:
     torch.set_num_threads(options.threads)
     bundle = load_bundle(options.bundle)
     if options.version is not None and options.version != bundle.version:
-        log.warning("bundle %s has version %s, the configuration says %s", bundle.path, bundle.version, options.version)
+        raise SpringtideError(
+            f"bundle {bundle.path} has version {bundle.version} and the configuration says {options.version}; deploy "
+            "again"
+        )
     if options.device != "cpu":
         bundle.recommender.to(options.device)
     check_parity(bundle)
