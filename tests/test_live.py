@@ -16,7 +16,7 @@ from springtide.bundle import load_bundle
 from springtide.errors import SpringtideError
 from springtide.serving import live as live_module
 from springtide.serving.engine import Engine, Refusal, ScoreRequest
-from springtide.serving.live import Live
+from springtide.serving.live import Live, NoLogHere
 from springtide.serving.sharing import SharedLock
 from springtide.serving.store_sqlite import SQLiteStore
 from toy import ITEMS_IN_TOY, toy_bundle
@@ -332,6 +332,27 @@ def test_a_store_that_fails_costs_nothing_but_the_news(
     assert live.add_items([engine])
     store.close()
     assert not live.add_items([engine])
+
+
+def test_a_node_without_the_log_is_no_fault(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Answers there are whole, and the log is not filled with it; the file may yet be made."""
+    monkeypatch.setattr(live_module, "REST_S", 0.0)
+    there = [False] * 5 + [True]
+
+    def open_there() -> SQLiteStore:
+        if not there.pop(0):
+            raise NoLogHere("the event log is not on this node")
+        return store
+
+    engine, live = engine_of(tmp_path / "a"), Live(open_there)
+    put(store, "new", np.ones(384))
+    with caplog.at_level("INFO"):
+        for _ in range(5):
+            assert live.add_items([engine])
+    assert [record.message for record in caplog.records] == ["the event log is not on this node"]
+    assert live.add_items([engine]) and "new" in engine.bundle.recommender.index
 
 
 # ---------------------------------------------------------------- the lock

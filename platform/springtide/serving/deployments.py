@@ -27,7 +27,7 @@ from springtide.errors import SpringtideError
 from springtide.serving.app import Edge, create_app
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.exposures import FOLDER, ExposureLog
-from springtide.serving.live import Live
+from springtide.serving.live import Live, NoLogHere
 from springtide.serving.metrics_ray import RayMetrics
 from springtide.serving.models import Models, load_models
 from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
@@ -303,7 +303,7 @@ def _store_to_follow(url: str) -> HistoryStore:
     """The event log as a Scorer reads it. Never makes one: an empty file of its own would tell it nothing."""
     path = file_of(url)
     if path is not None and not path.exists():
-        raise SpringtideError(
+        raise NoLogHere(
             f"the event log {path} is not on this node, so added items and new events stay unknown here; use Redis "
             "where Ingress and Scorer run on several nodes"
         )

@@ -34,6 +34,10 @@ AHEAD_MS = 3_600_000  # events later than now by more are not counted
 PRECEDING = 50  # events of a user not seen lately that are read to find what came before new ones
 
 
+class NoLogHere(SpringtideError):
+    """The event log is a file that this node does not have: nothing is wrong, and nothing can be known of it."""
+
+
 @dataclass
 class Place:
     """How far one engine has come."""
@@ -57,6 +61,7 @@ class Live:
         self._adding, self._observing = threading.Lock(), threading.Lock()  # items never wait for events to be read
         self._places: WeakKeyDictionary[Engine, Place] = WeakKeyDictionary()
         self._rest_until = 0.0
+        self._none_here = False
 
     def place(self, engine: Engine) -> Place:
         return self._places.setdefault(engine, Place())
@@ -74,12 +79,12 @@ class Live:
     def add_items(self, engines: Iterable[Engine]) -> bool:
         """Give engines the items added since they last looked; one question to the store if there are none.
 
-        Returns whether they know all of them, False where the store does not tell.
+        Returns whether they know all of them, False where the store does not tell. Where there is none, they do.
         """
         engines = list(engines)
         store = self._reachable()
         if store is None:
-            return False
+            return self._none_here
         try:
             newest = store.items_revision()
             for engine in engines:
@@ -175,6 +180,12 @@ class Live:
             try:
                 with self._adding:
                     self._store = self._store or self._open()
+                self._none_here = False
+            except NoLogHere as error:  # looked for again: on one machine the Ingress may make it any moment
+                self._rest_until = time.monotonic() + REST_S
+                if not self._none_here:
+                    log.warning("%s", error)
+                self._none_here = True
             except SpringtideError as error:
                 self._rest("the event log cannot be opened", error)
         return self._store
