@@ -32,7 +32,7 @@ from springtide.serving.metrics_ray import RayMetrics
 from springtide.serving.models import Models, load_models
 from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
 from springtide.serving.popular import load_popular
-from springtide.serving.seeding import seed_histories
+from springtide.serving.seeding import seed_until_done
 from springtide.serving.service import Service
 from springtide.serving.store import HistoryStore, file_of, open_store
 from springtide.serving.store_rows import Retention
@@ -229,12 +229,12 @@ class Ingress:
         self._workspace = options.workspace
         self._log: str | None = None
         self._exposures: ExposureOptions | None = None
-        self._seeding = threading.Lock()
+        self._seeding, self._superseded = threading.Lock(), threading.Event()  # the event: a newer import is wanted
         if options.workspace is not None:
             self._service.seeding = "the prepared log is not imported yet"
 
     def reconfigure(self, config: Json) -> None:
-        """Read the popular items; import the prepared log in the background if it is new, or if that failed."""
+        """Read the popular items; import the prepared log in the background if it is new."""
         options = IngressOptions.model_validate(config)
         self._service.queries.clear()  # a new bundle may have come with another encoder
         if options.bundle is not None:
@@ -248,7 +248,9 @@ class Ingress:
         if self._workspace is None or (wanted == self._log and self._service.seeding == "ok"):
             return
         self._log = wanted
-        threading.Thread(target=self._seed, args=(Path(self._workspace),), daemon=True).start()
+        self._superseded.set()
+        self._superseded = threading.Event()
+        threading.Thread(target=self._seed, args=(Path(self._workspace), self._superseded), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service, self._edge)
@@ -268,15 +270,12 @@ class Ingress:
             self._exposures = None
             log.error("exposures are not logged: %s", error)
 
-    def _seed(self, workspace: Path) -> None:
-        try:
-            with self._seeding:
-                rows = seed_histories(self._service.store, workspace)
-            log.info("imported %d events of the prepared log", rows)
-            self._service.seeding = "ok"
-        except Exception as error:
-            log.exception("the prepared log was not imported")
-            self._service.seeding = f"the prepared log was not imported: {_sentence(error)}"
+    def _seed(self, workspace: Path, superseded: threading.Event) -> None:
+        def tell(state: str) -> None:
+            self._service.seeding = state
+
+        with self._seeding:
+            seed_until_done(self._service.store, workspace, tell, lambda: not superseded.is_set(), superseded.wait)
 
 
 def build(args: dict[str, Any]) -> Application:
