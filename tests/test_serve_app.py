@@ -435,6 +435,32 @@ def test_operations(client: TestClient, service: Service) -> None:
     assert waiting.json()["checks"]["histories"] == "the prepared log is being imported"
 
 
+def test_however_many_ask_whether_it_is_ready_parts_are_asked_once(parts: Parts, service: Service) -> None:
+    async def run() -> None:
+        answers = await asyncio.gather(*(service.ready() for _ in range(50)))
+        assert all(answer["ready"] for answer in answers)
+        assert parts.calls == ["describe"]
+        assert (await service.ready())["ready"] and parts.calls == ["describe"]  # for a second
+        service._checked_until = 0.0
+        assert (await service.ready())["ready"] and parts.calls == ["describe"] * 2
+
+    asyncio.run(run())
+
+
+def test_who_asks_whether_it_is_ready_costs_nobody_a_recommendation(parts: Parts, service: Service) -> None:
+    """Failures that only /readyz saw open no circuit of `recommend`."""
+
+    async def run() -> None:
+        parts.scorer = parts.encoder = "dead"
+        for _ in range(10):
+            service._checked_until = 0.0
+            assert not (await service.ready())["ready"]
+        parts.scorer = parts.encoder = "ok"
+        assert "degraded" not in await service.recommend(RecommendRequest(user_id="u", query="love"))
+
+    asyncio.run(run())
+
+
 def test_documentation_needs_no_other_host(client: TestClient) -> None:
     page = client.get("/")  # leads to the documentation until there is a console
     assert page.status_code == 200

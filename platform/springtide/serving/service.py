@@ -42,6 +42,7 @@ from springtide.serving.store_rows import AddedItem
 from springtide.serving.traffic import Traffic, shares
 
 log = logging.getLogger("springtide.serving")
+READY_S = 1.0  # that what /readyz found is told again
 STORE_THREADS = 16  # a store that hangs holds these, not the threads that everything else shares
 WRITE_THREADS = 64  # of their own, so that writes that wait keep no read waiting; they share commits
 Json = dict[str, Any]
@@ -100,6 +101,10 @@ class Service:
         self._encoder, self._scorer = guard("encoder", encoder_timeout_s), guard("scorer", scorer_timeout_s)
         self._reads, self._writes = guard("store", store_timeout_s), guard("store_writes", other_timeout_s)
         self._encoder_answered = False
+        self._ready_threads = ThreadPoolExecutor(1, "store-ready")
+        self._checked: Json | None = None
+        self._checked_until = 0.0
+        self._checking: asyncio.Task[Json] | None = None
         self.queries = QueryCache(self._encode_query, query_cache, query_cache_s, metrics=metrics)
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
         self._write_threads = ThreadPoolExecutor(WRITE_THREADS, "store-writes")
@@ -116,7 +121,7 @@ class Service:
         if self.exposures is not None:
             self.exposures.close()
         self._stop_retaining()
-        for threads in (self._store_threads, self._write_threads):
+        for threads in (self._store_threads, self._write_threads, self._ready_threads):
             threads.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
@@ -242,23 +247,42 @@ class Service:
     async def ready(self) -> Json:
         """True only when a `recommend` would be answered whole: histories in place, store and scorer answering, and
         for a model with texts an encoder that has answered once. One that fails later degrades answers with a query
-        alone, and one that scales to zero is not kept awake."""
-        checks = {"histories": self.seeding, "store": "ok", "scorer": "ok"}
+        alone, and one that scales to zero is not kept awake.
+
+        Anybody may ask, so parts are looked at once in READY_S however many do, and apart from the threads and breakers
+        of those who want a recommendation.
+        """
+        if self._checked is None or time.monotonic() >= self._checked_until:
+            if self._checking is None:
+                self._checking = asyncio.create_task(self._check())
+            self._checked = await asyncio.shield(self._checking)
+        checks = {"histories": self.seeding, **self._checked}
+        return {"ready": all(state == "ok" for state in checks.values()), "checks": checks}
+
+    async def _check(self) -> Json:
+        """What each part says of itself; never raises."""
+        checks = {"store": "ok", "scorer": "ok"}
         try:
-            await self._stored(self.store.history, "", 1)
-        except (SpringtideError, TimeoutError, Unavailable) as error:
+            asked = self._in_threads(self._ready_threads, self.store.history, "", 1)
+            await asyncio.wait_for(asked, self._reads.timeout_s)
+        except Exception as error:
             _log_failure("not ready, the store fails", error)
             checks["store"] = "the event log cannot be read at the moment"
         try:
-            described = await self._ask("describe", timeout_s=self._scorer.timeout_s)
+            described = await asyncio.wait_for(self._call("describe"), self._scorer.timeout_s)
             if described["text"] and not self._encoder_answered:
                 checks["encoder"] = await self._try_encoder()
-        except ApiError as error:
-            checks["scorer"] = error.message
-        return {"ready": all(state == "ok" for state in checks.values()), "checks": checks}
+        except Exception as error:
+            _log_failure("not ready, the scorer fails", error)
+            checks["scorer"] = "the model does not answer at the moment"
+        self._checked_until, self._checking = time.monotonic() + READY_S, None
+        return checks
 
     async def _try_encoder(self) -> str:
-        if (await self._vector_of("ready"))[1]:
+        try:
+            await asyncio.wait_for(self._encode(["ready"]), self._encoder.timeout_s)
+        except Exception as error:
+            _log_failure("not ready, the encoder fails", error)
             return "the text encoder does not answer"
         self._encoder_answered = True
         return "ok"
