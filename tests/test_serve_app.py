@@ -21,6 +21,7 @@ from starlette.testclient import TestClient
 
 from springtide.errors import SpringtideError
 from springtide.serving import large_bodies, limits
+from springtide.serving import service as service_module
 from springtide.serving.app import create_app
 from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.exposures import ExposureLog
@@ -29,7 +30,14 @@ from springtide.serving.large_bodies import AT_ONCE
 from springtide.serving.options import ExposureOptions, TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.replay import Log, replay
-from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, MAX_HISTORY, HistoryEvent, RecommendRequest
+from springtide.serving.schemas import (
+    HISTORY_USED,
+    MAX_BODY_BYTES,
+    MAX_HISTORY,
+    ApiError,
+    HistoryEvent,
+    RecommendRequest,
+)
 from springtide.serving.service import Service, recent_events
 from springtide.serving.store import SQLiteStore
 
@@ -649,6 +657,29 @@ def test_a_refusal_of_the_model_is_no_fault_of_it(client: TestClient) -> None:
     for _ in range(10):
         assert recommend(client, user_id="u", model="no such").status_code == 404
     assert "degraded" not in recommend(client, user_id="u").json()
+
+
+def test_lookups_cost_nobody_a_recommendation(parts: Parts, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by their failures, which open no circuit of `recommend`, nor by their number."""
+    score, door = parts.call, asyncio.Event()
+
+    async def call(method: str, *arguments: Any) -> Any:
+        if method == "similar":
+            await door.wait()
+            raise ConnectionError("replica died")
+        return await score(method, *arguments)
+
+    async def run() -> None:
+        service._call = call
+        crowd = [asyncio.create_task(service.similar("i1", 3)) for _ in range(service_module.LOOKUPS)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="does not answer"):  # at once: it would wait for long
+            await asyncio.wait_for(service.similar("i1", 3), 0.1)
+        door.set()
+        assert all(isinstance(found, ApiError) for found in await asyncio.gather(*crowd, return_exceptions=True))
+        assert "degraded" not in await service.recommend(RecommendRequest(user_id="u"))
+
+    asyncio.run(run())
 
 
 def test_a_hanging_scorer_is_not_waited_for_by_everyone(parts: Parts) -> None:

@@ -96,6 +96,8 @@ class Scorer:
         self._observe_every_s = 0.0
         self._reconfigured = threading.Event()
         threading.Thread(target=self._follow, daemon=True).start()
+        self._scoring = ThreadPoolExecutor(1, "score")  # batches come one at a time
+        self._lookups = ThreadPoolExecutor(2, "lookups")  # similar items and interests never wait in that one's way
         self._apart = ThreadPoolExecutor(1)  # copies for comparison: one at a time, never in a batch that is awaited
         self._metrics = RayMetrics()
 
@@ -130,7 +132,7 @@ class Scorer:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def _batch(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
         self._metrics.observe("springtide_batch_size", len(requests), part="scorer")
-        return await asyncio.to_thread(self._score, requests)
+        return await asyncio.get_running_loop().run_in_executor(self._scoring, self._score, requests)
 
     def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
         """Answers with every item that was added until now, or degraded ones where the store does not tell."""
@@ -140,10 +142,13 @@ class Scorer:
         return answers if current else [a if isinstance(a, Refusal) else {**a, "degraded": True} for a in answers]
 
     async def interests(self, events: list[Json]) -> Json:
-        return await asyncio.to_thread(lambda: self._current_models().interests(events))
+        return await self._look_up(lambda: self._current_models().interests(events))
 
     async def similar(self, item_id: str, k: int) -> Json | Refusal:
-        return await asyncio.to_thread(lambda: self._current_models().similar(item_id, k))
+        return await self._look_up(lambda: self._current_models().similar(item_id, k))
+
+    async def _look_up(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._lookups, work)
 
     async def score_apart(self, request: ScoreRequest) -> Json | Refusal:
         """Score a request that nobody waits for."""

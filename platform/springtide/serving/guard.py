@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class Unavailable(Exception):
-    """The part has failed so often in a row that it is not asked for a while."""
+    """The part is not asked: it failed so often in a row, or as much as it may take is under way."""
 
 
 class Breaker:
@@ -58,23 +58,38 @@ class Breaker:
 
 
 class Guard:
-    """One part behind a time limit and a breaker; its calls are counted under its name."""
+    """One part behind a time limit and a breaker; its calls are counted under its name.
 
-    def __init__(self, name: str, timeout_s: float, breaker: Breaker, metrics: Metrics | None = None) -> None:
+    at_once: calls under way; a further one is not made. None: as many as come.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        timeout_s: float,
+        breaker: Breaker,
+        metrics: Metrics | None = None,
+        at_once: int | None = None,
+    ) -> None:
         self.timeout_s, self.breaker = timeout_s, breaker
         self._name, self._metrics = name, metrics or NoMetrics()
+        self._at_once, self._inside = at_once, 0
 
     async def run(
         self, call: Callable[..., Awaitable[Result]], *arguments: Any, timeout_s: float | None = None
     ) -> Result:
         """The call's answer, within timeout_s (None: the part's own). Raises Unavailable, TimeoutError or what the
         call raises."""
+        if self._at_once is not None and self._inside >= self._at_once:
+            self._failed("full")
+            raise Unavailable("as many calls of it are under way as it may take")
         try:
             ticket = self.breaker.enter()
         except Unavailable:
             self._failed("open circuit")
             raise
         succeeded, began = None, time.perf_counter()
+        self._inside += 1
         try:
             answer = await asyncio.wait_for(call(*arguments), timeout_s or self.timeout_s)
             succeeded = True
@@ -84,6 +99,7 @@ class Guard:
             self._failed("timeout" if isinstance(error, TimeoutError) else "error")
             raise
         finally:
+            self._inside -= 1
             self.breaker.leave(ticket, succeeded)
             self._metrics.observe("springtide_stage_seconds", time.perf_counter() - began, stage=self._name)
 

@@ -42,6 +42,7 @@ from springtide.serving.store_rows import AddedItem
 from springtide.serving.traffic import Traffic, shares
 
 log = logging.getLogger("springtide.serving")
+LOOKUPS = 16  # calls of a Scorer under way at once, but for recommendations
 READY_S = 1.0  # that what /readyz found is told again
 STORE_THREADS = 16  # a store that hangs holds these, not the threads that everything else shares
 WRITE_THREADS = 64  # of their own, so that writes that wait keep no read waiting; they share commits
@@ -95,10 +96,13 @@ class Service:
         self._other_timeout_s, self._max_added_items = other_timeout_s, max_added_items
         self._metrics = metrics or NoMetrics()
 
-        def guard(name: str, timeout_s: float) -> Guard:
-            return Guard(name, timeout_s, Breaker(breaker_failures, breaker_pause_s), metrics)
+        def guard(name: str, timeout_s: float, at_once: int | None = None) -> Guard:
+            return Guard(name, timeout_s, Breaker(breaker_failures, breaker_pause_s), metrics, at_once)
 
         self._encoder, self._scorer = guard("encoder", encoder_timeout_s), guard("scorer", scorer_timeout_s)
+        # Similar items, interests and what is asked of models: their failures are no reason to answer recommendations
+        # with popular items, and a crowd of them takes no place in the Scorer from those.
+        self._lookups = guard("lookups", other_timeout_s, LOOKUPS)
         self._reads, self._writes = guard("store", store_timeout_s), guard("store_writes", other_timeout_s)
         self._encoder_answered = False
         self._ready_threads = ThreadPoolExecutor(1, "store-ready")
@@ -316,7 +320,7 @@ class Service:
     async def _score(self, wanted: ScoreRequest) -> Json:
         """The scorer's answer, or popular items where it has none."""
         try:
-            return await self._ask("score", wanted, timeout_s=self._scorer.timeout_s)
+            return await self._ask("score", wanted, guard=self._scorer)
         except ApiError as error:
             if error.status != 503 or self.popular is None:
                 raise
@@ -329,11 +333,10 @@ class Service:
             raise SpringtideError(answer.message)
         return dict(answer)
 
-    async def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Json:
+    async def _ask(self, method: str, *arguments: Any, guard: Guard | None = None) -> Json:
+        """The Scorer's answer; guard: absent, that of lookups."""
         try:
-            answer = await self._scorer.run(
-                self._call, method, *arguments, timeout_s=timeout_s or self._other_timeout_s
-            )
+            answer = await (guard or self._lookups).run(self._call, method, *arguments)
         except Exception as error:
             _log_failure(f"scorer.{method} failed", error)
             raise ApiError(503, "scorer_unavailable", "the model does not answer at the moment; try again") from None
