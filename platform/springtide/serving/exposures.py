@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import queue
+import re
 import secrets
 import threading
 import time
@@ -28,6 +29,7 @@ log = logging.getLogger("springtide.serving")
 Json = dict[str, Any]
 FOLDER = "exposures"  # in the workspace
 SALT = "salt"  # in that folder: what makes the pseudonyms, and what joins them to events
+_PSEUDONYM = re.compile("[0-9a-f]{32}")
 _FLUSH_S = 0.5  # longest time that a line waits in memory
 _RETRY_S = 1.0  # after the disk refused
 
@@ -154,14 +156,24 @@ class ExposureLog:
                 path.unlink(missing_ok=True)
 
     def _hidden(self, row: Json) -> Json:
-        if self._salt is None or row["user"] is None:
+        """As it is written; `hidden` tells which way, as the setting may change while the log goes on."""
+        if row["user"] is None:
             return row
-        return {**row, "user": pseudonym(self._salt, row["user"])}
+        if self._salt is None:
+            return {**row, "hidden": False}
+        return {**row, "user": pseudonym(self._salt, row["user"]), "hidden": True}
 
 
 def pseudonym(salt: bytes, user_id: str) -> str:
     """32 hex digits of a keyed hash: the same for the same user, of no use without the salt."""
     return hmac.new(salt, user_id.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def hidden(row: Json) -> bool:
+    """Whether the user of a line is a pseudonym."""
+    if "hidden" in row or row["user"] is None:
+        return bool(row.get("hidden"))
+    return _PSEUDONYM.fullmatch(row["user"]) is not None  # a line of a version that did not say
 
 
 def salt_of(folder: Path, create: bool = False) -> bytes | None:
