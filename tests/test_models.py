@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from springtide.bundle import check_parity, load_bundle
@@ -91,6 +92,16 @@ def test_a_drawn_model_that_is_missing_is_stood_in_for(paths: dict[str, Path]) -
     models = load_models(options(paths, "one"), None, Loader())
     assert answer_of(models, model="two", assigned=True) == answer_of(models)
     assert isinstance(answer_of(models, model="two"), Refusal)
+
+
+def test_a_drawn_model_without_texts_is_stood_in_for_where_it_is_asked_in_words(paths: dict[str, Path]) -> None:
+    models = load_models(options(paths, "one", "two"), None, Loader())
+    models.engines["two"].bundle.recommender.text_vectors = None
+    query = np.full(384, 384**-0.5, np.float32)
+    assert answer_of(models, model="two", assigned=True, query=query) == answer_of(models, query=query)
+    assert answer_of(models, model="two", assigned=True)["model"].startswith("two@")
+    refused = answer_of(models, model="two", query=query)  # the caller's own wish
+    assert isinstance(refused, Refusal) and refused.code == "no_text"
 
 
 def test_only_what_changed_is_loaded(paths: dict[str, Path]) -> None:

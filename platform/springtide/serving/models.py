@@ -44,7 +44,7 @@ class Models:
         groups: dict[str, list[tuple[int, ScoreRequest]]] = {}
         for place, request in enumerate(requests):
             name = self._name_of(request.model)
-            if name is None and request.assigned:  # not the caller's wish: whoever is here may answer
+            if request.assigned and not self._answers(name, request):  # not the caller's wish: whoever can may answer
                 groups.setdefault(self.primary, []).append((place, replace(request, model=None)))
             elif name is None:
                 labels = ", ".join(engine.label for engine in self.engines.values())
@@ -79,6 +79,10 @@ class Models:
         engine = self.engines[name]
         error = {"error": self.refused[name]} if name in self.refused else {}
         return {**engine.describe(), "primary": name == self.primary, **error}
+
+    def _answers(self, name: str | None, request: ScoreRequest) -> bool:
+        """Whether a drawn model is here and reads what it is asked."""
+        return name is not None and (request.query is None or self.engines[name].takes_new_items)
 
     def _name_of(self, model: str | None) -> str | None:
         """The engine that a request means by nothing, a name, or name@version."""
