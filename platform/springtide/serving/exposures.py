@@ -6,6 +6,7 @@ counted, and never a request. The outcomes are the events that follow; `springti
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -111,12 +112,14 @@ class ExposureLog:
         rows: list[Json] = []
         try:
             row = self._queue.get(timeout=max(_FLUSH_S, self._options.max_age_s / 10))
-            while row is not None and len(rows) < self._options.queue:
+            while row is not None:
                 rows.append(row)
+                if len(rows) == self._options.queue:  # before another one is taken out
+                    return rows, False
                 row = self._queue.get_nowait()
         except queue.Empty:
             return rows, False
-        return rows, row is None
+        return rows, True
 
     def _write(self, rows: list[Json]) -> None:
         if self._file is not None and time.monotonic() - self._opened > self._options.max_age_s:
@@ -152,8 +155,9 @@ class ExposureLog:
             return
         before = time.time() - self._options.keep_days * 86_400
         for path in self._folder.glob("*.jsonl"):
-            if path.stat().st_mtime < before:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another replica removes them too
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def _hidden(self, row: Json) -> Json:
         """As it is written; `hidden` tells which way, as the setting may change while the log goes on."""
