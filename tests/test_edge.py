@@ -78,6 +78,13 @@ def test_one_line_for_each_request_without_what_was_asked(lines: list[str]) -> N
     assert "4711" not in "".join(lines) and "knitting" not in "".join(lines)
 
 
+def test_an_error_of_ours_is_logged_without_what_was_asked(caplog: pytest.LogCaptureFixture) -> None:
+    with client_of() as client:
+        client.post("/v1/recommend", json={"user_id": "broken"}, headers={"X-Request-ID": "r1"})
+    assert "knitting" not in caplog.text and "4711" not in caplog.text
+    assert "unexpected error in request r1: KeyError at " in caplog.text and "test_edge.py:" in caplog.text
+
+
 def test_without_the_setting_no_line_is_written(lines: list[str]) -> None:
     with client_of() as client:
         client.get("/healthz")

@@ -28,6 +28,7 @@ from springtide.errors import SpringtideError
 from springtide.serving.haproxy_config import (
     Limits,
     admin_socket,
+    discreet,
     front_addresses,
     handed_over,
     on_loopback,
@@ -214,6 +215,15 @@ def test_the_limits_are_in_every_backend_of_an_application_and_haproxy_accepts_t
     )  # fmt: skip
     assert checked.returncode == 0, checked.stderr
     assert not list(ray.folder.glob("haproxy.cfg.[0-9]*"))
+
+
+def test_no_line_of_the_log_holds_a_path(ray: Ray) -> None:
+    before = ray.write(30_000)
+    after = discreet(before)
+    assert before.count("option httplog") == after.count("    log-format ") == 1
+    assert "httplog" not in after
+    (line,) = (line for line in after.splitlines() if line.startswith("    log-format "))
+    assert not any(alias in line for alias in ("%r ", "%HU", "%HP", "%HQ", "%hr", "%ci"))
 
 
 def test_limits_are_read_from_the_environment() -> None:

@@ -1,8 +1,9 @@
 """What is changed in the HAProxy configuration that Ray writes: text in, text out.
 
-Its side doors (statistics, metrics) move to loopback, `springtide-haproxy` keeps its front and its admin socket, and it
-sheds: an Ingress gets no more requests at once than it takes, a few wait for a place, and all others are answered 503
-with Retry-After by HAProxy itself, which costs microseconds where Python needs a millisecond.
+Its side doors (statistics, metrics) move to loopback, its log lines lose the path, `springtide-haproxy` keeps its front
+and its admin socket, and it sheds: an Ingress gets no more requests at once than it takes, a few wait for a place, and
+all others are answered 503 with Retry-After by HAProxy itself, which costs microseconds where Python needs a
+millisecond.
 """
 
 from __future__ import annotations
@@ -110,6 +111,15 @@ def on_loopback(config: str) -> str:
     return written
 
 
+def discreet(config: str) -> str:
+    """With log lines that hold no path, and so no ids of users and items."""
+
+    def change(_: str, line: str) -> list[str]:
+        return [f"    log-format {_quoted(_LINE)}"] if line.split() == ["option", "httplog"] else [line]
+
+    return _rewritten(config, change)
+
+
 def shedding(config: str, limits: Limits) -> str:
     """With the limits, and with errors that tell callers to come again.
 
@@ -164,6 +174,8 @@ def handed_over(config: str, admin: Path, fronts: Mapping[str, int] | None) -> s
 
 
 _JSON = "content-type application/json"
+# HAProxy's own line without the caller's address, the captured headers and, of the request, all but the method.
+_LINE = "[%tr] %ft %b/%s %TR/%Tw/%Tc/%Tr/%Ta %ST %B %tsc %ac/%fc/%bc/%sc/%rc %sq/%bq %HM"
 _MESSAGES = {
     "overloaded": "too many requests are under way; try again",
     "unavailable": "nothing that could answer is there yet, or was free in time; try again",

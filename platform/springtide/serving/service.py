@@ -24,6 +24,7 @@ from springtide.serving.exposures import ExposureLog, exposure
 from springtide.serving.guard import Breaker, Guard, Unavailable
 from springtide.serving.history_cache import HistoryCache
 from springtide.serving.metrics import Metrics, NoMetrics
+from springtide.serving.observe import without_data
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.query_cache import QueryCache
@@ -355,7 +356,7 @@ class Service:
 def _log_failure(what: str, error: Exception) -> None:
     """A line for each call that failed, and none for calls that an open circuit spared: a crowd would flood the log."""
     if not isinstance(error, Unavailable):
-        log.error("%s: %r", what, error)
+        log.error("%s: %s", what, without_data(error))
 
 
 def told_of(answer: Json, metrics: Metrics) -> None:
