@@ -39,6 +39,11 @@ class Limits:
     waiting: int = MAX_CONCURRENT // 2  # requests that wait for a place in any Ingress; a further one is refused
     wait_ms: int = 1000  # then one that waits is refused too
 
+    @property
+    def large(self) -> int:
+        """Requests with large bodies that pass at once: whoever stalls in one takes no more places than these."""
+        return max(1, self.at_once // 4)
+
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Limits:
         """As SPRINGTIDE_HAPROXY_AT_ONCE, ..._WAITING and ..._WAIT_MS say. Raises SpringtideError for no number."""
@@ -128,6 +133,7 @@ def shedding(config: str, limits: Limits) -> str:
     body = {code: json.dumps({"error": {"code": code, "message": message}}) for code, message in _MESSAGES.items()}
     unavailable = f"{_JSON} string {_quoted(body['unavailable'])} hdr Retry-After 1"
     untold = not serves(config)
+    held = _held(config)
     full = f"{{ queue ge {limits.waiting} }} !{{ path {VITAL} }}"
 
     def limit(section: str, line: str) -> list[str]:
@@ -154,10 +160,25 @@ def shedding(config: str, limits: Limits) -> str:
                 f" hdr Retry-After 1 if {full}",
                 # Who stalls in mid-request waits here, and takes no place in an Ingress.
                 f"    http-request wait-for-body time {CALLER_S}s if {{ method POST PUT PATCH }}",
+                # But for one whose body is larger than what is held here: of those an Ingress gets a few.
+                "    stick-table type integer size 10 expire 1m store conn_cur",
+                "    http-request set-var(txn.springtide_body) req.hdr(content-length)",
+                f"    acl springtide_large req.hdrs,length,add(txn.springtide_body) -m int gt {held}",
+                "    acl springtide_large req.hdr(transfer-encoding) -m found",
+                "    http-request track-sc0 int(1) if springtide_large",
+                f"    http-request return status 503 {_JSON} string {_quoted(body['overloaded'])}"
+                f" hdr Retry-After 1 if springtide_large {{ sc0_conn_cur gt {limits.large} }}",
             ]
         return [line]
 
     return _rewritten(config, limit)
+
+
+def _held(config: str) -> int:
+    """Bytes of a request, its headers included, that HAProxy surely waits for as a whole."""
+    lines = (line.split() for line in sections(config).get("global", []))
+    size = next((int(words[1]) for words in lines if words[:1] == ["tune.bufsize"] and words[1:2]), 16_384)
+    return size * 3 // 4
 
 
 def handed_over(config: str, admin: Path, fronts: Mapping[str, int] | None) -> str:
