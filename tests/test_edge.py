@@ -20,6 +20,7 @@ from springtide.serving.metrics import NoMetrics, PrometheusMetrics
 from springtide.serving.replies import error_reply
 from springtide.serving.schemas import MAX_BODY_BYTES, ApiError
 
+HERE = "http://127.0.0.1"
 SECRET = "user-4711 likes\nknitting"
 
 
@@ -45,7 +46,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def client_of(**edge: Any) -> TestClient:
-    return TestClient(create_app(Backend(), Edge(**edge)), raise_server_exceptions=False)  # type: ignore[arg-type]
+    return TestClient(create_app(Backend(), Edge(**edge)), HERE, raise_server_exceptions=False)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- ids, lines, counts

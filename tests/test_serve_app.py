@@ -42,6 +42,7 @@ from springtide.serving.service import Service, recent_events
 from springtide.serving.store import SQLiteStore
 
 ITEMS = 12
+HERE = "http://127.0.0.1"
 WIDTH = 4
 
 
@@ -195,7 +196,7 @@ def toy_popularity() -> pa.Table:
 
 @pytest.fixture
 def client(service: Service) -> Iterator[TestClient]:
-    with TestClient(create_app(service)) as opened:
+    with TestClient(create_app(service), HERE) as opened:
         yield opened
 
 

@@ -39,7 +39,7 @@ from springtide.serving.schemas import (
     RecommendResponse,
     SimilarResponse,
 )
-from springtide.serving.security import Authorised, SafeHeaders
+from springtide.serving.security import Authorised, OwnHosts, SafeHeaders
 from springtide.serving.service import Backend
 from springtide.serving.tokens import TokenBook
 
@@ -52,6 +52,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     408: {"model": ErrorBody, "description": "the body did not arrive in time"},
     409: {"model": ErrorBody, "description": "as many items were added as the service takes"},
     413: {"model": ErrorBody, "description": f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB"},
+    421: {
+        "model": ErrorBody,
+        "description": "without tokens: the Host is neither an address nor a name of this service",
+    },
     422: {"model": ErrorBody, "description": "a field is missing, misspelt or out of bounds"},
     429: {"model": ErrorBody, "description": "the token's rate or daily quota is used up; see Retry-After"},
     503: {"model": ErrorBody, "description": "a part does not answer, or too many requests at once; see Retry-After"},
@@ -63,6 +67,7 @@ class Edge:
     """What stands between callers and the routes."""
 
     tokens: TokenBook | None = None  # None: everybody may ask, so listen on loopback alone
+    hosts: tuple[str, ...] = ()  # names of this service beside localhost, looked at where there are no tokens
     metrics: PrometheusMetrics = field(default_factory=PrometheusMetrics)  # what GET /metrics shows
     also: Metrics | None = None  # counted there too
     access_log: bool = False
@@ -97,6 +102,8 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
     app.add_middleware(Bodies)  # a caller who stalls takes no place in the crowd
     if edge.tokens is not None:
         app.add_middleware(Authorised, book=edge.tokens)
+    else:
+        app.add_middleware(OwnHosts, names=edge.hosts)
     app.add_middleware(SafeHeaders)
     if edge.access_log:
         start_access_log()

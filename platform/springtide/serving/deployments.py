@@ -211,6 +211,7 @@ class Ingress:
 
         self._edge = Edge(
             tokens=open_tokens(options.auth.tokens_file, options.auth.tokens_env) if options.auth else None,
+            hosts=tuple(options.allowed_hosts),
             also=RayMetrics() if options.ray_metrics else None,
             access_log=options.access_log,
             max_concurrent=options.max_concurrent,
