@@ -28,6 +28,7 @@ from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
 from springtide.serving.large_bodies import AT_ONCE
 from springtide.serving.options import ExposureOptions, TrafficOptions
+from springtide.serving.policies import Policies
 from springtide.serving.popular import PopularItems
 from springtide.serving.replay import Log, replay
 from springtide.serving.schemas import (
@@ -610,6 +611,24 @@ def test_every_answer_is_an_exposure(client: TestClient, parts: Parts, service: 
         ("u", "films", "split", ["i11"], True),
     ]
     assert len({e["request_id"] for e in lines}) == 3
+
+
+def test_a_caller_cannot_choose_what_exploration_shows(
+    client: TestClient, parts: Parts, service: Service, tmp_path: Path
+) -> None:
+    """The same X-Request-ID draws anew; with the nonce of the log the same items come again."""
+    explore = Policies.model_validate({"exploration": {"kind": "softmax", "temperature": 100, "candidates": 12}})
+    parts.engine = Engine(parts.engine.bundle, "films", explore)
+    service.exposures = ExposureLog(tmp_path / "exposures", ExposureOptions())
+    shown = []
+    for _ in range(5):
+        answer = client.post("/v1/recommend", json={"user_id": "u", "k": 6}, headers={"X-Request-ID": "mine"})
+        shown.append(ids(answer))
+    assert len({tuple(items) for items in shown}) > 1
+    service.exposures.close()
+    for line, items in zip(read_exposures(tmp_path / "exposures"), shown, strict=True):
+        again = parts.engine.score([ScoreRequest(k=6, chance=f"mine {line['nonce']}")])[0]
+        assert isinstance(again, dict) and [item["item_id"] for item in again["items"]] == items
 
 
 def test_models_tell_of_split_shadows_and_exposures(client: TestClient, service: Service, tmp_path: Path) -> None:

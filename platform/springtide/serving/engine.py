@@ -48,7 +48,7 @@ class ScoreRequest:
     model: str | None = None
     assigned: bool = False  # the model was drawn, not asked for: where it is missing the primary answers
     now: int | None = None  # ms; None: the scorer's clock
-    request_id: str | None = None  # seeds the chance of exploration
+    chance: str | None = None  # seeds exploration: the same one draws the same items again; None: fresh
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Engine:
 
     def _choose(self, request: ScoreRequest, rules: Rules, draw: Draw) -> Chosen:
         vectors, catalogue = self._recommender.item_vectors, self._catalogue
-        return choose(draw, rules, vectors, catalogue.categories, catalogue.in_any, request.request_id)
+        return choose(draw, rules, vectors, catalogue.categories, catalogue.in_any, request.chance)
 
     def _compose(
         self, request: ScoreRequest, pair: tuple[History, list[str]], chosen: Chosen, gate_short: float, now: int

@@ -35,8 +35,13 @@ _FLUSH_S = 0.5  # longest time that a line waits in memory
 _RETRY_S = 1.0  # after the disk refused
 
 
-def exposure(request_id: str, user_id: str | None, choice: Choice, answer: Json, now: int) -> Json:
-    """One line of the log; now: ms. The rank of an item is its place in `items`, from 1."""
+def exposure(
+    request_id: str, user_id: str | None, choice: Choice, answer: Json, now: int, nonce: str | None = None
+) -> Json:
+    """One line of the log; now: ms. The rank of an item is its place in `items`, from 1.
+
+    nonce: which, after the request's id and a space, was the chance of exploration; only noted where there was some.
+    """
     row: Json = {
         "request_id": request_id,
         "time": now,
@@ -51,6 +56,7 @@ def exposure(request_id: str, user_id: str | None, choice: Choice, answer: Json,
     }
     if any("propensity" in item for item in answer["items"]):
         row["propensities"] = [item.get("propensity") for item in answer["items"]]
+        row["nonce"] = nonce
     return row
 
 

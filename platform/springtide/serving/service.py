@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -131,7 +132,8 @@ class Service:
         self.store.close()
 
     async def recommend(self, request: RecommendRequest) -> Json:
-        request_id = current_note().request_id
+        # A caller names the request, and must not choose by that what exploration shows: so does the nonce.
+        request_id, nonce = current_note().request_id, secrets.token_hex(8)
         choice = self.traffic.choose(request.model, request.user_id, request_id)
         (events, history_lost), (query, query_lost) = await asyncio.gather(
             self._history_of(request), self._vector_of(request.query)
@@ -150,7 +152,7 @@ class Service:
             model=choice.model,
             assigned=choice.by == "split",
             now=now if request.now is None else request.now,
-            request_id=request_id,
+            chance=f"{request_id} {nonce}",
         )
         answer = await self._score(wanted)
         if history_lost or query_lost:
@@ -159,7 +161,7 @@ class Service:
         if "degraded" not in answer:
             self.traffic.shadow(wanted, answer, request_id)
         if self.exposures is not None:
-            self.exposures.record(exposure(request_id, request.user_id, choice, answer, now))
+            self.exposures.record(exposure(request_id, request.user_id, choice, answer, now, nonce))
         return answer
 
     async def events(self, events: list[Event]) -> Json:
