@@ -17,7 +17,7 @@ from ray.serve.schema import DeploymentSchema
 
 from springtide.errors import SpringtideError
 from springtide.files import write_json, write_manifest
-from springtide.serving.deploy import filled
+from springtide.serving.deploy import _call, filled
 from springtide.serving.lint import lint, load_config
 from springtide.serving.plan import RESTARTING, SCALING, normal, plan, told
 from springtide.serving.readiness import serving, versions, wait_ready, wait_running, why
@@ -267,6 +267,21 @@ def test_waiting_for_serve_is_bounded_and_says_which_part() -> None:
     }
     with pytest.raises(SpringtideError, match=r"^Serve could not deploy x: Scorer cannot start: no bundle$"):
         wait_running(lambda: {"applications": {"x": failed}}, scorer_of(a="1"), time.monotonic() + 9)
+
+
+def test_a_dashboard_that_hangs_is_not_waited_for_beyond_the_deadline() -> None:
+    release, began = threading.Event(), time.monotonic()
+    with pytest.raises(SpringtideError, match="did not answer in time"):
+        _call(lambda: release.wait(60), began + 0.2)
+    assert time.monotonic() - began < 30
+    release.set()
+
+    def refuse() -> None:
+        raise ConnectionError("no route")
+
+    assert _call(lambda: 5, time.monotonic() + 20) == 5
+    with pytest.raises(SpringtideError, match="refused or did not answer: no route"):
+        _call(refuse, time.monotonic() + 20)
 
 
 def test_reasons() -> None:

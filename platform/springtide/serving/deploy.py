@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from springtide.config import Settings
 from springtide.errors import SpringtideError
@@ -24,6 +26,8 @@ from springtide.serving.served import keep, prune, served_path, version_of
 from springtide.serving.store import file_of
 
 Json = dict[str, Any]
+Result = TypeVar("Result")
+GRACE_S = 5.0  # for the call under way at the deadline, so that the reason is told and not only that time is up
 STORE_FILE = "history.sqlite3"  # in the workspace
 
 
@@ -57,10 +61,10 @@ def deploy(
     linted = load_config(config_path or settings.serve.config, allow_public)
     config = filled(linted, settings, port)
     check_config(config, "filled-in Serve configuration", allow_public)
-    jobs, apps = _clients(address)
-    running = _call(apps.get_serve_details)
+    jobs, apps = _clients(address, deadline)
+    running = _call(apps.get_serve_details, deadline)
     _check_listener(running, config)
-    code = upload_code(jobs)
+    code = upload_code(jobs, deadline)
     for app in config["applications"]:
         app.setdefault("runtime_env", {}).setdefault("py_modules", []).append(code)
     steps = plan(running, normal(config))
@@ -74,12 +78,15 @@ def deploy(
         keep(source, workspace, version_of(source))
     check_kept(config)
     say(f"deploying {', '.join(app['name'] for app in config['applications'])} to {jobs.get_address()}")
-    _call(lambda: apps.deploy_applications(config))
-    wait_running(lambda: _call(apps.get_serve_details), config, deadline)
+    _call(lambda: apps.deploy_applications(config), deadline)
+    wait_running(lambda: _call(apps.get_serve_details, deadline + GRACE_S), config, deadline)
     http = config["http_options"]
     url = f"http://{_bracketed(str(http['host']))}:{http.get('port', 8000)}"
     models = wait_ready(url, config, deadline)
-    prune(workspace, [running, config, _call(apps.get_serve_details)])
+    try:
+        prune(workspace, [running, config, _call(apps.get_serve_details, deadline + GRACE_S)])
+    except SpringtideError as error:
+        say(f"old copies of bundles stay for now: {error}")
     say(f"serving {', '.join(models)} at {url}, API documentation at {url}/docs")
     return {
         "url": url,
@@ -196,7 +203,7 @@ def _fill_models(app: Json, workspace: Path, encoder: str) -> None:
                 )
 
 
-def upload_code(jobs: Any) -> str:
+def upload_code(jobs: Any, deadline: float) -> str:
     """Put the `springtide` package on the cluster and return its gcs:// address, the same for the same code.
 
     Serve takes no local folders, so this goes the way that `ray job submit` sends py_modules: over the dashboard, with
@@ -208,28 +215,49 @@ def upload_code(jobs: Any) -> str:
         copy = Path(scratch) / "springtide"
         shutil.copytree(Path(springtide.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         runtime_env: Json = {"py_modules": [str(copy)]}
-        _call(lambda: jobs._upload_py_modules_if_needed(runtime_env))
+        _call(lambda: jobs._upload_py_modules_if_needed(runtime_env), deadline)
     return str(runtime_env["py_modules"][0])
 
 
-def _clients(address: str | None) -> tuple[Any, Any]:
+def _clients(address: str | None, deadline: float) -> tuple[Any, Any]:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
     from ray.job_submission import JobSubmissionClient
 
-    jobs = _call(lambda: JobSubmissionClient(address))
-    return jobs, _call(lambda: ServeSubmissionClient(jobs.get_address()))
+    jobs = _call(lambda: JobSubmissionClient(address), deadline)
+    return jobs, _call(lambda: ServeSubmissionClient(jobs.get_address()), deadline)
 
 
-def _call(work: Callable[[], Any]) -> Any:
-    """Run one call to the cluster; any refusal becomes a sentence."""
+def _call(work: Callable[[], Any], deadline: float) -> Any:
+    """Run one call to the cluster; any refusal, and no answer by the deadline (time.monotonic), becomes a sentence."""
     try:
-        return work()
+        return in_time(work, deadline)
+    except TimeoutError:
+        raise SpringtideError(
+            "the Ray cluster did not answer in time; check that its dashboard answers, or raise serve.timeout_s"
+        ) from None
     except Exception as error:  # the client raises RuntimeError, ConnectionError, AuthenticationError and requests'
         reason = " ".join(str(error).split())
         raise SpringtideError(
             f"the Ray cluster refused or did not answer: {reason[:600]}; check that it runs (ray start --head), "
             "its dashboard address and RAY_AUTH_MODE"
         ) from error
+
+
+def in_time(work: Callable[[], Result], deadline: float) -> Result:
+    """What `work` returns or raises; TimeoutError at the deadline. Ray's clients wait for a dashboard without end.
+
+    The call goes on in a thread that does not keep the process: nothing can take it back.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="dashboard", daemon=True).start()
+    return future.result(max(0.0, deadline - time.monotonic()))
 
 
 def _check_listener(details: Json, config: Json) -> None:
