@@ -17,10 +17,11 @@ from ray.serve.schema import DeploymentSchema
 
 from springtide.errors import SpringtideError
 from springtide.files import write_json, write_manifest
-from springtide.serving.deploy import _call, filled
+from springtide.serving.deploy import _call, _put_back, filled
 from springtide.serving.lint import lint, load_config
-from springtide.serving.plan import RESTARTING, SCALING, normal, plan, told
-from springtide.serving.readiness import serving, versions, wait_ready, wait_running, why
+from springtide.serving.models import merged_models
+from springtide.serving.plan import RESTARTING, SCALING, Step, normal, plan, told
+from springtide.serving.readiness import Refused, serving, versions, wait_ready, wait_running, why
 from toy import toy_settings
 
 LOCAL = load_config(Path(__file__).parents[1] / "serve_configs" / "local.yaml")
@@ -188,6 +189,41 @@ def test_all_the_models_asked_for_and_no_others() -> None:
         serving([model("a", "0", error="damaged"), model("b", "2")], wanted)
     with pytest.raises(SpringtideError, match=r"the model c was refused: none there; still serving: a@1"):
         serving([model("a", "1"), {"model": "c", "name": "c", "error": "none there"}], wanted)
+
+
+def test_every_replica_must_serve_what_was_asked_for() -> None:
+    """As the Ingress tells it, who asks all of them."""
+    old, new, refused = model("a", "0"), model("a", "1"), model("a", "0", error="damaged")
+    merged = merged_models([{"models": [new]}, {"models": [old]}, {"models": [new]}])
+    assert merged["replicas"] == 3 and merged["models"] == [{**new, "versions": ["0", "1"]}]
+    assert serving(merged["models"], {"a": "1"}) is None
+    assert serving(merged_models([{"models": [new]}] * 3)["models"], {"a": "1"}) == ["a@1"]
+    absent = merged_models([{"models": [new]}, {"models": [new, model("b", "2")]}])
+    assert absent["models"][1]["versions"] == [None, "2"]
+    assert serving(absent["models"], {"a": "1", "b": "2"}) is None
+    with pytest.raises(Refused, match="damaged"):
+        serving(merged_models([{"models": [new]}, {"models": [refused]}])["models"], {"a": "1"})
+    assert merged_models([{"models": [old]}]) == {"models": [old]}
+
+
+@pytest.mark.parametrize("effect", ["reconfigured", "unchanged", "restarts"])
+def test_a_refused_configuration_is_not_left_in_place(effect: str) -> None:
+    """Unless replicas were replaced for it: they would be once more."""
+
+    class Apps:
+        applied: list[Any] = []
+
+        def deploy_applications(self, config: Any) -> None:
+            self.applied.append(config)
+
+    apps, step = Apps(), Step("springtide", "Scorer", effect)
+    apps.applied = []
+    said = _put_back(apps, running(OLD), {**OLD, "applications": [{"name": "springtide"}]}, [step])
+    if effect == "restarts":
+        assert not said and not apps.applied
+    else:
+        assert said == "; the configuration before was put back"
+        assert apps.applied == [{**OLD, "applications": normal(OLD)["applications"]}]
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -156,6 +156,20 @@ def test_a_new_model_that_fails_is_left_out_and_told(paths: dict[str, Path]) -> 
     assert isinstance(answer_of(models, model="two"), Refusal)
 
 
+def test_what_could_not_be_loaded_is_tried_once_more(paths: dict[str, Path]) -> None:
+    """As where storage shows a new folder's files late."""
+    tries, load = [0], Loader()
+
+    def late(source: ScorerOptions) -> Engine:
+        tries[0] += 1
+        if tries[0] == 1:
+            raise OSError("model.safetensors is missing")
+        return load(source)
+
+    assert load_models(options(paths, "one"), None, late).refused == {}
+    assert tries == [2]
+
+
 def test_a_first_primary_that_fails_is_an_error(paths: dict[str, Path]) -> None:
     flip_a_byte(paths["one"])
     with pytest.raises(Exception, match=r"model\.safetensors differs"):

@@ -20,14 +20,15 @@ from springtide.errors import SpringtideError
 from springtide.files import verify_manifest
 from springtide.serving.lint import check_config, load_config
 from springtide.serving.options import IMPORT_PATH
-from springtide.serving.plan import normal, plan, told
-from springtide.serving.readiness import wait_ready, wait_running
+from springtide.serving.plan import RECONFIGURE, SCALE, UNCHANGED, Step, normal, plan, told
+from springtide.serving.readiness import Refused, wait_ready, wait_running
 from springtide.serving.served import keep, prune, served_path, version_of
 from springtide.serving.store import file_of
 
 Json = dict[str, Any]
 Result = TypeVar("Result")
 GRACE_S = 5.0  # for the call under way at the deadline, so that the reason is told and not only that time is up
+PUT_BACK_S = 30.0
 STORE_FILE = "history.sqlite3"  # in the workspace
 
 
@@ -82,7 +83,10 @@ def deploy(
     wait_running(lambda: _call(apps.get_serve_details, deadline + GRACE_S), config, deadline)
     http = config["http_options"]
     url = f"http://{_bracketed(str(http['host']))}:{http.get('port', 8000)}"
-    models = wait_ready(url, config, deadline)
+    try:
+        models = wait_ready(url, config, deadline)
+    except Refused as error:
+        raise SpringtideError(f"{error}{_put_back(apps, running, config, steps)}") from None
     try:
         prune(workspace, [running, config, _call(apps.get_serve_details, deadline + GRACE_S)])
     except SpringtideError as error:
@@ -97,6 +101,19 @@ def deploy(
         "applied": True,
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _put_back(apps: Any, running: Json, config: Json, steps: list[Step]) -> str:
+    """After a refusal, apply the configuration that ran before, and say so: a Scorer that started later would find only
+    the refused one. Left alone where replicas were replaced, as they would be again."""
+    if any(step.effect not in (RECONFIGURE, SCALE, UNCHANGED) for step in steps):
+        return ""
+    before = [running["applications"][app["name"]]["deployed_app_config"] for app in config["applications"]]
+    try:
+        _call(lambda: apps.deploy_applications({**config, "applications": before}), time.monotonic() + PUT_BACK_S)
+    except SpringtideError as error:
+        return f"; the configuration before could not be put back: {error}"
+    return "; the configuration before was put back"
 
 
 def filled(config: Json, settings: Settings, port: int | None = None) -> Json:

@@ -209,6 +209,16 @@ class Ingress:
         async def call(method: str, *arguments: Any) -> Any:
             return await _again_if_died(lambda: getattr(scorer, method).remote(*arguments))
 
+        async def everywhere(method: str) -> list[Any]:
+            """Of the replicas that answer; of one, where Serve does not reach them all."""
+            try:
+                sent = scorer.broadcast(method)
+                found = await sent.results_async(timeout_s=options.other_timeout_s, return_exceptions=True)
+            except Exception as error:
+                log.warning("one Scorer is asked for all of them: %r", error)
+                found = []
+            return [one for one in found if not isinstance(one, BaseException)] or [await call(method)]
+
         self._edge = Edge(
             tokens=open_tokens(options.auth.tokens_file, options.auth.tokens_env) if options.auth else None,
             hosts=tuple(options.allowed_hosts),
@@ -231,6 +241,7 @@ class Ingress:
             query_cache_s=options.query_cache_s,
             history_cache_events=options.history_cache_events,
             max_added_items=options.max_added_items,
+            everywhere=everywhere,
         )
         self._workspace = options.workspace
         self._log: str | None = None

@@ -17,6 +17,10 @@ POLL_S = 0.5
 TOKEN_VARIABLE = "SPRINGTIDE_TOKEN"
 
 
+class Refused(SpringtideError):
+    """The Scorers go on with the models before, but their configuration names one that they refused."""
+
+
 def wait_running(details: Callable[[], Json], config: Json, deadline: float) -> None:
     """Wait until Serve calls every application of a configuration running.
 
@@ -106,15 +110,15 @@ def versions(config: Json) -> dict[str, str | None]:
 
 
 def serving(models: list[Json], wanted: dict[str, str | None]) -> list[str] | None:
-    """The labels of the models if they are those wanted and no others; None while they are not.
+    """The labels of the models if they are those wanted and no others, in every replica; None while they are not.
 
-    Raises SpringtideError if one was refused.
+    Raises Refused if one was refused.
     """
     if refused := [model for model in models if model.get("error")]:
         kept = ", ".join(model["model"] for model in models if model.get("version")) or "none"
-        raise SpringtideError(
-            f"the model {refused[0]['name']} was refused: {refused[0]['error']}; still serving: {kept}"
-        )
+        raise Refused(f"the model {refused[0]['name']} was refused: {refused[0]['error']}; still serving: {kept}")
+    if any(model.get("versions") for model in models):
+        return None
     found = {model["name"]: model["version"] for model in models}
     if found.keys() != wanted.keys() or any(v is not None and found[name] != v for name, v in wanted.items()):
         return None

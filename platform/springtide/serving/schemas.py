@@ -328,6 +328,9 @@ class ModelInfo(Response):
     metrics: dict[str, Any] | None = None
     live: LiveInfo | None = None
     error: str | None = Field(None, description="why the last change of model was refused, if it was")
+    versions: list[str | None] | None = Field(
+        None, description="those of the Scorer's replicas while they differ; null: a replica without this model"
+    )
 
 
 class Spread(Response):
@@ -358,6 +361,7 @@ class ExposureInfo(Response):
 
 class ModelsResponse(Response):
     models: list[ModelInfo]
+    replicas: int | None = Field(None, description="of the Scorer, where several told of their models")
     split: dict[str, float] | None = Field(None, description="share of the users that each model answers")
     shadows: list[ShadowInfo] | None = None
     exposures: ExposureInfo | None = None

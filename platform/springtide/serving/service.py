@@ -25,6 +25,7 @@ from springtide.serving.exposures import ExposureLog, exposure
 from springtide.serving.guard import Breaker, Guard, Unavailable
 from springtide.serving.history_cache import HistoryCache
 from springtide.serving.metrics import Metrics, NoMetrics
+from springtide.serving.models import merged_models
 from springtide.serving.observe import without_data
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
@@ -51,6 +52,7 @@ WRITE_THREADS = 64  # of their own, so that writes that wait keep no read waitin
 Json = dict[str, Any]
 Encode = Callable[[list[str]], Awaitable[np.ndarray]]  # texts -> [n, D] float32, L2-normalised
 Call = Callable[..., Awaitable[Any]]  # (method of the scorer, its arguments) -> its answer
+Everywhere = Callable[[str], Awaitable[list[Any]]]  # method of the scorer -> the answer of each of its replicas
 
 
 class Backend(Protocol):
@@ -87,14 +89,17 @@ class Service:
         query_cache_s: float = 600.0,
         history_cache_events: int = 100_000,
         max_added_items: int = 100_000,
+        everywhere: Everywhere | None = None,
     ) -> None:
-        """other_timeout_s: for calls that have no degraded answer, such as storing events."""
+        """other_timeout_s: for calls that have no degraded answer, such as storing events; everywhere: reaches every
+        replica of the Scorer, absent: `call`."""
         self.store = store
         self._stop_retaining = retain_in_background(store)
         self.histories = HistoryCache(store, HISTORY_USED, history_cache_events, metrics)
         self.seeding = "ok"  # or why the stored histories are not complete yet
         self.popular: PopularItems | None = None  # the answer while the scorer is down
         self._encode, self._call = encode, call
+        self._everywhere = everywhere or self._one
         self._other_timeout_s, self._max_added_items = other_timeout_s, max_added_items
         self._metrics = metrics or NoMetrics()
 
@@ -242,7 +247,11 @@ class Service:
             raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
 
     async def models(self) -> Json:
-        answer = await self._ask("models")
+        """As every replica of the Scorer has it."""
+        try:
+            answer = merged_models(await self._lookups.run(self._everywhere, "models"))
+        except Exception as error:
+            raise _no_scorer("models", error) from None
         if split := shares(self.traffic.options):
             answer["split"] = split
         if self.traffic.options.shadow:
@@ -341,11 +350,13 @@ class Service:
         try:
             answer = await (guard or self._lookups).run(self._call, method, *arguments)
         except Exception as error:
-            _log_failure(f"scorer.{method} failed", error)
-            raise ApiError(503, "scorer_unavailable", "the model does not answer at the moment; try again") from None
+            raise _no_scorer(method, error) from None
         if isinstance(answer, Refusal):
             raise ApiError(answer.status, answer.code, answer.message)
         return dict(answer)
+
+    async def _one(self, method: str) -> list[Any]:
+        return [await self._call(method)]
 
     async def _stored(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await self._reads.run(self._in_threads, self._store_threads, work, *arguments)
@@ -353,6 +364,11 @@ class Service:
     @staticmethod
     async def _in_threads(threads: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+
+
+def _no_scorer(method: str, error: Exception) -> ApiError:
+    _log_failure(f"scorer.{method} failed", error)
+    return ApiError(503, "scorer_unavailable", "the model does not answer at the moment; try again")
 
 
 def _log_failure(what: str, error: Exception) -> None:
