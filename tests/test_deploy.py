@@ -230,17 +230,27 @@ class Answers(BaseHTTPRequestHandler):
     """Plays an Ingress: `script` is a list of (/readyz status, models), the last of which stays."""
 
     script: list[tuple[int, Any]] = []
+    read_by = ["default@1"]  # one more text asked, the next one
 
     def do_GET(self) -> None:
         status, models = self.script[0]
         if self.path == "/v1/models" and len(self.script) > 1:
             self.script.pop(0)
         body = (
-            {"ready": status == 200, "checks": {"scorer": "loading"}} if self.path == "/readyz" else {"models": models}
+            {"ready": status == 200, "checks": {"scorer": "loading"}}
+            if self.path == "/readyz"
+            else {"models": models, "encoder": self.read_by[0]}
         )
         self.send_response(status)
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.read_by[:] = self.read_by[1:] or self.read_by
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -265,6 +275,19 @@ def scorer_of(**models: str) -> Any:
 def test_it_waits_for_the_version(ingress: str) -> None:
     Answers.script = [(200, [model("a", "0")]), (200, [model("a", "1")])]
     assert wait_ready(ingress, scorer_of(a="1"), time.monotonic() + 20) == ["a@1"]
+
+
+def test_it_waits_for_the_text_encoder(ingress: str) -> None:
+    """Which goes on with the one before where a new one cannot be loaded."""
+    config = scorer_of(a="1")
+    config["applications"][0]["deployments"].append({"name": "TextEncoder", "user_config": {"encoder": "/new"}})
+    Answers.script, Answers.read_by = [(200, [model("a", "1", text=True)])], ["default@1", "default@1", "/new@2"]
+    assert wait_ready(ingress, config, time.monotonic() + 20) == ["a@1"]
+    Answers.read_by = ["default@1"]
+    with pytest.raises(SpringtideError, match="queries are not read by /new"):
+        wait_ready(ingress, config, time.monotonic() + 1)
+    Answers.script = [(200, [model("a", "1", text=False)])]
+    assert wait_ready(ingress, config, time.monotonic() + 20) == ["a@1"]
 
 
 def test_it_stops_at_a_refusal(ingress: str) -> None:

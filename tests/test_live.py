@@ -37,8 +37,14 @@ def store(tmp_path: Path) -> Iterator[SQLiteStore]:
     opened.close()
 
 
-def put(store: SQLiteStore, item_id: str, vector: np.ndarray, categories: list[str] | None = None) -> None:
-    item = {"item_id": item_id, "title": "New", "categories": categories or [], "text": "red", "vector": b""}
+def put(
+    store: SQLiteStore,
+    item_id: str,
+    vector: np.ndarray,
+    categories: list[str] | None = None,
+    encoder: str | None = "default@1",
+) -> None:
+    item = {"item_id": item_id, "title": "New", "categories": categories or [], "text": "red", "encoder": encoder}
     store.put_item(item | {"vector": np.asarray(vector, "<f4").tobytes()})  # type: ignore[arg-type]
 
 
@@ -123,6 +129,17 @@ def test_models_without_texts_and_vectors_of_another_width_are_left_as_they_are(
     other.add_items([engine])
     assert "narrow" in engine.bundle.recommender.index
     assert "narrow" not in best(engine, k=ITEMS_IN_TOY + 1)  # known, but without a text it is like nothing
+
+
+def test_a_vector_of_another_encoder_says_nothing(tmp_path: Path, store: SQLiteStore) -> None:
+    query = np.zeros(384, np.float32)
+    query[3] = 1
+    for name, encoder in (("own", "default@2"), ("untold", None), ("others", "bert-base-chinese@1")):
+        put(store, name, query, [name], encoder)
+    engine, live = engine_of(tmp_path / "a"), Live(lambda: store)
+    live.add_items([engine])
+    assert sorted(best(engine, query=query, k=2)) == ["own", "untold"]
+    assert best(engine, query=query, categories=("others",), k=1) == []
 
 
 # ---------------------------------------------------------------- events

@@ -30,6 +30,7 @@ from springtide.serving.large_bodies import AT_ONCE
 from springtide.serving.options import ExposureOptions, TrafficOptions
 from springtide.serving.policies import Policies
 from springtide.serving.popular import PopularItems
+from springtide.serving.query_cache import Encoded
 from springtide.serving.replay import Log, replay
 from springtide.serving.schemas import (
     HISTORY_USED,
@@ -122,7 +123,7 @@ class FakeRecommender:
 
 
 def engine() -> Engine:
-    settings = SimpleNamespace(data=SimpleNamespace(exclude_seen=True))
+    settings = SimpleNamespace(data=SimpleNamespace(exclude_seen=True), text=SimpleNamespace(encoder="bert"))
     metrics = {"ndcg@10": 0.1}
     bundle: Any = SimpleNamespace(version="abc", settings=settings, metrics=metrics, recommender=FakeRecommender())
     return Engine(bundle, "films")
@@ -136,11 +137,12 @@ class Parts:
     engine: Engine = field(default_factory=engine)
     encoder: str = "ok"  # or "slow" or "dead"
     scorer: str = "ok"
+    read_by: str = "bert@1"
     calls: list[str] = field(default_factory=list)
 
-    async def encode(self, texts: list[str]) -> np.ndarray:
+    async def encode(self, texts: list[str]) -> Encoded:
         await self._state(self.encoder)
-        return np.full((len(texts), WIDTH), 0.5, np.float32)
+        return Encoded(np.full((len(texts), WIDTH), 0.5, np.float32), self.read_by)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         self.calls.append(method)
@@ -592,6 +594,21 @@ def test_without_an_encoder_the_history_answers(client: TestClient, parts: Parts
     assert "degraded" not in recommend(client, history=[{"item_id": "i4"}]).json()
     refused = client.post("/v1/encode", json={"text": "a"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "encoder_unavailable")
+
+
+def test_what_another_encoder_read_is_no_query_of_this_model(client: TestClient, parts: Parts) -> None:
+    """Vectors of two encoders of one width compare, and mean nothing: the answer is made without."""
+    whole = recommend(client, query="love", history=[{"item_id": "i4"}]).json()
+    assert whole["source"] == "history+query"
+    parts.read_by = "gpt@9"
+    assert recommend(client, query="love", history=[{"item_id": "i4"}]).json() == whole  # from the memory
+    mixed = recommend(client, query="hate", history=[{"item_id": "i4"}]).json()
+    assert (mixed["source"], mixed["degraded"], mixed["items"][0]["item_id"]) == ("history", True, "i5")
+    assert client.get("/v1/models").json()["encoder"] == "gpt@9"
+    parts.read_by = "bert@1"
+    assert recommend(client, query="love", history=[{"item_id": "i4"}]).json() == whole
+    client.put("/v1/items/a", json={"text": "red"})
+    assert parts.store.items_since()[0]["encoder"] == "bert@1"
 
 
 def test_every_answer_is_an_exposure(client: TestClient, parts: Parts, service: Service, tmp_path: Path) -> None:

@@ -47,7 +47,14 @@ def items(store: HistoryStore, user: str = "u", **more: Any) -> list[str]:
 
 
 def added(item_id: str, title: str = "", vector: bytes | None = None) -> AddedItem:
-    return {"item_id": item_id, "title": title, "categories": ["x", "ü"], "text": None, "vector": vector}
+    return {
+        "item_id": item_id,
+        "title": title,
+        "categories": ["x", "ü"],
+        "text": None,
+        "vector": vector,
+        "encoder": "bert@1",
+    }
 
 
 def writer(url: str, name: str, count: int) -> subprocess.Popen[str]:
@@ -564,6 +571,19 @@ def test_a_file_of_the_first_format_is_taken_over(tmp_path: Path) -> None:
         later.execute("PRAGMA user_version = 99")
     with pytest.raises(SpringtideError, match="format 99, this version reads 2"):
         open_store(str(tmp_path / "log"))
+
+
+def test_items_of_a_file_from_before_encoders_were_told_are_kept(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "log"))
+    store.put_item(added("a", "A", b"\x00"))
+    store.close()
+    with sqlite3.connect(tmp_path / "log") as old:
+        old.execute("ALTER TABLE items DROP COLUMN encoder")
+    old.close()
+    for _ in range(2):
+        store = open_store(str(tmp_path / "log"))
+        assert store.items_since()[0] == {**added("a", "A", b"\x00"), "encoder": None, "revision": 1}
+        store.close()
 
 
 # ---------------------------------------------------------------- refusals

@@ -32,6 +32,7 @@ from springtide.serving.metrics_ray import RayMetrics
 from springtide.serving.models import Models, load_models
 from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
 from springtide.serving.popular import load_popular
+from springtide.serving.query_cache import Encoded
 from springtide.serving.seeding import seed_until_done
 from springtide.serving.service import Service
 from springtide.serving.store import HistoryStore, file_of, open_store
@@ -71,16 +72,22 @@ class TextEncoder:
         self._batch.set_max_batch_size(options.max_batch_tokens)
         self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
 
-    async def encode(self, texts: list[str]) -> np.ndarray:
-        """[n, D] float32."""
+    async def encode(self, texts: list[str]) -> Encoded:
+        """[n, D] float32, all of one encoder."""
         lengths = await self._run(self._encoder.token_lengths, texts)
         sized = [(text, min(n, self._max_tokens)) for text, n in zip(texts, lengths, strict=True)]
-        return np.stack(await asyncio.gather(*(self._batch(item) for item in sized)))
+        while True:
+            found = await asyncio.gather(*(self._batch(item) for item in sized))
+            encoders = {one.encoder for one in found}
+            if len(encoders) == 1:  # else it was swapped in between
+                return Encoded(np.stack([one.vectors for one in found]), encoders.pop())
 
     @serve.batch(max_batch_size=2048, batch_wait_timeout_s=0.002, batch_size_fn=_padded_tokens)
-    async def _batch(self, items: list[tuple[str, int]]) -> list[np.ndarray]:
+    async def _batch(self, items: list[tuple[str, int]]) -> list[Encoded]:
         self._metrics.observe("springtide_batch_size", len(items), part="encoder")
-        return list(await self._run(self._encoder.encode, [text for text, _ in items]))
+        encoder = self._encoder
+        vectors = await self._run(encoder.encode, [text for text, _ in items])
+        return [Encoded(vector, encoder.identity) for vector in vectors]
 
     async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -203,7 +210,7 @@ class Ingress:
     """HTTP and the event log. Imports the prepared log in the background; /readyz waits for it."""
 
     def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
-        async def encode(texts: list[str]) -> np.ndarray:
+        async def encode(texts: list[str]) -> Encoded:
             return await _again_if_died(lambda: encoder.encode.remote(texts))
 
         async def call(method: str, *arguments: Any) -> Any:

@@ -22,6 +22,7 @@ from springtide.serving.filters import barred, barred_by, index_catalogue
 from springtide.serving.policies import Policies, counting_events, damping_of, items_of
 from springtide.serving.reasons import explain_items
 from springtide.serving.sharing import SharedLock
+from springtide.text.encoder import name_in
 
 if TYPE_CHECKING:
     from springtide.bundle import Bundle
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 EXPLAINED_EVENTS = 5
+ENCODER_MISMATCH = "encoder_mismatch"  # code of a refusal: the answer can be had without the query
 TOP_CATEGORIES = 5
 
 
@@ -38,6 +40,7 @@ class ScoreRequest:
 
     events: list[Json] = field(default_factory=list)  # {item_id, timestamp?, action?, rating?}, oldest first
     query: np.ndarray | None = None  # [D] float32, L2-normalised
+    encoder: str | None = None  # identity of the one that made it; None: not told
     k: int = 10
     exclude_seen: bool | None = None
     categories: tuple[str, ...] = ()
@@ -82,6 +85,11 @@ class Engine:
         """Width of the encoder's vectors; 0 for a model without texts."""
         texts = self._recommender.text_vectors
         return 0 if texts is None else int(texts.shape[1])
+
+    @property
+    def encoder(self) -> str:
+        """Name of the text encoder that the items' vectors are of."""
+        return self.bundle.settings.text.encoder
 
     @property
     def log_end(self) -> int:
@@ -159,9 +167,14 @@ class Engine:
         text = self._recommender.text_vectors
         if text is None:
             return Refusal(422, "no_text", "this model's items have no text, so it cannot answer a query; leave it out")
+        if request.encoder is not None and name_in(request.encoder) != self.encoder:
+            return Refusal(
+                503, ENCODER_MISMATCH, f"the query was read by the encoder {request.encoder} and the items by "
+                f"{self.encoder}; serve that one"
+            )  # fmt: skip
         if request.query.shape != (text.shape[1],):
             return Refusal(
-                503, "encoder_mismatch", f"the query has {request.query.shape[-1]} dimensions and the items' texts "
+                503, ENCODER_MISMATCH, f"the query has {request.query.shape[-1]} dimensions and the items' texts "
                 f"{text.shape[1]}; serve the encoder that the bundle was trained with"
             )  # fmt: skip
         return None

@@ -23,6 +23,7 @@ from springtide.serving.engine import Engine
 from springtide.serving.store import HistoryStore
 from springtide.serving.store_rows import StoredItem
 from springtide.serving.tails import Tails
+from springtide.text.encoder import name_in
 
 log = logging.getLogger("ray.serve")
 Json = dict[str, Any]
@@ -196,13 +197,18 @@ class Live:
 
 
 def new_items(engine: Engine, stored: list[StoredItem]) -> list[NewItem]:
-    """Stored items as a model takes them. A vector of another encoder's width counts as no text."""
+    """Stored items as a model takes them. A vector of another encoder, or of its width, says nothing to this model."""
     width = engine.text_width
-    vectors = np.zeros((len(stored), width), np.float32)
+    vectors, others = np.zeros((len(stored), width), np.float32), 0
     for row, item in enumerate(stored):
         vector = np.frombuffer(item["vector"] or b"", "<f4")
-        if len(vector) == width:
+        known = item["encoder"] is None or name_in(item["encoder"]) == engine.encoder
+        if known and len(vector) == width:
             vectors[row] = vector
+        else:
+            others += bool(len(vector))
+    if others:
+        log.warning("%d added items were read by another encoder than %s's; put them again", others, engine.label)
     texts = [item["text"] or "" for item in stored]
     features = engine.bundle.features.apply(vectors, texts)
     return [

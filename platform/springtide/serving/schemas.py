@@ -365,6 +365,7 @@ class ModelsResponse(Response):
     split: dict[str, float] | None = Field(None, description="share of the users that each model answers")
     shadows: list[ShadowInfo] | None = None
     exposures: ExposureInfo | None = None
+    encoder: str | None = Field(None, description="name@weights of the text encoder that answered this replica last")
 
 
 class Readiness(Response):

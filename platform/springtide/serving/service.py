@@ -14,13 +14,14 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from springtide.errors import SpringtideError
 from springtide.serving.context import current_note
-from springtide.serving.engine import Refusal, ScoreRequest
+from springtide.serving.engine import ENCODER_MISMATCH, Refusal, ScoreRequest
 from springtide.serving.exposures import ExposureLog, exposure
 from springtide.serving.guard import Breaker, Guard, Unavailable
 from springtide.serving.history_cache import HistoryCache
@@ -29,7 +30,7 @@ from springtide.serving.models import merged_models
 from springtide.serving.observe import without_data
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
-from springtide.serving.query_cache import QueryCache
+from springtide.serving.query_cache import Encoded, QueryCache
 from springtide.serving.retaining import retain_in_background
 from springtide.serving.schemas import (
     HISTORY_USED,
@@ -50,7 +51,7 @@ READY_S = 1.0  # that what /readyz found is told again
 STORE_THREADS = 16  # a store that hangs holds these, not the threads that everything else shares
 WRITE_THREADS = 64  # of their own, so that writes that wait keep no read waiting; they share commits
 Json = dict[str, Any]
-Encode = Callable[[list[str]], Awaitable[np.ndarray]]  # texts -> [n, D] float32, L2-normalised
+Encode = Callable[[list[str]], Awaitable[Encoded]]  # texts -> [n, D] float32, L2-normalised
 Call = Callable[..., Awaitable[Any]]  # (method of the scorer, its arguments) -> its answer
 Everywhere = Callable[[str], Awaitable[list[Any]]]  # method of the scorer -> the answer of each of its replicas
 
@@ -98,7 +99,8 @@ class Service:
         self.histories = HistoryCache(store, HISTORY_USED, history_cache_events, metrics)
         self.seeding = "ok"  # or why the stored histories are not complete yet
         self.popular: PopularItems | None = None  # the answer while the scorer is down
-        self._encode, self._call = encode, call
+        self._encode, self._call = self._noted(encode), call
+        self._read_by: str | None = None  # the encoder that answered last
         self._everywhere = everywhere or self._one
         self._other_timeout_s, self._max_added_items = other_timeout_s, max_added_items
         self._metrics = metrics or NoMetrics()
@@ -146,7 +148,8 @@ class Service:
         now = int(time.time() * 1000)
         wanted = ScoreRequest(
             events=events,
-            query=query,
+            query=None if query is None else query.vectors,
+            encoder=None if query is None else query.encoder,
             k=request.k,
             exclude_seen=request.exclude_seen,
             categories=tuple(request.filters.categories),
@@ -206,8 +209,7 @@ class Service:
 
     async def encode(self, request: EncodeRequest) -> Json:
         texts = [request.text] if request.text is not None else list(request.texts or [])
-        vectors = await self._encoded(texts)
-        rows = np.asarray(vectors, np.float64).round(7).tolist()
+        rows = np.asarray((await self._encoded(texts)).vectors, np.float64).round(7).tolist()
         one = {"vector": rows[0]} if request.text is not None else {"vectors": rows}
         return {"dim": len(rows[0]), **one}
 
@@ -218,13 +220,14 @@ class Service:
             raise ApiError(
                 422, "no_text", "this model's items have no text, so it cannot take a new item; train it again"
             )
-        vector = (await self._encoded([item.told]))[0]
+        vectors, encoder = await self._encoded([item.told])
         added: AddedItem = {
             "item_id": item_id,
             "title": item.title,
             "categories": item.categories,
             "text": item.told,
-            "vector": np.asarray(vector, "<f4").tobytes(),
+            "vector": np.asarray(vectors[0], "<f4").tobytes(),
+            "encoder": encoder,
         }
         try:
             most = self._max_added_items
@@ -238,7 +241,7 @@ class Service:
             )
         return {"item_id": item_id, "revision": revision}
 
-    async def _encoded(self, texts: list[str]) -> np.ndarray:
+    async def _encoded(self, texts: list[str]) -> Encoded:
         """[n, D]. Raises ApiError 503 if the encoder does not answer."""
         try:
             return await self._encoder.run(self._encode, texts, timeout_s=self._other_timeout_s)
@@ -258,6 +261,8 @@ class Service:
             answer["shadows"] = self.traffic.report()
         if self.exposures is not None:
             answer["exposures"] = self.exposures.told()
+        if self._read_by is not None:
+            answer["encoder"] = self._read_by
         return answer
 
     async def ready(self) -> Json:
@@ -315,7 +320,7 @@ class Service:
             _log_failure("history not read, answering from what was read last", error)
             return self.histories.last(request.user_id), True
 
-    async def _vector_of(self, query: str | None) -> tuple[np.ndarray | None, bool]:
+    async def _vector_of(self, query: str | None) -> tuple[Encoded | None, bool]:
         """The query's vector, and whether it could not be had."""
         if query is None:
             return None, False
@@ -325,15 +330,19 @@ class Service:
             _log_failure("query not encoded, answering without", error)
             return None, True
 
-    async def _encode_query(self, query: str) -> np.ndarray:
-        vectors: np.ndarray = await self._encoder.run(self._encode, [query])
-        return vectors[0]
+    async def _encode_query(self, query: str) -> Encoded:
+        vectors, encoder = await self._encoder.run(self._encode, [query])
+        return Encoded(vectors[0], encoder)
 
     async def _score(self, wanted: ScoreRequest) -> Json:
-        """The scorer's answer, or popular items where it has none."""
+        """The scorer's answer, without the query if another encoder read that, or popular items where it has none."""
         try:
             return await self._ask("score", wanted, guard=self._scorer)
         except ApiError as error:
+            if error.code == ENCODER_MISMATCH:
+                log.error("answering without the query: %s", error.message)
+                self.queries.clear()
+                return {**await self._score(replace(wanted, query=None, encoder=None)), "degraded": True}
             if error.status != 503 or self.popular is None:
                 raise
         return self.popular.answer(wanted)
@@ -354,6 +363,14 @@ class Service:
         if isinstance(answer, Refusal):
             raise ApiError(answer.status, answer.code, answer.message)
         return dict(answer)
+
+    def _noted(self, encode: Encode) -> Encode:
+        async def noted(texts: list[str]) -> Encoded:
+            found = await encode(texts)
+            self._read_by = found.encoder
+            return found
+
+        return noted
 
     async def _one(self, method: str) -> list[Any]:
         return [await self._call(method)]

@@ -333,5 +333,6 @@ def _stored_item(revision: int, fields: dict[str, Any]) -> StoredItem:
         categories=fields["categories"],
         text=fields["text"],
         vector=None if vector is None else base64.b64decode(vector),
+        encoder=fields.get("encoder"),
         revision=revision,
     )

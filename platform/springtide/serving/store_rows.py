@@ -27,6 +27,7 @@ class AddedItem(TypedDict):
     categories: list[str]
     text: str | None
     vector: bytes | None  # of the text: little-endian float32
+    encoder: str | None  # identity of the one that made the vector; None: stored before it was told
 
 
 class StoredItem(AddedItem):

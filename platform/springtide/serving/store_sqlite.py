@@ -208,10 +208,14 @@ class SQLiteStore:
             json.dumps(item["categories"], ensure_ascii=False),
             item["text"],
             item["vector"],
+            item["encoder"],
         )
 
         def replace(db: sqlite3.Connection) -> int | None:
-            statement = "INSERT OR REPLACE INTO items (item_id, title, categories, text, vector) VALUES (?, ?, ?, ?, ?)"
+            statement = (
+                "INSERT OR REPLACE INTO items (item_id, title, categories, text, vector, encoder) "
+                "VALUES (?, ?, ?, ?, ?, ?)"
+            )
             with self._transaction(db):
                 known = db.execute("SELECT 1 FROM items WHERE item_id = ?", row[:1]).fetchone()
                 if most is not None and not known and db.execute("SELECT COUNT(*) FROM items").fetchone()[0] >= most:
@@ -222,12 +226,14 @@ class SQLiteStore:
 
     def items_since(self, revision: int = 0, limit: int = 1000) -> list[StoredItem]:
         query = (
-            "SELECT revision, item_id, title, categories, text, vector FROM items "
+            "SELECT revision, item_id, title, categories, text, vector, encoder FROM items "
             "WHERE revision > ? ORDER BY revision LIMIT ?"
         )
         return [
-            StoredItem(item_id=i, title=t, categories=json.loads(c), text=text, vector=vector, revision=number)
-            for number, i, t, c, text, vector in self._all_rows(query, revision, limit)
+            StoredItem(
+                item_id=i, title=t, categories=json.loads(c), text=text, vector=vector, encoder=by, revision=number
+            )
+            for number, i, t, c, text, vector, by in self._all_rows(query, revision, limit)
         ]
 
     def items_revision(self) -> int:
