@@ -26,6 +26,7 @@ from springtide.serving.app import create_app
 from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
+from springtide.serving.given import recent_events
 from springtide.serving.large_bodies import AT_ONCE
 from springtide.serving.options import ExposureOptions, TrafficOptions
 from springtide.serving.policies import Policies
@@ -40,7 +41,7 @@ from springtide.serving.schemas import (
     HistoryEvent,
     RecommendRequest,
 )
-from springtide.serving.service import Service, recent_events
+from springtide.serving.service import Service
 from springtide.serving.store import SQLiteStore
 
 ITEMS = 12
@@ -453,7 +454,7 @@ def test_however_many_ask_whether_it_is_ready_parts_are_asked_once(parts: Parts,
         assert all(answer["ready"] for answer in answers)
         assert parts.calls == ["describe"]
         assert (await service.ready())["ready"] and parts.calls == ["describe"]  # for a second
-        service._checked_until = 0.0
+        service.health.found_until = 0.0
         assert (await service.ready())["ready"] and parts.calls == ["describe"] * 2
 
     asyncio.run(run())
@@ -465,7 +466,7 @@ def test_who_asks_whether_it_is_ready_costs_nobody_a_recommendation(parts: Parts
     async def run() -> None:
         parts.scorer = parts.encoder = "dead"
         for _ in range(10):
-            service._checked_until = 0.0
+            service.health.found_until = 0.0
             assert not (await service.ready())["ready"]
         parts.scorer = parts.encoder = "ok"
         assert "degraded" not in await service.recommend(RecommendRequest(user_id="u", query="love"))

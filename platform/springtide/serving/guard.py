@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from springtide.errors import without_data
 from springtide.serving.metrics import Metrics, NoMetrics
 
+log = logging.getLogger("springtide.serving")
 Result = TypeVar("Result")
 
 
@@ -105,3 +108,9 @@ class Guard:
 
     def _failed(self, reason: str) -> None:
         self._metrics.count("springtide_part_failures", part=self._name, reason=reason)
+
+
+def log_failure(what: str, error: Exception) -> None:
+    """A line for each call that failed, and none for calls that an open circuit spared: a crowd would flood the log."""
+    if not isinstance(error, Unavailable):
+        log.error("%s: %s", what, without_data(error))

@@ -6,14 +6,12 @@ import json
 import logging
 import sys
 import time
-import traceback
 from datetime import UTC, datetime
-from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from springtide.errors import SpringtideError
+from springtide.errors import without_data
 from springtide.serving.context import CURRENT, Note, request_id_from
 from springtide.serving.metrics import Metrics
 from springtide.serving.replies import error_reply
@@ -71,14 +69,6 @@ class Observed:
         self._metrics.observe("springtide_request_seconds", seconds, route=route)
         if self._access_log:
             access.info(_line(scope, note, route, status, seconds))
-
-
-def without_data(error: BaseException) -> str:
-    """An error by its kind and the way to it: its text may repeat what a caller sent."""
-    if isinstance(error, SpringtideError):
-        return str(error)
-    way = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
-    return f"{type(error).__name__}" + (f" at {' > '.join(way[-8:])}" if way else "")
 
 
 def _method(scope: Scope) -> str:

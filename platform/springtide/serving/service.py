@@ -23,11 +23,12 @@ from springtide.errors import SpringtideError
 from springtide.serving.context import current_note
 from springtide.serving.engine import ENCODER_MISMATCH, Refusal, ScoreRequest
 from springtide.serving.exposures import ExposureLog, exposure
-from springtide.serving.guard import Breaker, Guard, Unavailable
+from springtide.serving.given import recent_events
+from springtide.serving.guard import Breaker, Guard, Unavailable, log_failure
+from springtide.serving.health import Health
 from springtide.serving.history_cache import HistoryCache
 from springtide.serving.metrics import Metrics, NoMetrics
 from springtide.serving.models import merged_models
-from springtide.serving.observe import without_data
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.query_cache import Encoded, QueryCache
@@ -37,7 +38,6 @@ from springtide.serving.schemas import (
     ApiError,
     EncodeRequest,
     Event,
-    HistoryEvent,
     ItemBody,
     RecommendRequest,
 )
@@ -47,7 +47,6 @@ from springtide.serving.traffic import Traffic, shares
 
 log = logging.getLogger("springtide.serving")
 LOOKUPS = 16  # calls of a Scorer under way at once, but for recommendations
-READY_S = 1.0  # that what /readyz found is told again
 STORE_THREADS = 16  # a store that hangs holds these, not the threads that everything else shares
 WRITE_THREADS = 64  # of their own, so that writes that wait keep no read waiting; they share commits
 Json = dict[str, Any]
@@ -113,11 +112,14 @@ class Service:
         # with popular items, and a crowd of them takes no place in the Scorer from those.
         self._lookups = guard("lookups", other_timeout_s, LOOKUPS)
         self._reads, self._writes = guard("store", store_timeout_s), guard("store_writes", other_timeout_s)
-        self._encoder_answered = False
-        self._ready_threads = ThreadPoolExecutor(1, "store-ready")
-        self._checked: Json | None = None
-        self._checked_until = 0.0
-        self._checking: asyncio.Task[Json] | None = None
+        self.health = Health(
+            store,
+            self._encode,
+            self._call,
+            store_timeout_s=store_timeout_s,
+            scorer_timeout_s=scorer_timeout_s,
+            encoder_timeout_s=encoder_timeout_s,
+        )
         self.queries = QueryCache(self._encode_query, query_cache, query_cache_s, metrics=metrics)
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
         self._write_threads = ThreadPoolExecutor(WRITE_THREADS, "store-writes")
@@ -134,7 +136,8 @@ class Service:
         if self.exposures is not None:
             self.exposures.close()
         self._stop_retaining()
-        for threads in (self._store_threads, self._write_threads, self._ready_threads):
+        self.health.close()
+        for threads in (self._store_threads, self._write_threads):
             threads.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
@@ -188,7 +191,7 @@ class Service:
         try:
             accepted = await self._writes.run(self._in_threads, self._write_threads, self.store.append, rows)
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            _log_failure("events not stored", error)
+            log_failure("events not stored", error)
             raise ApiError(
                 503, "store_unavailable", "the events may not be stored; send them again with the same event_id"
             ) from None
@@ -198,7 +201,7 @@ class Service:
         try:
             events = await self._stored(self.histories.read, user_id)
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            _log_failure("history not read", error)
+            log_failure("history not read", error)
             raise ApiError(503, "store_unavailable", "the event log cannot be read at the moment") from None
         if not events:
             raise ApiError(404, "unknown_user", "no event of this user is known")
@@ -233,7 +236,7 @@ class Service:
             most = self._max_added_items
             revision = await self._writes.run(self._in_threads, self._write_threads, self.store.put_item, added, most)
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            _log_failure("item not stored", error)
+            log_failure("item not stored", error)
             raise ApiError(503, "store_unavailable", "the item may not be stored; send it again") from None
         if revision is None:
             raise ApiError(
@@ -246,7 +249,7 @@ class Service:
         try:
             return await self._encoder.run(self._encode, texts, timeout_s=self._other_timeout_s)
         except Exception as error:
-            _log_failure("texts not encoded", error)
+            log_failure("texts not encoded", error)
             raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
 
     async def models(self) -> Json:
@@ -266,47 +269,9 @@ class Service:
         return answer
 
     async def ready(self) -> Json:
-        """True only when a `recommend` would be answered whole: histories in place, store and scorer answering, and
-        for a model with texts an encoder that has answered once. One that fails later degrades answers with a query
-        alone, and one that scales to zero is not kept awake.
-
-        Anybody may ask, so parts are looked at once in READY_S however many do, and apart from the threads and breakers
-        of those who want a recommendation.
-        """
-        if self._checked is None or time.monotonic() >= self._checked_until:
-            if self._checking is None:
-                self._checking = asyncio.create_task(self._check())
-            self._checked = await asyncio.shield(self._checking)
-        checks = {"histories": self.seeding, **self._checked}
+        """True only when a `recommend` would be answered whole: histories in place, and all parts well (see Health)."""
+        checks = {"histories": self.seeding, **await self.health.checks()}
         return {"ready": all(state == "ok" for state in checks.values()), "checks": checks}
-
-    async def _check(self) -> Json:
-        """What each part says of itself; never raises."""
-        checks = {"store": "ok", "scorer": "ok"}
-        try:
-            asked = self._in_threads(self._ready_threads, self.store.history, "", 1)
-            await asyncio.wait_for(asked, self._reads.timeout_s)
-        except Exception as error:
-            _log_failure("not ready, the store fails", error)
-            checks["store"] = "the event log cannot be read at the moment"
-        try:
-            described = await asyncio.wait_for(self._call("describe"), self._scorer.timeout_s)
-            if described["text"] and not self._encoder_answered:
-                checks["encoder"] = await self._try_encoder()
-        except Exception as error:
-            _log_failure("not ready, the scorer fails", error)
-            checks["scorer"] = "the model does not answer at the moment"
-        self._checked_until, self._checking = time.monotonic() + READY_S, None
-        return checks
-
-    async def _try_encoder(self) -> str:
-        try:
-            await asyncio.wait_for(self._encode(["ready"]), self._encoder.timeout_s)
-        except Exception as error:
-            _log_failure("not ready, the encoder fails", error)
-            return "the text encoder does not answer"
-        self._encoder_answered = True
-        return "ok"
 
     async def _history_of(self, request: RecommendRequest) -> tuple[list[Json], bool]:
         """The events to recommend from, and whether stored ones could not be read."""
@@ -317,7 +282,7 @@ class Service:
         try:
             return await self._stored(self.histories.read, request.user_id), False
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            _log_failure("history not read, answering from what was read last", error)
+            log_failure("history not read, answering from what was read last", error)
             return self.histories.last(request.user_id), True
 
     async def _vector_of(self, query: str | None) -> tuple[Encoded | None, bool]:
@@ -327,7 +292,7 @@ class Service:
         try:
             return await self.queries(query), False
         except Exception as error:  # a dead replica, a full queue, a time-out: the answer does without the query
-            _log_failure("query not encoded, answering without", error)
+            log_failure("query not encoded, answering without", error)
             return None, True
 
     async def _encode_query(self, query: str) -> Encoded:
@@ -384,14 +349,8 @@ class Service:
 
 
 def _no_scorer(method: str, error: Exception) -> ApiError:
-    _log_failure(f"scorer.{method} failed", error)
+    log_failure(f"scorer.{method} failed", error)
     return ApiError(503, "scorer_unavailable", "the model does not answer at the moment; try again")
-
-
-def _log_failure(what: str, error: Exception) -> None:
-    """A line for each call that failed, and none for calls that an open circuit spared: a crowd would flood the log."""
-    if not isinstance(error, Unavailable):
-        log.error("%s: %s", what, without_data(error))
 
 
 def told_of(answer: Json, metrics: Metrics) -> None:
@@ -409,29 +368,3 @@ def told_of(answer: Json, metrics: Metrics) -> None:
     short = answer["gate"]["short"]
     if short is not None:
         metrics.observe("springtide_gate_short", short)
-
-
-def recent_events(history: list[HistoryEvent]) -> list[Json]:
-    """The most recent HISTORY_USED events of a request, oldest first; equal times keep the order given.
-
-    An event without a timestamp is taken to follow the one before it at once; those before the first known time share
-    it.
-    """
-    known = next((event.timestamp for event in history if event.timestamp is not None), None)
-    if known is None:
-        return [_given(event) for event in history[-HISTORY_USED:]]
-    times = [known := known if event.timestamp is None else event.timestamp for event in history]
-    order = sorted(range(len(history)), key=times.__getitem__)[-HISTORY_USED:]
-    return [{**_given(history[i]), "timestamp": times[i]} for i in order]
-
-
-def _given(event: HistoryEvent) -> Json:
-    """What an event says, by hand: pydantic's own dump takes several times as long, for each event of a history."""
-    told: Json = {"item_id": event.item_id}
-    if event.timestamp is not None:
-        told["timestamp"] = event.timestamp
-    if event.action is not None:
-        told["action"] = event.action
-    if event.rating is not None:
-        told["rating"] = event.rating
-    return told
