@@ -240,7 +240,7 @@ class Service:
             raise ApiError(503, "store_unavailable", "the item may not be stored; send it again") from None
         if revision is None:
             raise ApiError(
-                409, "too_many_items", f"{most} items have been added; train with them, or raise max_added_items"
+                409, "too_many_items", f"{most} items have been added, as many as max_added_items allows; raise it"
             )
         return {"item_id": item_id, "revision": revision}
 
