@@ -41,7 +41,7 @@ function response(status, headers, body)
 end
 function done(summary, latency, _)
   local thread, errors = threads[1], summary.errors
-  local broken = errors.connect + errors.read + errors.write
+  local broken = errors.connect + errors.read + errors.write + errors.timeout
   io.write(string.format('\\nRESULT {"ok": %d, "degraded": %d, "shed": %d, "failed": %d, "broken": %d, '
     .. '"slowest": %.6f, "seconds": %.6f, "reason": "%s"}\\n', thread:get("ok"), thread:get("degraded"),
     thread:get("shed"), thread:get("failed"), broken, latency.max / 1e6, summary.duration / 1e6,
@@ -76,7 +76,7 @@ def _run(place: Place, url: str, folder: Path, connections: int, pause_s: float,
 
 
 def counted(result: dict[str, float | str]) -> Counted:
-    """What the script printed; a connection that broke is a failed request."""
+    """What the script printed; a connection that broke, or was not answered in time, is a failed request."""
     ok, degraded, shed, failed, broken = (int(result[k]) for k in ("ok", "degraded", "shed", "failed", "broken"))
     reasons = {str(result["reason"]): failed, "connection broken": broken}
     return Counted(

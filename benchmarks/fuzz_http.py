@@ -36,6 +36,7 @@ from springtide.bundle import load_bundle
 from springtide.serving.app import create_app
 from springtide.serving.engine import Engine
 from springtide.serving.popular import load_popular
+from springtide.serving.query_cache import Encoded
 from springtide.serving.service import Service
 from springtide.serving.store import open_store
 from toy import ITEMS_IN_TOY, toy_bundle
@@ -55,9 +56,9 @@ def toy_application(folder: Path) -> Iterator[FastAPI]:
     path = toy_bundle(folder)
     engine = Engine(load_bundle(path), "toy")
 
-    async def encode(texts: list[str]) -> np.ndarray:
+    async def encode(texts: list[str]) -> Encoded:
         rows = [np.random.default_rng(zlib.crc32(text.encode())).normal(size=WIDTH) for text in texts]
-        return np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32)
+        return Encoded(np.stack([row / np.linalg.norm(row) for row in rows]).astype(np.float32))
 
     async def call(method: str, *arguments: Any) -> Any:
         if method == "score":

@@ -48,6 +48,20 @@ def take(path: Path, events: list[tuple[str, str, int]], action: str = "buy") ->
     return str(path)
 
 
+def test_users_are_one_whether_they_were_hidden_or_not(tmp_path: Path) -> None:
+    """The setting was turned off, or on, while the log went on."""
+    for number, pseudonymise in enumerate((True, False, True)):
+        show(tmp_path / "shown", [(u, A if u != "cat" else B, ["x"], NOW + number, "m@1") for u in ("ann", "cat")],
+             pseudonymise)  # fmt: skip
+    found = report(tmp_path / "shown", take(tmp_path / "log", [("ann", "x", NOW + HOUR)]), DAY, now=NOW + 48 * HOUR)
+    a, b = found["arms"]["a"], found["arms"]["b"]
+    assert (a["users"], a["exposures"], b["users"], b["exposures"]) == (1, 3, 1, 3)
+    assert a["hit_rate"].value == 1 and b["hit_rate"].value == 0
+    (tmp_path / "shown" / "salt").unlink()
+    with pytest.raises(SpringtideError, match="hidden behind a salt that is not there"):
+        report(tmp_path / "shown", str(tmp_path / "log"), DAY)
+
+
 A, B = Choice("a", "split", 0.5), Choice("b", "split", 0.5)
 
 

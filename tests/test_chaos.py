@@ -6,7 +6,7 @@ import pytest
 
 from chaos_figures import Request, figures, missed
 from chaos_load import outcome_of
-from chaos_wrk import counted
+from chaos_wrk import SCRIPT, counted
 
 
 def request(begin: float, took: float = 0.1, outcome: str = "ok", kind: str = "recommend") -> Request:
@@ -56,6 +56,10 @@ def test_what_was_sent_beside_is_counted_too() -> None:
     found = figures([request(0), request(5, outcome="shed")], [counted(printed)], since=4.0)
     assert (found.sent, found.failed, found.degraded, found.shed) == (998, 5, 1, 901)
     assert found.slowest == 4.5 and found.reasons == {"connection broken": 3, "500 oops": 2}
+
+
+def test_every_kind_of_error_that_wrk_counts_is_a_failed_request() -> None:
+    assert all(f"errors.{kind}" in SCRIPT for kind in ("connect", "read", "write", "timeout"))
 
 
 def test_missed_goals() -> None:

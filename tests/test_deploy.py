@@ -17,10 +17,11 @@ from ray.serve.schema import DeploymentSchema
 
 from springtide.errors import SpringtideError
 from springtide.files import write_json, write_manifest
-from springtide.serving.deploy import filled
+from springtide.serving.deploy import _call, _put_back, filled
 from springtide.serving.lint import lint, load_config
-from springtide.serving.plan import RESTARTING, SCALING, normal, plan, told
-from springtide.serving.readiness import serving, versions, wait_ready, wait_running, why
+from springtide.serving.models import merged_models
+from springtide.serving.plan import RESTARTING, SCALING, Step, normal, plan, told
+from springtide.serving.readiness import Refused, serving, versions, wait_ready, wait_running, why
 from toy import toy_settings
 
 LOCAL = load_config(Path(__file__).parents[1] / "serve_configs" / "local.yaml")
@@ -152,7 +153,8 @@ def test_further_models_are_filled_in(experiment: Path) -> None:
     )
     assert lint(config) == []
     scorer = next(d for d in config["applications"][0]["deployments"] if d["name"] == "Scorer")["user_config"]
-    assert scorer["models"]["b"]["bundle"] == str(experiment / "bundles" / "b")
+    assert scorer["models"]["b"]["bundle"] == str(experiment / "served" / scorer["models"]["b"]["version"])
+    assert scorer["bundle"] == str(experiment / "served" / scorer["version"])
     assert versions(config) == {"toy": scorer["version"], "b": scorer["models"]["b"]["version"]}
     assert scorer["version"] != scorer["models"]["b"]["version"]
 
@@ -189,21 +191,66 @@ def test_all_the_models_asked_for_and_no_others() -> None:
         serving([model("a", "1"), {"model": "c", "name": "c", "error": "none there"}], wanted)
 
 
+def test_every_replica_must_serve_what_was_asked_for() -> None:
+    """As the Ingress tells it, who asks all of them."""
+    old, new, refused = model("a", "0"), model("a", "1"), model("a", "0", error="damaged")
+    merged = merged_models([{"models": [new]}, {"models": [old]}, {"models": [new]}])
+    assert merged["replicas"] == 3 and merged["models"] == [{**new, "versions": ["0", "1"]}]
+    assert serving(merged["models"], {"a": "1"}) is None
+    assert serving(merged_models([{"models": [new]}] * 3)["models"], {"a": "1"}) == ["a@1"]
+    absent = merged_models([{"models": [new]}, {"models": [new, model("b", "2")]}])
+    assert absent["models"][1]["versions"] == [None, "2"]
+    assert serving(absent["models"], {"a": "1", "b": "2"}) is None
+    with pytest.raises(Refused, match="damaged"):
+        serving(merged_models([{"models": [new]}, {"models": [refused]}])["models"], {"a": "1"})
+    assert merged_models([{"models": [old]}]) == {"models": [old]}
+
+
+@pytest.mark.parametrize("effect", ["reconfigured", "unchanged", "restarts"])
+def test_a_refused_configuration_is_not_left_in_place(effect: str) -> None:
+    """Unless replicas were replaced for it: they would be once more."""
+
+    class Apps:
+        applied: list[Any] = []
+
+        def deploy_applications(self, config: Any) -> None:
+            self.applied.append(config)
+
+    apps, step = Apps(), Step("springtide", "Scorer", effect)
+    apps.applied = []
+    said = _put_back(apps, running(OLD), {**OLD, "applications": [{"name": "springtide"}]}, [step])
+    if effect == "restarts":
+        assert not said and not apps.applied
+    else:
+        assert said == "; the configuration before was put back"
+        assert apps.applied == [{**OLD, "applications": normal(OLD)["applications"]}]
+
+
 class Answers(BaseHTTPRequestHandler):
     """Plays an Ingress: `script` is a list of (/readyz status, models), the last of which stays."""
 
     script: list[tuple[int, Any]] = []
+    read_by = ["default@1"]  # one more text asked, the next one
 
     def do_GET(self) -> None:
         status, models = self.script[0]
         if self.path == "/v1/models" and len(self.script) > 1:
             self.script.pop(0)
         body = (
-            {"ready": status == 200, "checks": {"scorer": "loading"}} if self.path == "/readyz" else {"models": models}
+            {"ready": status == 200, "checks": {"scorer": "loading"}}
+            if self.path == "/readyz"
+            else {"models": models, "encoder": self.read_by[0]}
         )
         self.send_response(status)
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.read_by[:] = self.read_by[1:] or self.read_by
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -228,6 +275,19 @@ def scorer_of(**models: str) -> Any:
 def test_it_waits_for_the_version(ingress: str) -> None:
     Answers.script = [(200, [model("a", "0")]), (200, [model("a", "1")])]
     assert wait_ready(ingress, scorer_of(a="1"), time.monotonic() + 20) == ["a@1"]
+
+
+def test_it_waits_for_the_text_encoder(ingress: str) -> None:
+    """Which goes on with the one before where a new one cannot be loaded."""
+    config = scorer_of(a="1")
+    config["applications"][0]["deployments"].append({"name": "TextEncoder", "user_config": {"encoder": "/new"}})
+    Answers.script, Answers.read_by = [(200, [model("a", "1", text=True)])], ["default@1", "default@1", "/new@2"]
+    assert wait_ready(ingress, config, time.monotonic() + 20) == ["a@1"]
+    Answers.read_by = ["default@1"]
+    with pytest.raises(SpringtideError, match="queries are not read by /new"):
+        wait_ready(ingress, config, time.monotonic() + 1)
+    Answers.script = [(200, [model("a", "1", text=False)])]
+    assert wait_ready(ingress, config, time.monotonic() + 20) == ["a@1"]
 
 
 def test_it_stops_at_a_refusal(ingress: str) -> None:
@@ -266,6 +326,21 @@ def test_waiting_for_serve_is_bounded_and_says_which_part() -> None:
     }
     with pytest.raises(SpringtideError, match=r"^Serve could not deploy x: Scorer cannot start: no bundle$"):
         wait_running(lambda: {"applications": {"x": failed}}, scorer_of(a="1"), time.monotonic() + 9)
+
+
+def test_a_dashboard_that_hangs_is_not_waited_for_beyond_the_deadline() -> None:
+    release, began = threading.Event(), time.monotonic()
+    with pytest.raises(SpringtideError, match="did not answer in time"):
+        _call(lambda: release.wait(60), began + 0.2)
+    assert time.monotonic() - began < 30
+    release.set()
+
+    def refuse() -> None:
+        raise ConnectionError("no route")
+
+    assert _call(lambda: 5, time.monotonic() + 20) == 5
+    with pytest.raises(SpringtideError, match="refused or did not answer: no route"):
+        _call(refuse, time.monotonic() + 20)
 
 
 def test_reasons() -> None:

@@ -93,7 +93,7 @@ all_requests = st.builds(
     categories=some_names,
     exclude_items=some_items,
     allow_items=st.none() | some_items,
-    request_id=st.sampled_from(["a", "b"]),
+    chance=st.sampled_from(["a", "b"]),
     now=st.just(NOW),
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from springtide.serving.app import Edge, create_app
 from springtide.serving.limits import MAX_DEPTH, MAX_OPENERS, Bodies, Crowd, too_deep
 from springtide.serving.metrics import NoMetrics, PrometheusMetrics
 from springtide.serving.replies import error_reply
-from springtide.serving.schemas import ApiError
+from springtide.serving.schemas import MAX_BODY_BYTES, ApiError
 
+HERE = "http://127.0.0.1"
 SECRET = "user-4711 likes\nknitting"
 
 
@@ -44,7 +46,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def client_of(**edge: Any) -> TestClient:
-    return TestClient(create_app(Backend(), Edge(**edge)), raise_server_exceptions=False)  # type: ignore[arg-type]
+    return TestClient(create_app(Backend(), Edge(**edge)), HERE, raise_server_exceptions=False)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- ids, lines, counts
@@ -75,6 +77,13 @@ def test_one_line_for_each_request_without_what_was_asked(lines: list[str]) -> N
     assert told[0]["request_id"] == "r1"
     assert told[0]["ms"] > 0
     assert "4711" not in "".join(lines) and "knitting" not in "".join(lines)
+
+
+def test_an_error_of_ours_is_logged_without_what_was_asked(caplog: pytest.LogCaptureFixture) -> None:
+    with client_of() as client:
+        client.post("/v1/recommend", json={"user_id": "broken"}, headers={"X-Request-ID": "r1"})
+    assert "knitting" not in caplog.text and "4711" not in caplog.text
+    assert "unexpected error in request r1: KeyError at " in caplog.text and "test_edge.py:" in caplog.text
 
 
 def test_without_the_setting_no_line_is_written(lines: list[str]) -> None:
@@ -196,6 +205,15 @@ def test_depth_is_measured_outside_of_strings(value: Any, levels: int, ascii_onl
         return 0 if inner is None else 1 + max(map(depth, inner), default=0)
 
     assert too_deep(json.dumps(value, ensure_ascii=ascii_only).encode()) == (depth(value) > MAX_DEPTH)
+
+
+@pytest.mark.parametrize("text", [b"\\", b'"', b'\\"', b"[]", b'"["'])
+def test_no_body_takes_long_to_look_through(text: bytes) -> None:
+    """Processor seconds of the worst that fits into a body, four times as large."""
+    body = b"[" * (MAX_DEPTH + 1) + text * (4 * MAX_BODY_BYTES // len(text))
+    began = time.thread_time()
+    too_deep(body)
+    assert time.thread_time() - began < 1
 
 
 def test_width_is_bounded_too() -> None:

@@ -167,3 +167,15 @@ def test_what_cannot_be_loaded_is_told_in_a_sentence(
         (folder / "vocab.txt").unlink()
     with pytest.raises(SpringtideError, match="cannot load the text encoder"):
         Encoder(str(folder), 8)
+
+
+def test_its_identity_is_that_of_its_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    first, again = Encoder(str(tiny_folder), 8), Encoder(str(tiny_folder), 12)
+    assert first.identity == again.identity and module.name_in(first.identity) == str(tiny_folder)
+    weights = AutoModel.from_pretrained(tiny_folder)
+    assert module.fingerprint(weights) == first.identity.rpartition("@")[2]
+    with torch.no_grad():
+        next(weights.parameters()).flatten()[0] += 1
+    assert module.fingerprint(weights) != first.identity.rpartition("@")[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from springtide import jobs
 from springtide.errors import SpringtideError
 from springtide.serving import export
 from springtide.serving.export import export_events
+from springtide.serving.seeding import seed_histories
 from springtide.serving.store_rows import Retention
 from springtide.serving.store_sqlite import SQLiteStore
 from without_ray import prepare_without_ray, read_report, read_table, settings_for
@@ -64,6 +66,24 @@ def test_prepare_reads_the_same_events_back(
     assert len(got) == 60
 
 
+def test_a_history_is_the_same_after_the_whole_cycle(store: SQLiteStore, tmp_path: Path) -> None:
+    """Stored, exported, prepared and imported again: no event appears twice, and none is lost."""
+    workspace = tmp_path / "workspace"
+    (tmp_path / "first.csv").write_text(f"user_id,item_id,timestamp\nuser-1,ü1,{START - 9}\nuser-9,old,{START - 8}\n")
+    live = {"paths": str(workspace / "exported"), "columns": {"action": "action", "rating": "rating"}}
+    settings = settings_for(workspace, [{"paths": str(tmp_path / "first.csv")}, live])
+    users = {e["user_id"] for e in EVENTS}
+    for end in (40, 60):
+        store.append(EVENTS[:end])
+        before = {user: store.history(user) for user in users}
+        export_events(store, workspace / "exported")
+        prepare_without_ray(settings)
+        assert seed_histories(store, workspace) == end + 2
+        first = [{"item_id": "ü1", "timestamp": START - 9, "action": "interaction"}]
+        earlier = {user: first if user == "user-1" and end == 40 else [] for user in users}  # known from then on
+        assert {user: store.history(user) for user in users} == {u: earlier[u] + before[u] for u in users}
+
+
 def test_the_next_export_adds_what_is_new(store: SQLiteStore, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
     assert export_events(store, folder)["total"] == 0
@@ -73,6 +93,41 @@ def test_the_next_export_adds_what_is_new(store: SQLiteStore, tmp_path: Path) ->
         export_events(store, folder)
         assert exported(folder)["event_id"].to_list() == [e["event_id"] for e in EVENTS[:end]]
     assert len(list(folder.glob("*.parquet"))) == 3
+
+
+def test_it_ends_while_events_keep_coming(store: SQLiteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "FILE_ROWS", 20)
+    monkeypatch.setattr(export, "PAGE", 10)
+    store.append(EVENTS[:45])
+    real, pages = store.since, [0]
+
+    def since(cursor: int = 0, limit: int = 1000) -> Any:
+        pages[0] += 1
+        assert pages[0] < 50, "it follows the log for ever"
+        store.append([event(1000 + 20 * pages[0] + n, "busy") for n in range(20)])
+        return real(cursor, limit)
+
+    monkeypatch.setattr(store, "since", since)
+    first = export_events(store, tmp_path / "exported")
+    assert 45 <= first["events"] <= 45 + 10
+    monkeypatch.setattr(store, "since", real)
+    export_events(store, tmp_path / "exported")
+    assert exported(tmp_path / "exported")["event_id"].to_list() == [row["event_id"] for row in real(0, 10_000)[0]]
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(
+    store: SQLiteStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut must not leave a name with nothing behind it: the next export would go on after that."""
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda number: [steps.append("fsync"), fsync(number)])
+    monkeypatch.setattr(os, "replace", lambda *names: [steps.append("replace"), replace(*names)])
+    store.append(EVENTS[:5])
+    (tmp_path / ".events-killed-7.parquet.new").touch()
+    export_events(store, tmp_path)
+    assert steps == ["fsync", "replace", "fsync"]
+    assert sorted(path.suffix for path in tmp_path.glob("*events*")) == [".parquet"]
 
 
 def test_what_was_exported_outlives_retention_and_a_new_log(tmp_path: Path) -> None:

@@ -137,6 +137,27 @@ def test_old_parts_are_removed(tmp_path: Path) -> None:
     assert "old.jsonl" not in names and {"young.jsonl", SALT} <= names
 
 
+def test_no_line_is_lost_where_a_drain_reaches_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when others go on recording while the queue is drained: it holds more than one drain takes."""
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    written = ExposureLog(tmp_path, ExposureOptions(queue=3))
+    written._queue.maxsize = 0
+    for number in range(7):
+        written.record(row(number))
+    written._queue.put(None)
+    drained = [written._next() for _ in range(3)]
+    assert [[line["time"] for line in lines] for lines, _ in drained] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [last for _, last in drained] == [False, False, True]
+
+
+def test_a_part_that_another_replica_removes_first_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")  # listed, and not there when it is looked at
+    written = ExposureLog(tmp_path, ExposureOptions())
+    written.record(row(1))
+    written.close()
+    assert written.told() == {"written": 1, "dropped": 0, "waiting": 0}
+
+
 def test_kill_9_loses_at_most_what_waited(tmp_path: Path) -> None:
     code = f"""
 import sys, time

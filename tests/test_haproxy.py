@@ -3,6 +3,7 @@ is too much, and is there again when it was killed."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import http.client
 import io
@@ -28,6 +29,7 @@ from springtide.errors import SpringtideError
 from springtide.serving.haproxy_config import (
     Limits,
     admin_socket,
+    discreet,
     front_addresses,
     handed_over,
     on_loopback,
@@ -106,10 +108,10 @@ class Ray:
     def reload(self, old: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
         return self.start("-sf", str(old.pid), "-x", str(self.admin))
 
-    def ask(self, path: str = "/v1/recommend", timeout: float = 10) -> http.client.HTTPResponse:
-        """The answer to a small request on a connection of its own."""
+    def ask(self, path: str = "/v1/recommend", timeout: float = 10, body: str = "{}") -> http.client.HTTPResponse:
+        """The answer to a request on a connection of its own."""
         connection = http.client.HTTPConnection("127.0.0.1", self.ports[0], timeout=timeout)
-        connection.request("POST", path, "{}")
+        connection.request("POST", path, body)
         return connection.getresponse()
 
 
@@ -205,7 +207,7 @@ def test_the_limits_are_in_every_backend_of_an_application_and_haproxy_accepts_t
     written = shedding(ray.write(30_000, 30_001), Limits(at_once=7, waiting=3, wait_ms=500))
     assert written.count("default-server maxconn 7") == 1
     assert written.count("timeout queue 500ms") == 1
-    assert written.count("http-request return status 503") - ray.write(30_000, 30_001).count("return status 503") == 1
+    assert written.count("http-request return status 503") - ray.write(30_000, 30_001).count("return status 503") == 2
     assert f"errorfile 503 {ray.folder}" not in written and f"errorfile 502 {ray.folder}" in written
     ray.settings["SPRINGTIDE_HAPROXY_AT_ONCE"] = "7"
     checked = subprocess.run(
@@ -214,6 +216,15 @@ def test_the_limits_are_in_every_backend_of_an_application_and_haproxy_accepts_t
     )  # fmt: skip
     assert checked.returncode == 0, checked.stderr
     assert not list(ray.folder.glob("haproxy.cfg.[0-9]*"))
+
+
+def test_no_line_of_the_log_holds_a_path(ray: Ray) -> None:
+    before = ray.write(30_000)
+    after = discreet(before)
+    assert before.count("option httplog") == after.count("    log-format ") == 1
+    assert "httplog" not in after
+    (line,) = (line for line in after.splitlines() if line.startswith("    log-format "))
+    assert not any(alias in line for alias in ("%r ", "%HU", "%HP", "%HQ", "%hr", "%ci"))
 
 
 def test_limits_are_read_from_the_environment() -> None:
@@ -311,6 +322,27 @@ def test_who_stalls_in_the_body_takes_no_place(ray: Ray, replica: Replica) -> No
     assert len(replica.held) == 5
     for one in stalled:
         one.close()
+
+
+def test_who_stalls_in_a_large_body_takes_a_quarter_of_the_places(ray: Ray, replica: Replica) -> None:
+    """More than HAProxy holds back passes it before it is whole."""
+    ray.settings = {"SPRINGTIDE_HAPROXY_AT_ONCE": "8", "SPRINGTIDE_HAPROXY_WAITING": "1"}
+    ray.write(replica.port)
+    ray.start()
+    half = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Length: 30000\r\n\r\n" + b" " * 20_000
+    stalled = [socket.create_connection(("127.0.0.1", ray.ports[0])) for _ in range(20)]
+    for one in stalled:
+        one.sendall(half)
+    refused = 0
+    for one in stalled:
+        one.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            refused += one.recv(100).startswith(b"HTTP/1.1 503")
+    assert refused == 18
+    assert [ray.ask().status for _ in range(5)] == [200] * 5
+    for one in stalled:
+        one.close()
+    until(lambda: ray.ask(body="{" + " " * 30_000 + "}").status == 200)
 
 
 def test_a_killed_haproxy_is_back_with_its_replicas_and_nobody_is_turned_away(ray: Ray, replica: Replica) -> None:

@@ -16,7 +16,7 @@ from springtide.bundle import load_bundle
 from springtide.errors import SpringtideError
 from springtide.serving import live as live_module
 from springtide.serving.engine import Engine, Refusal, ScoreRequest
-from springtide.serving.live import Live
+from springtide.serving.live import Live, NoLogHere
 from springtide.serving.sharing import SharedLock
 from springtide.serving.store_sqlite import SQLiteStore
 from toy import ITEMS_IN_TOY, toy_bundle
@@ -37,8 +37,14 @@ def store(tmp_path: Path) -> Iterator[SQLiteStore]:
     opened.close()
 
 
-def put(store: SQLiteStore, item_id: str, vector: np.ndarray, categories: list[str] | None = None) -> None:
-    item = {"item_id": item_id, "title": "New", "categories": categories or [], "text": "red", "vector": b""}
+def put(
+    store: SQLiteStore,
+    item_id: str,
+    vector: np.ndarray,
+    categories: list[str] | None = None,
+    encoder: str | None = "default@1",
+) -> None:
+    item = {"item_id": item_id, "title": "New", "categories": categories or [], "text": "red", "encoder": encoder}
     store.put_item(item | {"vector": np.asarray(vector, "<f4").tobytes()})  # type: ignore[arg-type]
 
 
@@ -86,6 +92,30 @@ def test_a_model_that_is_swapped_in_knows_everything_before_it_answers(tmp_path:
     assert live.told(engine)["observed_events"] == 30
 
 
+def test_items_are_added_page_by_page_and_none_twice(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_module, "ITEMS_PAGE", 3)
+    monkeypatch.setattr(live_module, "REST_S", 0.0)
+    for number in range(8):
+        put(store, f"new{number}", np.random.default_rng(number).normal(size=384))
+    engine, live, asked = engine_of(tmp_path / "a"), Live(lambda: store), list[tuple[int, int]]()
+    real = store.items_since
+
+    def since(revision: int = 0, limit: int = 1000) -> Any:
+        asked.append((revision, limit))
+        if len(asked) == 3:
+            raise SpringtideError("Timeout reading from socket")
+        return real(revision, limit)
+
+    monkeypatch.setattr(store, "items_since", since)
+    assert not live.add_items([engine])
+    assert engine.bundle.recommender.item_ids[ITEMS_IN_TOY:] == [f"new{n}" for n in range(6)]
+    assert live.add_items([engine])
+    assert engine.bundle.recommender.item_ids[ITEMS_IN_TOY:] == [f"new{n}" for n in range(8)]
+    assert asked == [(0, 3), (3, 3), (6, 3), (6, 3)]
+
+
 def test_models_without_texts_and_vectors_of_another_width_are_left_as_they_are(
     tmp_path: Path, store: SQLiteStore
 ) -> None:
@@ -99,6 +129,17 @@ def test_models_without_texts_and_vectors_of_another_width_are_left_as_they_are(
     other.add_items([engine])
     assert "narrow" in engine.bundle.recommender.index
     assert "narrow" not in best(engine, k=ITEMS_IN_TOY + 1)  # known, but without a text it is like nothing
+
+
+def test_a_vector_of_another_encoder_says_nothing(tmp_path: Path, store: SQLiteStore) -> None:
+    query = np.zeros(384, np.float32)
+    query[3] = 1
+    for name, encoder in (("own", "default@2"), ("untold", None), ("others", "bert-base-chinese@1")):
+        put(store, name, query, [name], encoder)
+    engine, live = engine_of(tmp_path / "a"), Live(lambda: store)
+    live.add_items([engine])
+    assert sorted(best(engine, query=query, k=2)) == ["own", "untold"]
+    assert best(engine, query=query, categories=("others",), k=1) == []
 
 
 # ---------------------------------------------------------------- events
@@ -241,6 +282,48 @@ def test_added_items_do_not_wait_for_events_to_be_read(
     assert live.told(engine)["observed_events"] == 1
 
 
+# ---------------------------------------------------------------- another store at the same address
+def test_another_log_is_followed_from_its_beginning(tmp_path: Path, store: SQLiteStore) -> None:
+    engine, live, other = engine_of(tmp_path / "a"), Live(lambda: store), SQLiteStore(tmp_path / "other")
+    take(store, "u", *["i01"] * 5)
+    put(store, "old", np.ones(384))
+    put(store, "old", np.ones(384))
+    live.observe([engine])
+    live._store = other
+    put(other, "new", np.ones(384))
+    take(other, "u", *["i02"] * 3)
+    live.observe([engine])
+    assert live.told(engine)["observed_events"] == 8
+    assert live.told(engine)["cursor"] == 3 and live.told(engine)["items_revision"] == 1
+    assert "new" in engine.bundle.recommender.index
+    other.close()
+
+
+def test_a_log_that_lost_its_end_is_followed_from_there(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica that takes over: the same log without its last events and items, whose numbers are given again."""
+    engine, live, replica = engine_of(tmp_path / "a"), Live(lambda: store), SQLiteStore(tmp_path / "replica")
+    monkeypatch.setattr(replica, "identity", store.identity)
+    for log in (store, replica):
+        take(log, "u", *["i01"] * 3)
+        put(log, "both", np.ones(384))
+    take(store, "u", *["i02"] * 4, at=NOW + 100)
+    put(store, "lost", np.ones(384))
+    live.observe([engine])
+    assert live.told(engine)["observed_events"] == 7
+    live._store = replica
+    live.observe([engine])
+    take(replica, "u", *["i03"] * 2, at=NOW + 200)
+    live.observe([engine])
+    assert live.told(engine)["observed_events"] == 9
+    assert live.add_items([engine])
+    put(replica, "again", np.ones(384))  # with the number of the one that was lost
+    live.add_items([engine])
+    assert "again" in engine.bundle.recommender.index
+    replica.close()
+
+
 # ---------------------------------------------------------------- a store that fails
 def test_a_store_that_fails_costs_nothing_but_the_news(
     tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
@@ -266,6 +349,27 @@ def test_a_store_that_fails_costs_nothing_but_the_news(
     assert live.add_items([engine])
     store.close()
     assert not live.add_items([engine])
+
+
+def test_a_node_without_the_log_is_no_fault(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Answers there are whole, and the log is not filled with it; the file may yet be made."""
+    monkeypatch.setattr(live_module, "REST_S", 0.0)
+    there = [False] * 5 + [True]
+
+    def open_there() -> SQLiteStore:
+        if not there.pop(0):
+            raise NoLogHere("the event log is not on this node")
+        return store
+
+    engine, live = engine_of(tmp_path / "a"), Live(open_there)
+    put(store, "new", np.ones(384))
+    with caplog.at_level("INFO"):
+        for _ in range(5):
+            assert live.add_items([engine])
+    assert [record.message for record in caplog.records] == ["the event log is not on this node"]
+    assert live.add_items([engine]) and "new" in engine.bundle.recommender.index
 
 
 # ---------------------------------------------------------------- the lock

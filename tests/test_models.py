@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from springtide.bundle import check_parity, load_bundle
@@ -93,6 +94,16 @@ def test_a_drawn_model_that_is_missing_is_stood_in_for(paths: dict[str, Path]) -
     assert isinstance(answer_of(models, model="two"), Refusal)
 
 
+def test_a_drawn_model_without_texts_is_stood_in_for_where_it_is_asked_in_words(paths: dict[str, Path]) -> None:
+    models = load_models(options(paths, "one", "two"), None, Loader())
+    models.engines["two"].bundle.recommender.text_vectors = None
+    query = np.full(384, 384**-0.5, np.float32)
+    assert answer_of(models, model="two", assigned=True, query=query) == answer_of(models, query=query)
+    assert answer_of(models, model="two", assigned=True)["model"].startswith("two@")
+    refused = answer_of(models, model="two", query=query)  # the caller's own wish
+    assert isinstance(refused, Refusal) and refused.code == "no_text"
+
+
 def test_only_what_changed_is_loaded(paths: dict[str, Path]) -> None:
     load = Loader()
     first = load_models(options(paths, "one", "two"), None, load)
@@ -143,6 +154,20 @@ def test_a_new_model_that_fails_is_left_out_and_told(paths: dict[str, Path]) -> 
     assert (two["name"], two["primary"]) == ("two", False)
     assert "model.safetensors differs from its checksum" in two["error"]
     assert isinstance(answer_of(models, model="two"), Refusal)
+
+
+def test_what_could_not_be_loaded_is_tried_once_more(paths: dict[str, Path]) -> None:
+    """As where storage shows a new folder's files late."""
+    tries, load = [0], Loader()
+
+    def late(source: ScorerOptions) -> Engine:
+        tries[0] += 1
+        if tries[0] == 1:
+            raise OSError("model.safetensors is missing")
+        return load(source)
+
+    assert load_models(options(paths, "one"), None, late).refused == {}
+    assert tries == [2]
 
 
 def test_a_first_primary_that_fails_is_an_error(paths: dict[str, Path]) -> None:

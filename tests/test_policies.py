@@ -128,7 +128,7 @@ requests = st.builds(
     exclude_items=some_items,
     allow_items=st.none() | some_items,
     diversity=st.sampled_from([None, None, 0.0, 0.5]),
-    request_id=st.sampled_from(["a", "b", "c"]),
+    chance=st.sampled_from(["a", "b", "c"]),
 )
 
 
@@ -279,7 +279,7 @@ def test_logged_propensities_are_the_frequencies(policies: dict[str, Any]) -> No
     """Over many requests each list comes as often as the product of its propensities says (chi-square)."""
     shelf = Shelf([2.0, 1.5, 1.0, 0.0], [["a"], ["a"], ["b"], ["c"]], 0)
     engine, rounds = engine_of(shelf, Policies.model_validate(policies)), 4000
-    answers = engine.score([ScoreRequest(k=2, request_id=f"request {n}") for n in range(rounds)])
+    answers = engine.score([ScoreRequest(k=2, chance=f"request {n}") for n in range(rounds)])
     found, expected = Counter[tuple[str, ...]](), {}
     for answer in answers:
         assert isinstance(answer, dict)
@@ -317,7 +317,7 @@ def test_a_request_explores_the_same_again_and_another_differently() -> None:
     engine = engine_of(
         Shelf([0.0] * 20, [[]] * 20, 0), Policies(exploration=Exploration(kind="softmax", temperature=1))
     )
-    again = [answer_of(engine, ScoreRequest(request_id=name)) for name in ("x", "x", "y")]
+    again = [answer_of(engine, ScoreRequest(chance=name)) for name in ("x", "x", "y")]
     assert again[0] == again[1] != again[2]
 
 

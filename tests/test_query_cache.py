@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from springtide.serving.query_cache import QueryCache
+from springtide.serving.query_cache import Encoded, QueryCache
 
 
 class Encoder:
@@ -18,10 +18,11 @@ class Encoder:
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.name = "bert@1"
 
-    async def __call__(self, text: str) -> np.ndarray:
+    async def __call__(self, text: str) -> Encoded:
         self.asked.append(text)
-        return np.full(3, len(text), np.float32)
+        return Encoded(np.full(3, len(text), np.float32), self.name)
 
 
 @given(st.lists(st.text("abc", max_size=2), max_size=40), st.integers(0, 5))
@@ -31,7 +32,7 @@ def test_it_is_a_least_recently_used_cache(texts: list[str], capacity: int) -> N
 
     async def ask() -> None:
         for text in texts:
-            assert (await cache(text)).tolist() == [len(text)] * 3
+            assert (await cache(text)).vectors.tolist() == [len(text)] * 3
             assert len(cache) <= capacity
             if text not in model:
                 expected.append(text)
@@ -53,8 +54,22 @@ def test_a_vector_is_believed_for_its_time_only() -> None:
     assert len(encoder.asked) == 2 and cache.hits == 2
 
 
+def test_the_first_vector_of_another_encoder_forgets_all_others() -> None:
+    async def run() -> None:
+        encoder = Encoder()
+        cache = QueryCache(encoder, 10, 5.0)
+        await cache("a")
+        await cache("b")
+        encoder.name = "bert@2"
+        assert (await cache("a")).encoder == "bert@1"
+        assert (await cache("c")).encoder == "bert@2" and len(cache) == 1
+        assert (await cache("a")).encoder == "bert@2"
+
+    asyncio.run(run())
+
+
 def test_an_error_is_told_and_not_kept() -> None:
-    async def refuse(_: str) -> np.ndarray:
+    async def refuse(_: str) -> Encoded:
         raise TimeoutError
 
     cache = QueryCache(refuse, 10, 5.0)
@@ -68,9 +83,9 @@ def test_clear_also_forgets_what_is_being_made() -> None:
     async def run() -> int:
         go = asyncio.Event()
 
-        async def slow(_: str) -> np.ndarray:
+        async def slow(_: str) -> Encoded:
             await go.wait()
-            return np.zeros(3, np.float32)
+            return Encoded(np.zeros(3, np.float32))
 
         cache = QueryCache(slow, 10, 5.0)
         pending = asyncio.create_task(cache("a"))

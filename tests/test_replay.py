@@ -70,6 +70,28 @@ def test_repeats_are_revealed_and_not_asked_about() -> None:
     assert list(shop.histories.values()) == [["i1", "i1", "i2", "i2"]]
 
 
+def test_degraded_answers_are_left_out_and_counted() -> None:
+    """They hold popular items, and would be taken for what the model says."""
+    shop, asked = Shop(), [0]
+
+    def flaky(request: httpx.Request) -> httpx.Response:
+        answer = shop(request)
+        if request.url.path == "/v1/recommend":
+            asked[0] += 1
+            if asked[0] in (2, 3):  # the frozen answer of the first event, the live one of the second
+                return httpx.Response(200, json={**answer.json(), "degraded": True})
+        return answer
+
+    log = Log([event("u", f"i{n}", n) for n in range(5, 9)], {"u": [{"item_id": "i1", "timestamp": 1}]})
+    found = replay(client_of(flaky), log, exclude_seen=True)
+    assert (len(found.users), found.degraded, found.revealed) == (2, 2, 4)
+    assert {len(ranks) for ranks in found.ranks.values()} == {2}
+    assert "2 more left out" in table(found.figures())
+    with pytest.raises(SpringtideError, match="every answer was degraded"):
+        asked[0] = 1
+        replay(client_of(flaky), Log([event("u", "i9", 9)], {}), exclude_seen=True)
+
+
 def test_figures_by_hand() -> None:
     users, live, frozen = np.array([0, 0, 1]), np.array([1, 2, 0]), np.array([0, 2, 0])
     found = Outcome(users, {"live": live, "frozen": frozen}, 10, 3, 0).figures()

@@ -58,6 +58,7 @@ class Clock:
         return self.now
 
 
+HERE = "http://127.0.0.1"
 SECRETS: dict[str, str] = {}
 
 
@@ -291,9 +292,28 @@ def test_headers_of_every_answer(client: TestClient) -> None:
     assert not [name for name in preflight.headers if name.lower().startswith("access-control")]
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("127.0.0.1:8000", 200), ("localhost:8000", 200), ("LOCALHOST", 200), ("[::1]:8000", 200), ("10.0.0.7", 200),
+     ("api.shop.example", 200), ("evil.example", 421), ("evil.example:8000", 421), ("127.0.0.1.evil.example", 421),
+     ("localhost.evil.example", 421), ("[evil.example]", 421), ("127.0.0.1@evil.example", 421)],
+)  # fmt: skip
+def test_without_tokens_no_other_name_is_answered(host: str, status: int) -> None:
+    """A page whose name was pointed at this machine must not read what it answers."""
+    edge = Edge(hosts=("api.shop.example",))
+    with TestClient(create_app(Backend(), edge), HERE) as client:  # type: ignore[arg-type]
+        for method, path in (("GET", "/v1/models"), ("POST", "/v1/events"), ("GET", "/metrics"), ("GET", "/docs")):
+            answer = client.request(method, path, headers={"Host": host})
+            assert (answer.status_code == 421) == (status == 421), path
+
+
+def test_with_tokens_any_name_is_answered(client: TestClient) -> None:
+    assert client.get("/v1/models", headers={"Host": "shop.example", **bearer("reader")}).status_code == 200
+
+
 def test_the_backend_is_closed_with_the_application() -> None:
     backend = Backend()
-    with TestClient(create_app(backend)) as client:  # type: ignore[arg-type]
+    with TestClient(create_app(backend), HERE) as client:  # type: ignore[arg-type]
         assert client.get("/v1/models").status_code == 200  # without tokens nobody is asked for one
         assert backend.asked == []
     assert backend.asked == ["close"]

@@ -20,18 +20,32 @@ import pytest
 from starlette.testclient import TestClient
 
 from springtide.errors import SpringtideError
+from springtide.serving import large_bodies, limits
+from springtide.serving import service as service_module
 from springtide.serving.app import create_app
 from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
+from springtide.serving.given import recent_events
+from springtide.serving.large_bodies import AT_ONCE
 from springtide.serving.options import ExposureOptions, TrafficOptions
+from springtide.serving.policies import Policies
 from springtide.serving.popular import PopularItems
+from springtide.serving.query_cache import Encoded
 from springtide.serving.replay import Log, replay
-from springtide.serving.schemas import HISTORY_USED, MAX_BODY_BYTES, HistoryEvent, RecommendRequest
-from springtide.serving.service import Service, recent_events
+from springtide.serving.schemas import (
+    HISTORY_USED,
+    MAX_BODY_BYTES,
+    MAX_HISTORY,
+    ApiError,
+    HistoryEvent,
+    RecommendRequest,
+)
+from springtide.serving.service import Service
 from springtide.serving.store import SQLiteStore
 
 ITEMS = 12
+HERE = "http://127.0.0.1"
 WIDTH = 4
 
 
@@ -110,7 +124,7 @@ class FakeRecommender:
 
 
 def engine() -> Engine:
-    settings = SimpleNamespace(data=SimpleNamespace(exclude_seen=True))
+    settings = SimpleNamespace(data=SimpleNamespace(exclude_seen=True), text=SimpleNamespace(encoder="bert"))
     metrics = {"ndcg@10": 0.1}
     bundle: Any = SimpleNamespace(version="abc", settings=settings, metrics=metrics, recommender=FakeRecommender())
     return Engine(bundle, "films")
@@ -124,11 +138,12 @@ class Parts:
     engine: Engine = field(default_factory=engine)
     encoder: str = "ok"  # or "slow" or "dead"
     scorer: str = "ok"
+    read_by: str = "bert@1"
     calls: list[str] = field(default_factory=list)
 
-    async def encode(self, texts: list[str]) -> np.ndarray:
+    async def encode(self, texts: list[str]) -> Encoded:
         await self._state(self.encoder)
-        return np.full((len(texts), WIDTH), 0.5, np.float32)
+        return Encoded(np.full((len(texts), WIDTH), 0.5, np.float32), self.read_by)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         self.calls.append(method)
@@ -185,7 +200,7 @@ def toy_popularity() -> pa.Table:
 
 @pytest.fixture
 def client(service: Service) -> Iterator[TestClient]:
-    with TestClient(create_app(service)) as opened:
+    with TestClient(create_app(service), HERE) as opened:
         yield opened
 
 
@@ -433,6 +448,32 @@ def test_operations(client: TestClient, service: Service) -> None:
     assert waiting.json()["checks"]["histories"] == "the prepared log is being imported"
 
 
+def test_however_many_ask_whether_it_is_ready_parts_are_asked_once(parts: Parts, service: Service) -> None:
+    async def run() -> None:
+        answers = await asyncio.gather(*(service.ready() for _ in range(50)))
+        assert all(answer["ready"] for answer in answers)
+        assert parts.calls == ["describe"]
+        assert (await service.ready())["ready"] and parts.calls == ["describe"]  # for a second
+        service.health.found_until = 0.0
+        assert (await service.ready())["ready"] and parts.calls == ["describe"] * 2
+
+    asyncio.run(run())
+
+
+def test_who_asks_whether_it_is_ready_costs_nobody_a_recommendation(parts: Parts, service: Service) -> None:
+    """Failures that only /readyz saw open no circuit of `recommend`."""
+
+    async def run() -> None:
+        parts.scorer = parts.encoder = "dead"
+        for _ in range(10):
+            service.health.found_until = 0.0
+            assert not (await service.ready())["ready"]
+        parts.scorer = parts.encoder = "ok"
+        assert "degraded" not in await service.recommend(RecommendRequest(user_id="u", query="love"))
+
+    asyncio.run(run())
+
+
 def test_documentation_needs_no_other_host(client: TestClient) -> None:
     page = client.get("/")  # leads to the documentation until there is a console
     assert page.status_code == 200
@@ -447,6 +488,7 @@ def test_documentation_needs_no_other_host(client: TestClient) -> None:
 
 
 # ---------------------------------------------------------------- bad input
+@pytest.mark.parametrize("padding", [0, AT_ONCE], ids=["small", "large"])
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
@@ -467,14 +509,21 @@ def test_documentation_needs_no_other_host(client: TestClient) -> None:
         (b'{"query": " \\n "}', 422, "invalid_request"),
     ],
 )
-def test_bad_bodies(client: TestClient, body: bytes, status: int, code: str) -> None:
-    answer = client.post("/v1/recommend", content=body, headers={"Content-Type": "application/json"})
+def test_bad_bodies(client: TestClient, body: bytes, status: int, code: str, padding: int) -> None:
+    """Whether it is parsed on the event loop or, for its size, apart from it."""
+    if padding and not body:
+        return
+    answer = client.post("/v1/recommend", content=body + b" " * padding, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert set(answer.json()) == {"error"}
     assert "Traceback" not in answer.text
 
 
-def test_sentences_name_the_field(client: TestClient) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_sentences_name_the_field(client: TestClient, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:
+        monkeypatch.setattr(large_bodies, "AT_ONCE", 1)
+
     def message(**body: Any) -> str:
         return str(recommend(client, **body).json()["error"]["message"])
 
@@ -487,9 +536,25 @@ def test_sentences_name_the_field(client: TestClient) -> None:
 
 
 def test_a_long_history_is_answered_and_a_longer_one_refused(client: TestClient) -> None:
-    events = [{"item_id": f"i{n % 3}", "timestamp": n} for n in range(100_000)]
+    events = [{"item_id": f"i{n % 3}", "timestamp": n} for n in range(MAX_HISTORY)]
     assert recommend(client, history=events).status_code == 200
     assert recommend(client, history=[*events, events[0]]).status_code == 422
+
+
+def test_a_large_body_is_read_apart_from_the_event_loop(
+    client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: list[str] = []
+    for module, name in ((large_bodies, "parsed"), (limits, "too_deep")):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real: [where.append(threading.current_thread().name),
+                                                                 real(*a)][1])  # fmt: skip
+    long = [{"item_id": f"i{n % 3}", "timestamp": n + 1} for n in range(6000)]
+    small, large = recommend(client, history=long[-3:]), recommend(client, history=long)
+    assert large.status_code == small.status_code == 200
+    assert len(where) == 3 and [name.startswith("large-bodies") for name in where] == [False, True, True]
+    stored = client.post("/v1/events", json=[{"user_id": "u" * 150, "item_id": "i1"} for _ in range(1000)])
+    assert stored.status_code == 202 and parts.store.count() == 1000
 
 
 def test_a_large_body_is_refused_before_it_is_read(client: TestClient) -> None:
@@ -532,6 +597,21 @@ def test_without_an_encoder_the_history_answers(client: TestClient, parts: Parts
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "encoder_unavailable")
 
 
+def test_what_another_encoder_read_is_no_query_of_this_model(client: TestClient, parts: Parts) -> None:
+    """Vectors of two encoders of one width compare, and mean nothing: the answer is made without."""
+    whole = recommend(client, query="love", history=[{"item_id": "i4"}]).json()
+    assert whole["source"] == "history+query"
+    parts.read_by = "gpt@9"
+    assert recommend(client, query="love", history=[{"item_id": "i4"}]).json() == whole  # from the memory
+    mixed = recommend(client, query="hate", history=[{"item_id": "i4"}]).json()
+    assert (mixed["source"], mixed["degraded"], mixed["items"][0]["item_id"]) == ("history", True, "i5")
+    assert client.get("/v1/models").json()["encoder"] == "gpt@9"
+    parts.read_by = "bert@1"
+    assert recommend(client, query="love", history=[{"item_id": "i4"}]).json() == whole
+    client.put("/v1/items/a", json={"text": "red"})
+    assert parts.store.items_since()[0]["encoder"] == "bert@1"
+
+
 def test_every_answer_is_an_exposure(client: TestClient, parts: Parts, service: Service, tmp_path: Path) -> None:
     service.direct(TrafficOptions(split={"films": 1}))
     service.exposures = ExposureLog(tmp_path / "exposures", ExposureOptions(pseudonymise=False))
@@ -549,6 +629,24 @@ def test_every_answer_is_an_exposure(client: TestClient, parts: Parts, service: 
         ("u", "films", "split", ["i11"], True),
     ]
     assert len({e["request_id"] for e in lines}) == 3
+
+
+def test_a_caller_cannot_choose_what_exploration_shows(
+    client: TestClient, parts: Parts, service: Service, tmp_path: Path
+) -> None:
+    """The same X-Request-ID draws anew; with the nonce of the log the same items come again."""
+    explore = Policies.model_validate({"exploration": {"kind": "softmax", "temperature": 100, "candidates": 12}})
+    parts.engine = Engine(parts.engine.bundle, "films", explore)
+    service.exposures = ExposureLog(tmp_path / "exposures", ExposureOptions())
+    shown = []
+    for _ in range(5):
+        answer = client.post("/v1/recommend", json={"user_id": "u", "k": 6}, headers={"X-Request-ID": "mine"})
+        shown.append(ids(answer))
+    assert len({tuple(items) for items in shown}) > 1
+    service.exposures.close()
+    for line, items in zip(read_exposures(tmp_path / "exposures"), shown, strict=True):
+        again = parts.engine.score([ScoreRequest(k=6, chance=f"mine {line['nonce']}")])[0]
+        assert isinstance(again, dict) and [item["item_id"] for item in again["items"]] == items
 
 
 def test_models_tell_of_split_shadows_and_exposures(client: TestClient, service: Service, tmp_path: Path) -> None:
@@ -597,6 +695,29 @@ def test_a_refusal_of_the_model_is_no_fault_of_it(client: TestClient) -> None:
     for _ in range(10):
         assert recommend(client, user_id="u", model="no such").status_code == 404
     assert "degraded" not in recommend(client, user_id="u").json()
+
+
+def test_lookups_cost_nobody_a_recommendation(parts: Parts, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by their failures, which open no circuit of `recommend`, nor by their number."""
+    score, door = parts.call, asyncio.Event()
+
+    async def call(method: str, *arguments: Any) -> Any:
+        if method == "similar":
+            await door.wait()
+            raise ConnectionError("replica died")
+        return await score(method, *arguments)
+
+    async def run() -> None:
+        service._call = call
+        crowd = [asyncio.create_task(service.similar("i1", 3)) for _ in range(service_module.LOOKUPS)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="does not answer"):  # at once: it would wait for long
+            await asyncio.wait_for(service.similar("i1", 3), 0.1)
+        door.set()
+        assert all(isinstance(found, ApiError) for found in await asyncio.gather(*crowd, return_exceptions=True))
+        assert "degraded" not in await service.recommend(RecommendRequest(user_id="u"))
+
+    asyncio.run(run())
 
 
 def test_a_hanging_scorer_is_not_waited_for_by_everyone(parts: Parts) -> None:

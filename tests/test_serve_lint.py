@@ -154,7 +154,8 @@ def test_deploy_fills_in_the_experiment(tmp_path: Path) -> None:
     assert config["http_options"]["port"] == 8123
     assert app(config)["args"]["store"] == str(tmp_path / "history.sqlite3")
     assert part(config, "Scorer")["user_config"]["name"] == "films"
-    assert part(config, "Scorer")["user_config"]["bundle"] == str(tmp_path / "bundle")
+    version = part(config, "Scorer")["user_config"]["version"]
+    assert part(config, "Scorer")["user_config"]["bundle"] == str(tmp_path / "served" / version)
     assert part(config, "TextEncoder")["user_config"]["max_tokens"] == 32
     assert part(config, "TextEncoder")["user_config"]["encoder"] == "/models/bert"  # what the items were read with
     assert app(LOCAL)["args"]["workspace"] == "workspace"

@@ -64,6 +64,18 @@ def write_text(path: Path, text: str) -> None:
             fresh.unlink(missing_ok=True)
 
 
+def replace_durably(fresh: Path, final: Path) -> None:
+    """Rename a file that was just written into place; it is on disk, whole and under that name, when this returns."""
+    with fresh.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(fresh, final)
+    folder = os.open(final.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)  # or a power cut may take the name back
+    finally:
+        os.close(folder)
+
+
 def disk_error(error: OSError, path: Path) -> SpringtideError:
     """The sentence for a refused write."""
     return SpringtideError(f"cannot write {path}: {error.strerror or error}; nothing of it was kept, free the disk or "

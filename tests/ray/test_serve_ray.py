@@ -27,6 +27,7 @@ from springtide.serving.deploy import filled
 from springtide.serving.exposures import read as read_exposures
 from springtide.serving.lint import load_config
 from springtide.serving.plan import normal, plan
+from springtide.serving.served import keep, version_of
 from toy import ACTIONS, toy_bundle, toy_items, toy_log, toy_settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -44,6 +45,8 @@ class Served:
     client: httpx.Client
 
     def config(self, file: Path = CONFIG) -> dict[str, Any]:
+        bundle = self.workspace / "bundle"
+        keep(bundle, self.workspace, version_of(bundle))
         config = filled(load_config(file), toy_settings(self.workspace), self.port)
         config["applications"][0]["runtime_env"] = {
             "py_modules": self.ray.get_runtime_context().runtime_env["py_modules"]
@@ -247,10 +250,10 @@ def test_a_model_is_swapped_without_a_failed_request(served: Served) -> None:
         after = served.wait_model(lambda model: model["model"] != before)["model"]
 
         config = served.config()
-        weights = served.workspace / "bundle" / "model.safetensors"
+        scorer = next(d for d in config["applications"][0]["deployments"] if d["name"] == "Scorer")
+        weights = Path(scorer["user_config"]["bundle"]) / "model.safetensors"
         whole = weights.read_bytes()
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        scorer = next(d for d in config["applications"][0]["deployments"] if d["name"] == "Scorer")
         scorer["user_config"]["version"] = "damaged"
         served.apply(config)
         refused = served.wait_model(lambda model: "error" in model)

@@ -14,7 +14,7 @@ import polars as pl
 from springtide.errors import SpringtideError
 from springtide.evaluation.ab import FIGURES, Arm, SampleRatio, compare, sample_ratio
 from springtide.evaluation.metrics import Estimate
-from springtide.serving.exposures import pseudonym, read, salt_of
+from springtide.serving.exposures import SALT, hidden, pseudonym, read, salt_of
 from springtide.serving.store import file_of, open_store
 
 Json = dict[str, Any]
@@ -74,9 +74,26 @@ def report(exposures: Path, events: str, question: Question, now: int | None = N
 
 
 def read_exposures(folder: Path, question: Question) -> pl.DataFrame:
-    """The exposures of the time asked for, with the columns of the log but `propensities`."""
+    """The exposures of the time asked for, with the columns of the log but `propensities`.
+
+    Every user by one name, whichever way the lines were written: by the pseudonym, where the folder has a salt. Raises
+    SpringtideError if there are pseudonyms and no salt, which nobody can join with events.
+    """
+    salt = salt_of(folder)
+
+    def named(row: Json) -> Json:
+        user = row["user"]
+        if hidden(row):
+            if salt is None:
+                raise SpringtideError(
+                    f"users in {folder} are hidden behind a salt that is not there; put the file {SALT} back"
+                )
+        elif user is not None and salt is not None:
+            user = pseudonym(salt, user)
+        return {**{name: row.get(name) for name in _SHOWN}, "user": user}
+
     rows = (
-        {name: row.get(name) for name in _SHOWN}
+        named(row)
         for row in read(folder)
         if (question.since is None or row["time"] >= question.since)
         and (question.until is None or row["time"] < question.until)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from fastapi import Body, FastAPI, Query, Request
+from fastapi import APIRouter, Body, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from fastapi_offline import FastAPIOffline
@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from springtide.serving.haproxy_config import MAX_CONCURRENT
+from springtide.serving.large_bodies import LargeBodyRoute
 from springtide.serving.limits import Bodies, Crowd
 from springtide.serving.metrics import Metrics, PrometheusMetrics, SeveralMetrics
 from springtide.serving.observe import Observed, start_access_log
@@ -38,7 +39,7 @@ from springtide.serving.schemas import (
     RecommendResponse,
     SimilarResponse,
 )
-from springtide.serving.security import Authorised, SafeHeaders
+from springtide.serving.security import Authorised, OwnHosts, SafeHeaders
 from springtide.serving.service import Backend
 from springtide.serving.tokens import TokenBook
 
@@ -51,6 +52,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     408: {"model": ErrorBody, "description": "the body did not arrive in time"},
     409: {"model": ErrorBody, "description": "as many items were added as the service takes"},
     413: {"model": ErrorBody, "description": f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB"},
+    421: {
+        "model": ErrorBody,
+        "description": "without tokens: the Host is neither an address nor a name of this service",
+    },
     422: {"model": ErrorBody, "description": "a field is missing, misspelt or out of bounds"},
     429: {"model": ErrorBody, "description": "the token's rate or daily quota is used up; see Retry-After"},
     503: {"model": ErrorBody, "description": "a part does not answer, or too many requests at once; see Retry-After"},
@@ -62,6 +67,7 @@ class Edge:
     """What stands between callers and the routes."""
 
     tokens: TokenBook | None = None  # None: everybody may ask, so listen on loopback alone
+    hosts: tuple[str, ...] = ()  # names of this service beside localhost, looked at where there are no tokens
     metrics: PrometheusMetrics = field(default_factory=PrometheusMetrics)  # what GET /metrics shows
     also: Metrics | None = None  # counted there too
     access_log: bool = False
@@ -96,6 +102,8 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
     app.add_middleware(Bodies)  # a caller who stalls takes no place in the crowd
     if edge.tokens is not None:
         app.add_middleware(Authorised, book=edge.tokens)
+    else:
+        app.add_middleware(OwnHosts, names=edge.hosts)
     app.add_middleware(SafeHeaders)
     if edge.access_log:
         start_access_log()
@@ -110,15 +118,19 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
 
 
 def _add_recommending(app: FastAPI, backend: Backend) -> None:
-    @app.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
+    router = APIRouter(route_class=LargeBodyRoute)
+
+    @router.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
     async def recommend(request: RecommendRequest) -> Any:
         """The best items for a known user, a history, a free text, or several of these together."""
         return JSONResponse(await backend.recommend(request))
 
-    @app.post("/v1/events", status_code=202, response_model=EventsResponse, tags=["events"])
+    @router.post("/v1/events", status_code=202, response_model=EventsResponse, tags=["events"])
     async def events(body: Annotated[EventsBody, Body()]) -> Any:
         """Append one event or up to 1,000. Answered once they are durable; the next `recommend` knows them."""
         return JSONResponse(await backend.events(body if isinstance(body, list) else [body]), status_code=202)
+
+    app.include_router(router)
 
     @app.get("/v1/users/{user_id:path}/interests", response_model=InterestsResponse, tags=["recommend"])
     async def interests(user_id: Identifier) -> Any:

@@ -92,18 +92,18 @@ def choose(
     vectors: np.ndarray,
     categories: Sequence[Sequence[str]],
     rows_of: Callable[[Iterable[str]], np.ndarray],
-    request_id: str | None = None,
+    chance: str | None = None,
 ) -> Chosen:
     """k distinct rows, or all that `draw` has if those are fewer; fewer too if strict caps leave no other item.
 
-    vectors: [I, d] for diversity; categories: of each row; rows_of: all rows of some categories, for caps; request_id:
+    vectors: [I, d] for diversity; categories: of each row; rows_of: all rows of some categories, for caps; chance:
     seeds exploration. In order of score, but for diversity and exploration, whose order of choice stays.
     """
     if rules.plain:
         rows, scores = draw(np.empty(0, np.int64), rules.k)
         return Chosen(rows.tolist(), scores.tolist(), [1.0] * len(rows))
     chosen, room = Chosen(), Room(rules.caps, categories, rows_of) if rules.capped else None
-    rng = generator(request_id)
+    rng = generator(chance)
     spread: float | None = None
     while len(chosen.rows) < rules.k:
         spent = np.asarray(chosen.rows, np.int64)

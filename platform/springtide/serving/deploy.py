@@ -3,27 +3,32 @@ wait until it answers."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from springtide.config import Settings
 from springtide.errors import SpringtideError
 from springtide.files import verify_manifest
 from springtide.serving.lint import check_config, load_config
 from springtide.serving.options import IMPORT_PATH
-from springtide.serving.plan import normal, plan, told
-from springtide.serving.readiness import wait_ready, wait_running
+from springtide.serving.plan import RECONFIGURE, SCALE, UNCHANGED, Step, normal, plan, told
+from springtide.serving.readiness import Refused, wait_ready, wait_running
+from springtide.serving.served import keep, prune, served_path, version_of
 from springtide.serving.store import file_of
 
 Json = dict[str, Any]
+Result = TypeVar("Result")
+GRACE_S = 5.0  # for the call under way at the deadline, so that the reason is told and not only that time is up
+PUT_BACK_S = 30.0
 STORE_FILE = "history.sqlite3"  # in the workspace
 
 
@@ -54,12 +59,13 @@ def deploy(
     """
     started = time.monotonic()
     deadline = started + (timeout_s or settings.serve.timeout_s)
-    config = filled(load_config(config_path or settings.serve.config, allow_public), settings, port)
+    linted = load_config(config_path or settings.serve.config, allow_public)
+    config = filled(linted, settings, port)
     check_config(config, "filled-in Serve configuration", allow_public)
-    jobs, apps = _clients(address)
-    running = _call(apps.get_serve_details)
+    jobs, apps = _clients(address, deadline)
+    running = _call(apps.get_serve_details, deadline)
     _check_listener(running, config)
-    code = upload_code(jobs)
+    code = upload_code(jobs, deadline)
     for app in config["applications"]:
         app.setdefault("runtime_env", {}).setdefault("py_modules", []).append(code)
     steps = plan(running, normal(config))
@@ -68,12 +74,23 @@ def deploy(
     if plan_only:
         say("nothing was applied: serve.plan_only is on")
         return {"plan": [asdict(step) for step in steps], "applied": False}
+    workspace = Path(settings.workspace).resolve()
+    for source in _bundles_in(linted, workspace):
+        keep(source, workspace, version_of(source))
+    check_kept(config)
     say(f"deploying {', '.join(app['name'] for app in config['applications'])} to {jobs.get_address()}")
-    _call(lambda: apps.deploy_applications(config))
-    wait_running(lambda: _call(apps.get_serve_details), config, deadline)
+    _call(lambda: apps.deploy_applications(config), deadline)
+    wait_running(lambda: _call(apps.get_serve_details, deadline + GRACE_S), config, deadline)
     http = config["http_options"]
     url = f"http://{_bracketed(str(http['host']))}:{http.get('port', 8000)}"
-    models = wait_ready(url, config, deadline)
+    try:
+        models = wait_ready(url, config, deadline)
+    except Refused as error:
+        raise SpringtideError(f"{error}{_put_back(apps, running, config, steps)}") from None
+    try:
+        prune(workspace, [running, config, _call(apps.get_serve_details, deadline + GRACE_S)])
+    except SpringtideError as error:
+        say(f"old copies of bundles stay for now: {error}")
     say(f"serving {', '.join(models)} at {url}, API documentation at {url}/docs")
     return {
         "url": url,
@@ -86,11 +103,27 @@ def deploy(
     }
 
 
+def _put_back(apps: Any, running: Json, config: Json, steps: list[Step]) -> str:
+    """After a refusal, apply the configuration that ran before, and say so: a Scorer that started later would find only
+    the refused one. Left alone where replicas were replaced, as they would be again."""
+    if any(step.effect not in (RECONFIGURE, SCALE, UNCHANGED) for step in steps):
+        return ""
+    before = [running["applications"][app["name"]]["deployed_app_config"] for app in config["applications"]]
+    try:
+        _call(lambda: apps.deploy_applications({**config, "applications": before}), time.monotonic() + PUT_BACK_S)
+    except SpringtideError as error:
+        return f"; the configuration before could not be put back: {error}"
+    return "; the configuration before was put back"
+
+
 def filled(config: Json, settings: Settings, port: int | None = None) -> Json:
-    """A copy of a linted configuration with the experiment's bundle, its encoder, workspace and event log in it."""
+    """A copy of a linted configuration with the experiment's bundle, its encoder, workspace and event log in it.
+
+    Bundles are named by where `keep` puts this version of them.
+    """
     workspace = Path(settings.workspace).resolve()
     # Not the settings' encoder: queries must be read by the one that read the items.
-    served, trained = _bundle_at(workspace / "bundle")
+    served, trained = _bundle_at(workspace / "bundle", workspace)
     served["name"] = settings.name
     text = trained["settings"]["text"]
     values: dict[str, Json] = {
@@ -134,12 +167,31 @@ def store_of(settings: Settings, configured: str) -> str:
     return str(workspace / (STORE_FILE if settings.serve.store is None else file))
 
 
-def _bundle_at(path: Path) -> tuple[Json, Json]:
+def _bundle_at(path: Path, workspace: Path) -> tuple[Json, Json]:
     """What a configuration says of a whole bundle, and the bundle's config.json. Raises SpringtideError for others."""
     verify_manifest(path, "bundle")
-    version = hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()[:12]
+    version = version_of(path)
     trained: Json = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return {"bundle": str(path), "version": version}, trained
+    return {"bundle": str(served_path(workspace, version)), "version": version}, trained
+
+
+def _bundles_in(linted: Json, workspace: Path) -> list[Path]:
+    """Where the bundles lie that a configuration asks for, before it is filled in."""
+    parts = [part for app in linted["applications"] for part in app["deployments"] if part["name"] == "Scorer"]
+    further = [model["bundle"] for part in parts for model in (part["user_config"].get("models") or {}).values()]
+    return [workspace / "bundle", *(workspace / bundle for bundle in further)]
+
+
+def check_kept(config: Json) -> None:
+    """Raise SpringtideError if a filled-in configuration names a bundle that was not kept."""
+    for app in config["applications"]:
+        for part in app["deployments"]:
+            options = part.get("user_config") or {}
+            for one in (options, *(options.get("models") or {}).values()):
+                if one.get("version") and not (Path(one["bundle"]) / "manifest.json").is_file():
+                    raise SpringtideError(
+                        f"version {one['version']} of a bundle was replaced while it was deployed; deploy again"
+                    )
 
 
 def _fill_models(app: Json, workspace: Path, encoder: str) -> None:
@@ -150,7 +202,7 @@ def _fill_models(app: Json, workspace: Path, encoder: str) -> None:
     options = {deployment["name"]: deployment["user_config"] for deployment in app["deployments"]}
     models = {}
     for name, model in (options["Scorer"].get("models") or {}).items():
-        models[name], trained = _bundle_at(workspace / model["bundle"])
+        models[name], trained = _bundle_at(workspace / model["bundle"], workspace)
         if trained["settings"]["text"]["encoder"] != encoder:
             raise SpringtideError(
                 f"model {name} was trained with the text encoder {trained['settings']['text']['encoder']} and the "
@@ -168,7 +220,7 @@ def _fill_models(app: Json, workspace: Path, encoder: str) -> None:
                 )
 
 
-def upload_code(jobs: Any) -> str:
+def upload_code(jobs: Any, deadline: float) -> str:
     """Put the `springtide` package on the cluster and return its gcs:// address, the same for the same code.
 
     Serve takes no local folders, so this goes the way that `ray job submit` sends py_modules: over the dashboard, with
@@ -180,28 +232,49 @@ def upload_code(jobs: Any) -> str:
         copy = Path(scratch) / "springtide"
         shutil.copytree(Path(springtide.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         runtime_env: Json = {"py_modules": [str(copy)]}
-        _call(lambda: jobs._upload_py_modules_if_needed(runtime_env))
+        _call(lambda: jobs._upload_py_modules_if_needed(runtime_env), deadline)
     return str(runtime_env["py_modules"][0])
 
 
-def _clients(address: str | None) -> tuple[Any, Any]:
+def _clients(address: str | None, deadline: float) -> tuple[Any, Any]:
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
     from ray.job_submission import JobSubmissionClient
 
-    jobs = _call(lambda: JobSubmissionClient(address))
-    return jobs, _call(lambda: ServeSubmissionClient(jobs.get_address()))
+    jobs = _call(lambda: JobSubmissionClient(address), deadline)
+    return jobs, _call(lambda: ServeSubmissionClient(jobs.get_address()), deadline)
 
 
-def _call(work: Callable[[], Any]) -> Any:
-    """Run one call to the cluster; any refusal becomes a sentence."""
+def _call(work: Callable[[], Any], deadline: float) -> Any:
+    """Run one call to the cluster; any refusal, and no answer by the deadline (time.monotonic), becomes a sentence."""
     try:
-        return work()
+        return in_time(work, deadline)
+    except TimeoutError:
+        raise SpringtideError(
+            "the Ray cluster did not answer in time; check that its dashboard answers, or raise serve.timeout_s"
+        ) from None
     except Exception as error:  # the client raises RuntimeError, ConnectionError, AuthenticationError and requests'
         reason = " ".join(str(error).split())
         raise SpringtideError(
             f"the Ray cluster refused or did not answer: {reason[:600]}; check that it runs (ray start --head), "
             "its dashboard address and RAY_AUTH_MODE"
         ) from error
+
+
+def in_time(work: Callable[[], Result], deadline: float) -> Result:
+    """What `work` returns or raises; TimeoutError at the deadline. Ray's clients wait for a dashboard without end.
+
+    The call goes on in a thread that does not keep the process: nothing can take it back.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="dashboard", daemon=True).start()
+    return future.result(max(0.0, deadline - time.monotonic()))
 
 
 def _check_listener(details: Json, config: Json) -> None:

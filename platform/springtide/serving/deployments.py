@@ -27,12 +27,13 @@ from springtide.errors import SpringtideError
 from springtide.serving.app import Edge, create_app
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.exposures import FOLDER, ExposureLog
-from springtide.serving.live import Live
+from springtide.serving.live import Live, NoLogHere
 from springtide.serving.metrics_ray import RayMetrics
 from springtide.serving.models import Models, load_models
 from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
 from springtide.serving.popular import load_popular
-from springtide.serving.seeding import seed_histories
+from springtide.serving.query_cache import Encoded
+from springtide.serving.seeding import seed_until_done
 from springtide.serving.service import Service
 from springtide.serving.store import HistoryStore, file_of, open_store
 from springtide.serving.store_rows import Retention
@@ -71,16 +72,22 @@ class TextEncoder:
         self._batch.set_max_batch_size(options.max_batch_tokens)
         self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
 
-    async def encode(self, texts: list[str]) -> np.ndarray:
-        """[n, D] float32."""
+    async def encode(self, texts: list[str]) -> Encoded:
+        """[n, D] float32, all of one encoder."""
         lengths = await self._run(self._encoder.token_lengths, texts)
         sized = [(text, min(n, self._max_tokens)) for text, n in zip(texts, lengths, strict=True)]
-        return np.stack(await asyncio.gather(*(self._batch(item) for item in sized)))
+        while True:
+            found = await asyncio.gather(*(self._batch(item) for item in sized))
+            encoders = {one.encoder for one in found}
+            if len(encoders) == 1:  # else it was swapped in between
+                return Encoded(np.stack([one.vectors for one in found]), encoders.pop())
 
     @serve.batch(max_batch_size=2048, batch_wait_timeout_s=0.002, batch_size_fn=_padded_tokens)
-    async def _batch(self, items: list[tuple[str, int]]) -> list[np.ndarray]:
+    async def _batch(self, items: list[tuple[str, int]]) -> list[Encoded]:
         self._metrics.observe("springtide_batch_size", len(items), part="encoder")
-        return list(await self._run(self._encoder.encode, [text for text, _ in items]))
+        encoder = self._encoder
+        vectors = await self._run(encoder.encode, [text for text, _ in items])
+        return [Encoded(vector, encoder.identity) for vector in vectors]
 
     async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -96,6 +103,8 @@ class Scorer:
         self._observe_every_s = 0.0
         self._reconfigured = threading.Event()
         threading.Thread(target=self._follow, daemon=True).start()
+        self._scoring = ThreadPoolExecutor(1, "score")  # batches come one at a time
+        self._lookups = ThreadPoolExecutor(2, "lookups")  # similar items and interests never wait in that one's way
         self._apart = ThreadPoolExecutor(1)  # copies for comparison: one at a time, never in a batch that is awaited
         self._metrics = RayMetrics()
 
@@ -130,7 +139,7 @@ class Scorer:
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
     async def _batch(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
         self._metrics.observe("springtide_batch_size", len(requests), part="scorer")
-        return await asyncio.to_thread(self._score, requests)
+        return await asyncio.get_running_loop().run_in_executor(self._scoring, self._score, requests)
 
     def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
         """Answers with every item that was added until now, or degraded ones where the store does not tell."""
@@ -140,10 +149,13 @@ class Scorer:
         return answers if current else [a if isinstance(a, Refusal) else {**a, "degraded": True} for a in answers]
 
     async def interests(self, events: list[Json]) -> Json:
-        return await asyncio.to_thread(lambda: self._current_models().interests(events))
+        return await self._look_up(lambda: self._current_models().interests(events))
 
     async def similar(self, item_id: str, k: int) -> Json | Refusal:
-        return await asyncio.to_thread(lambda: self._current_models().similar(item_id, k))
+        return await self._look_up(lambda: self._current_models().similar(item_id, k))
+
+    async def _look_up(self, work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._lookups, work)
 
     async def score_apart(self, request: ScoreRequest) -> Json | Refusal:
         """Score a request that nobody waits for."""
@@ -198,14 +210,25 @@ class Ingress:
     """HTTP and the event log. Imports the prepared log in the background; /readyz waits for it."""
 
     def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
-        async def encode(texts: list[str]) -> np.ndarray:
+        async def encode(texts: list[str]) -> Encoded:
             return await _again_if_died(lambda: encoder.encode.remote(texts))
 
         async def call(method: str, *arguments: Any) -> Any:
             return await _again_if_died(lambda: getattr(scorer, method).remote(*arguments))
 
+        async def everywhere(method: str) -> list[Any]:
+            """Of the replicas that answer; of one, where Serve does not reach them all."""
+            try:
+                sent = scorer.broadcast(method)
+                found = await sent.results_async(timeout_s=options.other_timeout_s, return_exceptions=True)
+            except Exception as error:
+                log.warning("one Scorer is asked for all of them: %r", error)
+                found = []
+            return [one for one in found if not isinstance(one, BaseException)] or [await call(method)]
+
         self._edge = Edge(
             tokens=open_tokens(options.auth.tokens_file, options.auth.tokens_env) if options.auth else None,
+            hosts=tuple(options.allowed_hosts),
             also=RayMetrics() if options.ray_metrics else None,
             access_log=options.access_log,
             max_concurrent=options.max_concurrent,
@@ -225,16 +248,17 @@ class Ingress:
             query_cache_s=options.query_cache_s,
             history_cache_events=options.history_cache_events,
             max_added_items=options.max_added_items,
+            everywhere=everywhere,
         )
         self._workspace = options.workspace
         self._log: str | None = None
         self._exposures: ExposureOptions | None = None
-        self._seeding = threading.Lock()
+        self._seeding, self._superseded = threading.Lock(), threading.Event()  # the event: a newer import is wanted
         if options.workspace is not None:
             self._service.seeding = "the prepared log is not imported yet"
 
     def reconfigure(self, config: Json) -> None:
-        """Read the popular items; import the prepared log in the background if it is new, or if that failed."""
+        """Read the popular items; import the prepared log in the background if it is new."""
         options = IngressOptions.model_validate(config)
         self._service.queries.clear()  # a new bundle may have come with another encoder
         if options.bundle is not None:
@@ -248,7 +272,9 @@ class Ingress:
         if self._workspace is None or (wanted == self._log and self._service.seeding == "ok"):
             return
         self._log = wanted
-        threading.Thread(target=self._seed, args=(Path(self._workspace),), daemon=True).start()
+        self._superseded.set()
+        self._superseded = threading.Event()
+        threading.Thread(target=self._seed, args=(Path(self._workspace), self._superseded), daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service, self._edge)
@@ -268,15 +294,12 @@ class Ingress:
             self._exposures = None
             log.error("exposures are not logged: %s", error)
 
-    def _seed(self, workspace: Path) -> None:
-        try:
-            with self._seeding:
-                rows = seed_histories(self._service.store, workspace)
-            log.info("imported %d events of the prepared log", rows)
-            self._service.seeding = "ok"
-        except Exception as error:
-            log.exception("the prepared log was not imported")
-            self._service.seeding = f"the prepared log was not imported: {_sentence(error)}"
+    def _seed(self, workspace: Path, superseded: threading.Event) -> None:
+        def tell(state: str) -> None:
+            self._service.seeding = state
+
+        with self._seeding:
+            seed_until_done(self._service.store, workspace, tell, lambda: not superseded.is_set(), superseded.wait)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -303,7 +326,7 @@ def _store_to_follow(url: str) -> HistoryStore:
     """The event log as a Scorer reads it. Never makes one: an empty file of its own would tell it nothing."""
     path = file_of(url)
     if path is not None and not path.exists():
-        raise SpringtideError(
+        raise NoLogHere(
             f"the event log {path} is not on this node, so added items and new events stay unknown here; use Redis "
             "where Ingress and Scorer run on several nodes"
         )
@@ -319,7 +342,10 @@ def _load_engine(options: ScorerOptions) -> Engine:
     torch.set_num_threads(options.threads)
     bundle = load_bundle(options.bundle)
     if options.version is not None and options.version != bundle.version:
-        log.warning("bundle %s has version %s, the configuration says %s", bundle.path, bundle.version, options.version)
+        raise SpringtideError(
+            f"bundle {bundle.path} has version {bundle.version} and the configuration says {options.version}; deploy "
+            "again"
+        )
     if options.device != "cpu":
         bundle.recommender.to(options.device)
     check_parity(bundle)

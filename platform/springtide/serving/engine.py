@@ -22,6 +22,7 @@ from springtide.serving.filters import barred, barred_by, index_catalogue
 from springtide.serving.policies import Policies, counting_events, damping_of, items_of
 from springtide.serving.reasons import explain_items
 from springtide.serving.sharing import SharedLock
+from springtide.text.encoder import name_in
 
 if TYPE_CHECKING:
     from springtide.bundle import Bundle
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 EXPLAINED_EVENTS = 5
+ENCODER_MISMATCH = "encoder_mismatch"  # code of a refusal: the answer can be had without the query
 TOP_CATEGORIES = 5
 
 
@@ -38,6 +40,7 @@ class ScoreRequest:
 
     events: list[Json] = field(default_factory=list)  # {item_id, timestamp?, action?, rating?}, oldest first
     query: np.ndarray | None = None  # [D] float32, L2-normalised
+    encoder: str | None = None  # identity of the one that made it; None: not told
     k: int = 10
     exclude_seen: bool | None = None
     categories: tuple[str, ...] = ()
@@ -48,7 +51,7 @@ class ScoreRequest:
     model: str | None = None
     assigned: bool = False  # the model was drawn, not asked for: where it is missing the primary answers
     now: int | None = None  # ms; None: the scorer's clock
-    request_id: str | None = None  # seeds the chance of exploration
+    chance: str | None = None  # seeds exploration: the same one draws the same items again; None: fresh
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Engine:
         """Width of the encoder's vectors; 0 for a model without texts."""
         texts = self._recommender.text_vectors
         return 0 if texts is None else int(texts.shape[1])
+
+    @property
+    def encoder(self) -> str:
+        """Name of the text encoder that the items' vectors are of."""
+        return self.bundle.settings.text.encoder
 
     @property
     def log_end(self) -> int:
@@ -159,9 +167,14 @@ class Engine:
         text = self._recommender.text_vectors
         if text is None:
             return Refusal(422, "no_text", "this model's items have no text, so it cannot answer a query; leave it out")
+        if request.encoder is not None and name_in(request.encoder) != self.encoder:
+            return Refusal(
+                503, ENCODER_MISMATCH, f"the query was read by the encoder {request.encoder} and the items by "
+                f"{self.encoder}; serve that one"
+            )  # fmt: skip
         if request.query.shape != (text.shape[1],):
             return Refusal(
-                503, "encoder_mismatch", f"the query has {request.query.shape[-1]} dimensions and the items' texts "
+                503, ENCODER_MISMATCH, f"the query has {request.query.shape[-1]} dimensions and the items' texts "
                 f"{text.shape[1]}; serve the encoder that the bundle was trained with"
             )  # fmt: skip
         return None
@@ -187,7 +200,7 @@ class Engine:
 
     def _choose(self, request: ScoreRequest, rules: Rules, draw: Draw) -> Chosen:
         vectors, catalogue = self._recommender.item_vectors, self._catalogue
-        return choose(draw, rules, vectors, catalogue.categories, catalogue.in_any, request.request_id)
+        return choose(draw, rules, vectors, catalogue.categories, catalogue.in_any, request.chance)
 
     def _compose(
         self, request: ScoreRequest, pair: tuple[History, list[str]], chosen: Chosen, gate_short: float, now: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from springtide.config import Settings
 from springtide.errors import SpringtideError
-from springtide.files import disk_error
+from springtide.files import disk_error, replace_durably
 from springtide.schemas import EXPORTED
 from springtide.serving.deploy import store_of
 from springtide.serving.lint import load_config
@@ -60,7 +59,8 @@ def export_events(store: HistoryStore, folder: Path) -> dict[str, Any]:
     A file is named by the log's identity and the cursor after its last event, so the next export knows where to go on
     and logs of several stores live side by side. Each appears whole or not at all. Returns {events, files, total,
     early}: events and files of this call, events of this log exported so far, and how many lie before March 1973.
-    Raises SpringtideError if the disk refuses.
+    What arrives meanwhile is left to the next call, however busy the service is, but for a page at most. Raises
+    SpringtideError if the disk refuses.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,16 +72,19 @@ def export_events(store: HistoryStore, folder: Path) -> dict[str, Any]:
 
 def _export(store: HistoryStore, folder: Path) -> dict[str, Any]:
     identity = store.identity()
+    for torn in folder.glob(".events-*.new"):  # of an export that was killed
+        torn.unlink(missing_ok=True)
     done = _files_of(folder, identity)
+    end = store.cursor(0)
     cursor, events, files, early = max(done, default=0), 0, 0, 0
     while True:
-        table, following = _next_events(store, cursor)
+        table, following = _next_events(store, cursor, end)
         if not len(table) and (done or files):  # a log without events gets a file too: `prepare` then finds the folder
             break
         path = folder / f"events-{identity}-{following:016d}.parquet"
         fresh = path.with_name(f".{path.name}.new")
         pq.write_table(table, fresh)
-        os.replace(fresh, path)
+        replace_durably(fresh, path)  # the next export, and retention, rely on what has been exported
         cursor, events, files = following, events + len(table), files + 1
         early += sum(abs(time) < EARLIEST_MS for time in table["timestamp"].to_pylist())
         log.info("exported %d events", events)
@@ -91,11 +94,12 @@ def _export(store: HistoryStore, folder: Path) -> dict[str, Any]:
     return {"events": events, "files": files, "total": total, "early": early}
 
 
-def _next_events(store: HistoryStore, cursor: int) -> tuple[pa.Table, int]:
-    """At most FILE_ROWS events after a cursor, and the cursor after them."""
+def _next_events(store: HistoryStore, cursor: int, end: int) -> tuple[pa.Table, int]:
+    """At most FILE_ROWS events after a cursor, as far as the page that holds the one of number `end`, and the cursor
+    after them."""
     pages: list[pa.Table] = []
     rows = 0
-    while rows < FILE_ROWS:
+    while rows < FILE_ROWS and cursor < end:
         events, cursor = store.since(cursor, min(PAGE, FILE_ROWS - rows))
         if not events:
             break

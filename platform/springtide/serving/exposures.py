@@ -6,12 +6,14 @@ counted, and never a request. The outcomes are the events that follow; `springti
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
 import logging
 import os
 import queue
+import re
 import secrets
 import threading
 import time
@@ -28,12 +30,18 @@ log = logging.getLogger("springtide.serving")
 Json = dict[str, Any]
 FOLDER = "exposures"  # in the workspace
 SALT = "salt"  # in that folder: what makes the pseudonyms, and what joins them to events
+_PSEUDONYM = re.compile("[0-9a-f]{32}")
 _FLUSH_S = 0.5  # longest time that a line waits in memory
 _RETRY_S = 1.0  # after the disk refused
 
 
-def exposure(request_id: str, user_id: str | None, choice: Choice, answer: Json, now: int) -> Json:
-    """One line of the log; now: ms. The rank of an item is its place in `items`, from 1."""
+def exposure(
+    request_id: str, user_id: str | None, choice: Choice, answer: Json, now: int, nonce: str | None = None
+) -> Json:
+    """One line of the log; now: ms. The rank of an item is its place in `items`, from 1.
+
+    nonce: which, after the request's id and a space, was the chance of exploration; only noted where there was some.
+    """
     row: Json = {
         "request_id": request_id,
         "time": now,
@@ -48,6 +56,7 @@ def exposure(request_id: str, user_id: str | None, choice: Choice, answer: Json,
     }
     if any("propensity" in item for item in answer["items"]):
         row["propensities"] = [item.get("propensity") for item in answer["items"]]
+        row["nonce"] = nonce
     return row
 
 
@@ -109,12 +118,14 @@ class ExposureLog:
         rows: list[Json] = []
         try:
             row = self._queue.get(timeout=max(_FLUSH_S, self._options.max_age_s / 10))
-            while row is not None and len(rows) < self._options.queue:
+            while row is not None:
                 rows.append(row)
+                if len(rows) == self._options.queue:  # before another one is taken out
+                    return rows, False
                 row = self._queue.get_nowait()
         except queue.Empty:
             return rows, False
-        return rows, row is None
+        return rows, True
 
     def _write(self, rows: list[Json]) -> None:
         if self._file is not None and time.monotonic() - self._opened > self._options.max_age_s:
@@ -150,18 +161,29 @@ class ExposureLog:
             return
         before = time.time() - self._options.keep_days * 86_400
         for path in self._folder.glob("*.jsonl"):
-            if path.stat().st_mtime < before:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another replica removes them too
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def _hidden(self, row: Json) -> Json:
-        if self._salt is None or row["user"] is None:
+        """As it is written; `hidden` tells which way, as the setting may change while the log goes on."""
+        if row["user"] is None:
             return row
-        return {**row, "user": pseudonym(self._salt, row["user"])}
+        if self._salt is None:
+            return {**row, "hidden": False}
+        return {**row, "user": pseudonym(self._salt, row["user"]), "hidden": True}
 
 
 def pseudonym(salt: bytes, user_id: str) -> str:
     """32 hex digits of a keyed hash: the same for the same user, of no use without the salt."""
     return hmac.new(salt, user_id.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def hidden(row: Json) -> bool:
+    """Whether the user of a line is a pseudonym."""
+    if "hidden" in row or row["user"] is None:
+        return bool(row.get("hidden"))
+    return _PSEUDONYM.fullmatch(row["user"]) is not None  # a line of a version that did not say
 
 
 def salt_of(folder: Path, create: bool = False) -> bytes | None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from springtide.errors import without_data
 from springtide.serving.metrics import Metrics, NoMetrics
 
+log = logging.getLogger("springtide.serving")
 Result = TypeVar("Result")
 
 
 class Unavailable(Exception):
-    """The part has failed so often in a row that it is not asked for a while."""
+    """The part is not asked: it failed so often in a row, or as much as it may take is under way."""
 
 
 class Breaker:
@@ -58,23 +61,38 @@ class Breaker:
 
 
 class Guard:
-    """One part behind a time limit and a breaker; its calls are counted under its name."""
+    """One part behind a time limit and a breaker; its calls are counted under its name.
 
-    def __init__(self, name: str, timeout_s: float, breaker: Breaker, metrics: Metrics | None = None) -> None:
+    at_once: calls under way; a further one is not made. None: as many as come.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        timeout_s: float,
+        breaker: Breaker,
+        metrics: Metrics | None = None,
+        at_once: int | None = None,
+    ) -> None:
         self.timeout_s, self.breaker = timeout_s, breaker
         self._name, self._metrics = name, metrics or NoMetrics()
+        self._at_once, self._inside = at_once, 0
 
     async def run(
         self, call: Callable[..., Awaitable[Result]], *arguments: Any, timeout_s: float | None = None
     ) -> Result:
         """The call's answer, within timeout_s (None: the part's own). Raises Unavailable, TimeoutError or what the
         call raises."""
+        if self._at_once is not None and self._inside >= self._at_once:
+            self._failed("full")
+            raise Unavailable("as many calls of it are under way as it may take")
         try:
             ticket = self.breaker.enter()
         except Unavailable:
             self._failed("open circuit")
             raise
         succeeded, began = None, time.perf_counter()
+        self._inside += 1
         try:
             answer = await asyncio.wait_for(call(*arguments), timeout_s or self.timeout_s)
             succeeded = True
@@ -84,8 +102,15 @@ class Guard:
             self._failed("timeout" if isinstance(error, TimeoutError) else "error")
             raise
         finally:
+            self._inside -= 1
             self.breaker.leave(ticket, succeeded)
             self._metrics.observe("springtide_stage_seconds", time.perf_counter() - began, stage=self._name)
 
     def _failed(self, reason: str) -> None:
         self._metrics.count("springtide_part_failures", part=self._name, reason=reason)
+
+
+def log_failure(what: str, error: Exception) -> None:
+    """A line for each call that failed, and none for calls that an open circuit spared: a crowd would flood the log."""
+    if not isinstance(error, Unavailable):
+        log.error("%s: %s", what, without_data(error))

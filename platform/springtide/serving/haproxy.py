@@ -31,6 +31,7 @@ from springtide.errors import SpringtideError
 from springtide.serving.haproxy_config import (
     Limits,
     admin_socket,
+    discreet,
     front_addresses,
     handed_over,
     on_loopback,
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.execv(binary, [binary, *given])
     try:
         file = Path(given[given.index("-f") + 1])
-        config = shedding(on_loopback(file.read_text(encoding="utf-8")), Limits.of(os.environ))
+        config = shedding(discreet(on_loopback(file.read_text(encoding="utf-8"))), Limits.of(os.environ))
         own = file.with_name(f"{file.name}.{os.getpid()}")
         _sweep(file.parent)
         try:

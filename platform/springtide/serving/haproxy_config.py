@@ -1,8 +1,9 @@
 """What is changed in the HAProxy configuration that Ray writes: text in, text out.
 
-Its side doors (statistics, metrics) move to loopback, `springtide-haproxy` keeps its front and its admin socket, and it
-sheds: an Ingress gets no more requests at once than it takes, a few wait for a place, and all others are answered 503
-with Retry-After by HAProxy itself, which costs microseconds where Python needs a millisecond.
+Its side doors (statistics, metrics) move to loopback, its log lines lose the path, `springtide-haproxy` keeps its front
+and its admin socket, and it sheds: an Ingress gets no more requests at once than it takes, a few wait for a place, and
+all others are answered 503 with Retry-After by HAProxy itself, which costs microseconds where Python needs a
+millisecond.
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ class Limits:
     at_once: int = MAX_CONCURRENT // 2  # requests that one Ingress gets
     waiting: int = MAX_CONCURRENT // 2  # requests that wait for a place in any Ingress; a further one is refused
     wait_ms: int = 1000  # then one that waits is refused too
+
+    @property
+    def large(self) -> int:
+        """Requests with large bodies that pass at once: whoever stalls in one takes no more places than these."""
+        return max(1, self.at_once // 4)
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Limits:
@@ -110,6 +116,15 @@ def on_loopback(config: str) -> str:
     return written
 
 
+def discreet(config: str) -> str:
+    """With log lines that hold no path, and so no ids of users and items."""
+
+    def change(_: str, line: str) -> list[str]:
+        return [f"    log-format {_quoted(_LINE)}"] if line.split() == ["option", "httplog"] else [line]
+
+    return _rewritten(config, change)
+
+
 def shedding(config: str, limits: Limits) -> str:
     """With the limits, and with errors that tell callers to come again.
 
@@ -118,6 +133,7 @@ def shedding(config: str, limits: Limits) -> str:
     body = {code: json.dumps({"error": {"code": code, "message": message}}) for code, message in _MESSAGES.items()}
     unavailable = f"{_JSON} string {_quoted(body['unavailable'])} hdr Retry-After 1"
     untold = not serves(config)
+    held = _held(config)
     full = f"{{ queue ge {limits.waiting} }} !{{ path {VITAL} }}"
 
     def limit(section: str, line: str) -> list[str]:
@@ -144,10 +160,25 @@ def shedding(config: str, limits: Limits) -> str:
                 f" hdr Retry-After 1 if {full}",
                 # Who stalls in mid-request waits here, and takes no place in an Ingress.
                 f"    http-request wait-for-body time {CALLER_S}s if {{ method POST PUT PATCH }}",
+                # But for one whose body is larger than what is held here: of those an Ingress gets a few.
+                "    stick-table type integer size 10 expire 1m store conn_cur",
+                "    http-request set-var(txn.springtide_body) req.hdr(content-length)",
+                f"    acl springtide_large req.hdrs,length,add(txn.springtide_body) -m int gt {held}",
+                "    acl springtide_large req.hdr(transfer-encoding) -m found",
+                "    http-request track-sc0 int(1) if springtide_large",
+                f"    http-request return status 503 {_JSON} string {_quoted(body['overloaded'])}"
+                f" hdr Retry-After 1 if springtide_large {{ sc0_conn_cur gt {limits.large} }}",
             ]
         return [line]
 
     return _rewritten(config, limit)
+
+
+def _held(config: str) -> int:
+    """Bytes of a request, its headers included, that HAProxy surely waits for as a whole."""
+    lines = (line.split() for line in sections(config).get("global", []))
+    size = next((int(words[1]) for words in lines if words[:1] == ["tune.bufsize"] and words[1:2]), 16_384)
+    return size * 3 // 4
 
 
 def handed_over(config: str, admin: Path, fronts: Mapping[str, int] | None) -> str:
@@ -164,6 +195,8 @@ def handed_over(config: str, admin: Path, fronts: Mapping[str, int] | None) -> s
 
 
 _JSON = "content-type application/json"
+# HAProxy's own line without the caller's address, the captured headers and, of the request, all but the method.
+_LINE = "[%tr] %ft %b/%s %TR/%Tw/%Tc/%Tr/%Ta %ST %B %tsc %ac/%fc/%bc/%sc/%rc %sq/%bq %HM"
 _MESSAGES = {
     "overloaded": "too many requests are under way; try again",
     "unavailable": "nothing that could answer is there yet, or was free in time; try again",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import re
 
 import numpy as np
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from springtide.serving.large_bodies import read_apart
 from springtide.serving.metrics import Metrics
 from springtide.serving.replies import error_reply
 from springtide.serving.schemas import MAX_BODY_BYTES, MAX_HISTORY
@@ -19,8 +19,6 @@ BODY_TIMEOUT_S = 15.0  # for the whole body: a caller who stalls holds nothing f
 SMALL_BODY_BYTES = 2**20
 _LARGE_PATHS = ("/v1/recommend", "/v1/events")  # which take lists of events
 _UNBOUNDED = ("/healthz", "/readyz", "/metrics")  # which must answer under load too
-_ESCAPED = re.compile(rb"\\.", re.DOTALL)
-_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _STEPS = np.zeros(256, np.int8)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 
@@ -69,7 +67,7 @@ class Bodies:
         else:
             if body is None:  # the caller has gone
                 return
-            if not too_deep(body):
+            if not await read_apart(len(body), lambda: too_deep(body)):
                 await self._app(scope, _replay(body, receive), send)
                 return
             reply = error_reply(400, "invalid_json", "the body nests too deep or holds too many lists and objects")
@@ -121,7 +119,9 @@ def too_deep(body: bytes) -> bool:
     openers = body.count(b"[") + body.count(b"{")
     if openers <= MAX_DEPTH:
         return False
-    plain = _ESCAPED.sub(b"", body) if b"\\" in body else body  # then every quote opens or closes a string
-    brackets = b"".join(plain.split(b'"')[::2]).translate(None, _NO_BRACKETS)
-    steps = _STEPS[np.frombuffer(brackets, np.uint8)]
+    if b"\\" in body:  # pairs first: what is left of a run then tells whether it escapes a quote
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    text = np.frombuffer(body, np.uint8)
+    within = np.bitwise_xor.accumulate((text == ord('"')).view(np.uint8))  # 1 from each quote that opens a string
+    steps = _STEPS[text] * (1 - within).astype(np.int8)
     return bool((steps > 0).sum() > MAX_OPENERS or np.cumsum(steps, dtype=np.int32).max(initial=0) > MAX_DEPTH)

@@ -23,20 +23,27 @@ from springtide.serving.engine import Engine
 from springtide.serving.store import HistoryStore
 from springtide.serving.store_rows import StoredItem
 from springtide.serving.tails import Tails
+from springtide.text.encoder import name_in
 
 log = logging.getLogger("ray.serve")
 Json = dict[str, Any]
 PAGE = 2000  # events counted in one go
+ITEMS_PAGE = 500  # added items read in one go, some 3 KB each: a store answers within a Scorer's short patience
 REST_S = 1.0  # after the store has failed, before it is asked again
 PREPARE_S = 10.0  # longest that a new model counts before it serves
 AHEAD_MS = 3_600_000  # events later than now by more are not counted
 PRECEDING = 50  # events of a user not seen lately that are read to find what came before new ones
 
 
+class NoLogHere(SpringtideError):
+    """The event log is a file that this node does not have: nothing is wrong, and nothing can be known of it."""
+
+
 @dataclass
 class Place:
     """How far one engine has come."""
 
+    log: str | None = None  # identity of the event log that this is of
     revision: int = 0  # of the items added
     cursor: int | None = None  # in the event log; None before the first look
     observed: int = 0  # events counted
@@ -55,6 +62,7 @@ class Live:
         self._adding, self._observing = threading.Lock(), threading.Lock()  # items never wait for events to be read
         self._places: WeakKeyDictionary[Engine, Place] = WeakKeyDictionary()
         self._rest_until = 0.0
+        self._none_here = False
 
     def place(self, engine: Engine) -> Place:
         return self._places.setdefault(engine, Place())
@@ -72,14 +80,17 @@ class Live:
     def add_items(self, engines: Iterable[Engine]) -> bool:
         """Give engines the items added since they last looked; one question to the store if there are none.
 
-        Returns whether they know all of them, False where the store does not tell.
+        Returns whether they know all of them, False where the store does not tell. Where there is none, they do.
         """
         engines = list(engines)
         store = self._reachable()
         if store is None:
-            return False
+            return self._none_here
         try:
             newest = store.items_revision()
+            for engine in engines:
+                if self.place(engine).revision > newest:  # a store that lost the last ones: see `_begin_anew`
+                    self.place(engine).revision = 0
             if any(self.place(engine).revision < newest for engine in engines):
                 for engine in engines:
                     self._add_to(engine, store)
@@ -115,15 +126,17 @@ class Live:
     def _add_to(self, engine: Engine, store: HistoryStore) -> None:
         with self._adding:
             place = self.place(engine)
-            found = store.items_since(place.revision)
-            if not found:
-                return
-            if engine.takes_new_items:
-                engine.put_items(new_items(engine, found))
-            place.revision = found[-1]["revision"]
+            # Page by page, each noted: what a store that fails in between has told is not asked for again.
+            while found := store.items_since(place.revision, ITEMS_PAGE):
+                if engine.takes_new_items:
+                    engine.put_items(new_items(engine, found))
+                place.revision = found[-1]["revision"]
+                if len(found) < ITEMS_PAGE:
+                    break
 
     def _observe_with(self, engine: Engine, store: HistoryStore) -> bool:
         place = self.place(engine)
+        self._begin_anew(place, store)
         if place.cursor is None:
             place.cursor, place.tails = store.cursor(self.observe_at_most), Tails(events=max(1, engine.distances))
         began = time.time()
@@ -150,6 +163,17 @@ class Live:
             place.at = began
         return len(rows) == PAGE
 
+    def _begin_anew(self, place: Place, store: HistoryStore) -> None:
+        """Leave a place that is not of the log as it is now: another log, or one that lost its end in a failover."""
+        identity, end = store.identity(), store.cursor(0)
+        if place.log not in (None, identity):
+            log.warning("the event log is another one now; its events are counted from its beginning")
+            place.cursor, place.revision = None, 0
+        elif place.cursor is not None and place.cursor > end:
+            log.warning("the event log ends before what was read of it; events that come from now on are counted")
+            place.cursor = end  # all before it was counted already
+        place.log = identity
+
     def _reachable(self) -> HistoryStore | None:
         if time.monotonic() < self._rest_until:
             return None
@@ -157,6 +181,12 @@ class Live:
             try:
                 with self._adding:
                     self._store = self._store or self._open()
+                self._none_here = False
+            except NoLogHere as error:  # looked for again: on one machine the Ingress may make it any moment
+                self._rest_until = time.monotonic() + REST_S
+                if not self._none_here:
+                    log.warning("%s", error)
+                self._none_here = True
             except SpringtideError as error:
                 self._rest("the event log cannot be opened", error)
         return self._store
@@ -167,13 +197,18 @@ class Live:
 
 
 def new_items(engine: Engine, stored: list[StoredItem]) -> list[NewItem]:
-    """Stored items as a model takes them. A vector of another encoder's width counts as no text."""
+    """Stored items as a model takes them. A vector of another encoder, or of its width, says nothing to this model."""
     width = engine.text_width
-    vectors = np.zeros((len(stored), width), np.float32)
+    vectors, others = np.zeros((len(stored), width), np.float32), 0
     for row, item in enumerate(stored):
         vector = np.frombuffer(item["vector"] or b"", "<f4")
-        if len(vector) == width:
+        known = item["encoder"] is None or name_in(item["encoder"]) == engine.encoder
+        if known and len(vector) == width:
             vectors[row] = vector
+        else:
+            others += bool(len(vector))
+    if others:
+        log.warning("%d added items were read by another encoder than %s's; put them again", others, engine.label)
     texts = [item["text"] or "" for item in stored]
     features = engine.bundle.features.apply(vectors, texts)
     return [

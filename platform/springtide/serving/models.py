@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.options import ScorerOptions
 
 log = logging.getLogger("ray.serve")
+AGAIN_S = 0.5  # after a model failed to load, before the one more try
 _OF_THE_QUEUE = (
     "max_batch",
     "batch_wait_ms",
@@ -44,7 +46,7 @@ class Models:
         groups: dict[str, list[tuple[int, ScoreRequest]]] = {}
         for place, request in enumerate(requests):
             name = self._name_of(request.model)
-            if name is None and request.assigned:  # not the caller's wish: whoever is here may answer
+            if request.assigned and not self._answers(name, request):  # not the caller's wish: whoever can may answer
                 groups.setdefault(self.primary, []).append((place, replace(request, model=None)))
             elif name is None:
                 labels = ", ".join(engine.label for engine in self.engines.values())
@@ -80,6 +82,10 @@ class Models:
         error = {"error": self.refused[name]} if name in self.refused else {}
         return {**engine.describe(), "primary": name == self.primary, **error}
 
+    def _answers(self, name: str | None, request: ScoreRequest) -> bool:
+        """Whether a drawn model is here and reads what it is asked."""
+        return name is not None and (request.query is None or self.engines[name].takes_new_items)
+
     def _name_of(self, model: str | None) -> str | None:
         """The engine that a request means by nothing, a name, or name@version."""
         if model is None:
@@ -87,6 +93,29 @@ class Models:
         if model in self.engines:
             return model
         return next((name for name, engine in self.engines.items() if engine.label == model), None)
+
+
+def merged_models(answers: Sequence[Json]) -> Json:
+    """What `models` says in each replica of a Scorer, as one answer.
+
+    `replicas` says of how many, where there are several. A model that is not the same in all of them has `versions`
+    (null: a replica without it), and `error` if any refused it.
+    """
+    if len(answers) == 1:
+        return dict(answers[0])
+    told = [{model["name"]: model for model in answer["models"]} for answer in answers]
+    names = list(dict.fromkeys(name for models in told for name in models))
+    merged = []
+    for name in names:
+        of_replicas = [models.get(name, {}) for models in told]
+        model = dict(next(one for one in of_replicas if one))
+        versions = {one.get("version") for one in of_replicas}
+        if len(versions) > 1:
+            model["versions"] = sorted(versions, key=lambda version: version or "")
+        if errors := [one["error"] for one in of_replicas if "error" in one]:
+            model["error"] = errors[0]
+        merged.append(model)
+    return {**answers[0], "models": merged, "replicas": len(answers)}
 
 
 def load_models(
@@ -109,7 +138,7 @@ def load_models(
             engines[name], sources[name] = old.engines[name], source
             continue
         try:
-            engines[name], sources[name] = load(source), source
+            engines[name], sources[name] = _loaded(load, source), source
         except Exception as error:
             if old is None and name == options.name:
                 raise
@@ -122,6 +151,16 @@ def load_models(
         engines.setdefault(primary, old.engine)
         sources.setdefault(primary, old.sources[primary])
     return Models(primary, engines, sources, refused)
+
+
+def _loaded(load: Callable[[ScorerOptions], Engine], source: ScorerOptions) -> Engine:
+    """With one more try after a moment: storage that nodes share may show the files of a new folder late."""
+    try:
+        return load(source)
+    except Exception as error:
+        log.warning("model %s was not loaded, trying once more: %s", source.name, error)
+        time.sleep(AGAIN_S)
+        return load(source)
 
 
 def wanted(options: ScorerOptions) -> dict[str, ScorerOptions]:

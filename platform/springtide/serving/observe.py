@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from springtide.errors import without_data
 from springtide.serving.context import CURRENT, Note, request_id_from
 from springtide.serving.metrics import Metrics
 from springtide.serving.replies import error_reply
@@ -47,10 +48,10 @@ class Observed:
         token = CURRENT.set(note)
         try:
             await self._app(scope, receive, noted)
-        except Exception:
-            log.exception("unexpected error in request %s", note.request_id)
-            if started:
-                raise
+        except Exception as error:
+            log.error("unexpected error in request %s: %s", note.request_id, without_data(error))
+            if started:  # the server logs what it is told, so it is not told what the error says
+                raise RuntimeError("an error after the answer had begun; the line above tells where") from None
             reply = error_reply(500, "internal", "an internal error; the server's log tells more")
             await reply(scope, receive, noted)
         finally:

@@ -49,6 +49,8 @@ class AppOptions(Options):
     breaker_pause_s: float = Field(2.0, gt=0, le=600)  # for so long; then one call tries it again
     max_concurrent: int = Field(MAX_CONCURRENT, ge=1, le=100_000)  # requests under way in one Ingress; more get 503
     auth: AuthOptions | None = None  # None: no tokens, which the linter accepts on loopback alone
+    # Names by which a gateway asks, beside addresses and localhost; looked at without auth alone.
+    allowed_hosts: list[Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9.-]+$")]] = []
     max_added_items: int = Field(100_000, ge=0, le=10_000_000)  # by PUT /v1/items; a further one is refused
     access_log: bool = False  # a line of JSON for each request, without ids and texts
     ray_metrics: bool = True  # count through Ray's metrics agent too, beside GET /metrics

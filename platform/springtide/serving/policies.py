@@ -102,8 +102,8 @@ def damping_of(popularity: np.ndarray, damping: float) -> np.ndarray:
     return np.float32(-damping) * np.log1p(popularity).astype(np.float32)
 
 
-def generator(request_id: str | None) -> np.random.Generator:
-    """The chance of one request: the same for the same id, so that an answer can be made again; None: fresh."""
-    if request_id is None:
+def generator(chance: str | None) -> np.random.Generator:
+    """The chance of one request: the same for the same text, so that an answer can be made again; None: fresh."""
+    if chance is None:
         return np.random.default_rng()
-    return np.random.default_rng(int.from_bytes(hashlib.sha256(request_id.encode()).digest()[:16]))
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(chance.encode()).digest()[:16]))

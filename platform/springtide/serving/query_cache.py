@@ -5,19 +5,28 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from springtide.serving.metrics import Metrics, NoMetrics
 
-Encode = Callable[[str], Awaitable[np.ndarray]]  # a text -> [D] float32
+
+class Encoded(NamedTuple):
+    """Vectors, and of which encoder: those of two never compare."""
+
+    vectors: np.ndarray  # [n, D] float32, or [D] of one text
+    encoder: str | None = None  # see Encoder.identity; None: not told
+
+
+Encode = Callable[[str], Awaitable[Encoded]]  # a text -> its [D]
 
 
 class QueryCache:
     """`encode` with a memory: call it the same way, from one event loop.
 
-    capacity: most texts kept, the least recently asked go first; ttl_s: how long a vector is believed, because the
-    encoder may have been swapped. `hits` and `misses` count calls. What `encode` raises is raised and not kept.
+    capacity: most texts kept, the least recently asked go first; ttl_s: how long a vector is believed. The first vector
+    of another encoder forgets all others. `hits` and `misses` count calls. What `encode` raises is raised and not kept.
     """
 
     def __init__(
@@ -31,11 +40,12 @@ class QueryCache:
         self.hits = 0
         self.misses = 0
         self._encode, self._capacity, self._ttl_s, self._clock = encode, capacity, ttl_s, clock
-        self._kept: OrderedDict[str, tuple[float, np.ndarray]] = OrderedDict()  # text -> (when it was encoded, vector)
+        self._kept: OrderedDict[str, tuple[float, Encoded]] = OrderedDict()  # text -> (when it was encoded, vector)
         self._generation = 0
+        self.encoder: str | None = None  # of the vectors that are kept
         self._metrics = metrics or NoMetrics()
 
-    async def __call__(self, text: str) -> np.ndarray:
+    async def __call__(self, text: str) -> Encoded:
         entry = self._kept.pop(text, None)
         if entry is not None and self._clock() - entry[0] < self._ttl_s:
             self.hits += 1
@@ -45,7 +55,11 @@ class QueryCache:
         self.misses += 1
         self._metrics.count("springtide_cache", cache="query", result="miss")
         generation = self._generation
-        vector = np.array(await self._encode(text), np.float32)  # a copy: a row of a batch would keep the whole batch
+        found, encoder = await self._encode(text)
+        vector = Encoded(np.array(found, np.float32), encoder)  # a copy: a row of a batch would keep the whole batch
+        if encoder != self.encoder:
+            self._kept.clear()
+            self.encoder = encoder
         if generation == self._generation:  # else it may be of the encoder before
             self._kept[text] = self._clock(), vector
             self._kept.move_to_end(text)

@@ -11,10 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from springtide.errors import SpringtideError
+from springtide.text.encoder import name_in
 
 Json = dict[str, Any]
 POLL_S = 0.5
 TOKEN_VARIABLE = "SPRINGTIDE_TOKEN"
+
+
+class Refused(SpringtideError):
+    """The Scorers go on with the models before, but their configuration names one that they refused."""
 
 
 def wait_running(details: Callable[[], Json], config: Json, deadline: float) -> None:
@@ -66,11 +71,12 @@ def _running(part: Json) -> str:
 
 
 def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
-    """Wait for /readyz and for every model and version that a configuration asks for; return the models' labels.
+    """Wait for /readyz, for every model and version that a configuration asks for, and, where items have texts, for its
+    text encoder; return the models' labels.
 
     Raises SpringtideError at once when a model was refused, which leaves the old ones serving, and at the deadline.
     """
-    wanted = versions(config)
+    wanted, encoder = versions(config), encoder_of(config)
     reason = "no answer"
     while time.monotonic() < deadline:
         try:
@@ -82,15 +88,31 @@ def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
                         f"it serves, but /v1/models refused to tell which model; set {TOKEN_VARIABLE} to a token that "
                         "has the scope read"
                     )
-                if served := serving(answer["models"], wanted):
+                served = serving(answer["models"], wanted)
+                if served and _reads(url, answer, encoder):
                     return served
-                reason = "the old models are still served"
+                reason = f"queries are not read by {encoder}" if served else "the old models are still served"
             else:
                 reason = f"/readyz says {json.dumps(state)[:300]}"
         except (OSError, ValueError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
         time.sleep(POLL_S)
     raise SpringtideError(f"{url} is not ready in time: {reason}; see the Serve logs, or raise serve.timeout_s")
+
+
+def encoder_of(config: Json) -> str | None:
+    """The text encoder that a filled-in configuration asks for."""
+    parts = (part for app in config["applications"] for part in app["deployments"] if part["name"] == "TextEncoder")
+    return next((part["user_config"].get("encoder") for part in parts), None)
+
+
+def _reads(url: str, models: Json, encoder: str | None) -> bool:
+    """Whether a text asked now is read by this encoder: one that failed to load leaves the one before in place."""
+    if encoder is None or not any(model.get("text") for model in models["models"]):
+        return True
+    if get(f"{url}/v1/encode", {"text": "ready"})[0] != 200:
+        return False
+    return name_in(str(get(f"{url}/v1/models")[1].get("encoder"))) == encoder
 
 
 def versions(config: Json) -> dict[str, str | None]:
@@ -106,29 +128,32 @@ def versions(config: Json) -> dict[str, str | None]:
 
 
 def serving(models: list[Json], wanted: dict[str, str | None]) -> list[str] | None:
-    """The labels of the models if they are those wanted and no others; None while they are not.
+    """The labels of the models if they are those wanted and no others, in every replica; None while they are not.
 
-    Raises SpringtideError if one was refused.
+    Raises Refused if one was refused.
     """
     if refused := [model for model in models if model.get("error")]:
         kept = ", ".join(model["model"] for model in models if model.get("version")) or "none"
-        raise SpringtideError(
-            f"the model {refused[0]['name']} was refused: {refused[0]['error']}; still serving: {kept}"
-        )
+        raise Refused(f"the model {refused[0]['name']} was refused: {refused[0]['error']}; still serving: {kept}")
+    if any(model.get("versions") for model in models):
+        return None
     found = {model["name"]: model["version"] for model in models}
     if found.keys() != wanted.keys() or any(v is not None and found[name] != v for name, v in wanted.items()):
         return None
     return [model["model"] for model in models]
 
 
-def get(url: str) -> tuple[int, Any]:
-    """Status and JSON of a GET, past any proxy of the environment: the address is this machine's or the cluster's.
+def get(url: str, body: Json | None = None) -> tuple[int, Any]:
+    """Status and JSON of a GET, or of a POST with a body, past any proxy of the environment: the address is this
+    machine's or the cluster's.
 
     Where tokens are asked for, the environment variable SPRINGTIDE_TOKEN holds one with the scope read.
     """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     token = os.environ.get(TOKEN_VARIABLE)
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, headers)
     try:
         with opener.open(request, timeout=5) as answer:
             return answer.status, json.loads(answer.read())

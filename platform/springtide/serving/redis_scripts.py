@@ -111,11 +111,12 @@ return revision
 """
 )
 
-# ARGV: revision. Returns item_id, revision, JSON of each item of a later one.
+# ARGV: revision, greatest count. Returns revision and JSON of the first items of a later one.
 ITEMS_SINCE = (
     _P
     + """
-local found = redis.call('ZRANGE', p .. 'item-revisions', '(' .. ARGV[1], '+inf', 'BYSCORE', 'WITHSCORES')
+local found = redis.call('ZRANGE', p .. 'item-revisions', '(' .. ARGV[1], '+inf', 'BYSCORE', 'LIMIT', 0, ARGV[2],
+                         'WITHSCORES')
 local answer = {}
 for i = 1, #found, 2 do
   answer[#answer + 1] = {found[i + 1], redis.call('HGET', p .. 'items', found[i])}

@@ -45,12 +45,13 @@ class Outcome:
     k: int
     revealed: int
     repeats: int  # events that repeat an item of the history: revealed, but no candidates to ask about
+    degraded: int = 0  # events of which an answer was made without a part: those say nothing of the model
 
     def figures(self, resamples: int = 1000) -> Json:
         """HR@k and NDCG@k, live and frozen, and live over frozen, with 95 % intervals from drawing users again."""
         each = {name: user_metrics(ranks, [self.k]) for name, ranks in self.ranks.items()}
         out: Json = {"events": len(self.users), "users": len(np.unique(self.users)), "revealed": self.revealed,
-                     "repeats": self.repeats}  # fmt: skip
+                     "repeats": self.repeats, "degraded": self.degraded}  # fmt: skip
         for key in (f"ndcg@{self.k}", f"hr@{self.k}"):
             sums = [np.bincount(self.users, each[name][key]) for name in (LIVE, FROZEN)]
             counts = np.bincount(self.users)
@@ -116,8 +117,9 @@ def replay(
 ) -> Outcome:
     """Run the log through the service that `client` reaches, and return every answer's rank of the real item.
 
-    exclude_seen: items of a history are no candidates, so events that repeat one are not asked about. Raises
-    SpringtideError when the service refuses a request or does not answer.
+    exclude_seen: items of a history are no candidates, so events that repeat one are not asked about. An event of which
+    one answer is degraded counts in neither row. Raises SpringtideError when the service refuses a request or does not
+    answer, and when every answer was degraded.
     """
     run, numbers = f"replay-{uuid.uuid4().hex[:8]}", {user: n for n, user in enumerate(log.past)}
     for user, events in log.past.items():
@@ -125,27 +127,37 @@ def replay(
     seen = {user: {event["item_id"] for event in events} for user, events in log.past.items()}
     users: list[int] = []
     ranks: dict[str, list[int]] = {LIVE: [], FROZEN: []}
-    repeats = 0
+    repeats = degraded = 0
     for number, event in enumerate(log.events):
         user, item = event["user_id"], event["item_id"]
         if exclude_seen and item in seen.setdefault(user, set()):
             repeats += 1
         else:
-            users.append(numbers.setdefault(user, len(numbers)))
             asked = {"k": k, "now": event["timestamp"]}
             frozen: Json = {"history": log.past[user][-HISTORY_USED:]} if user in log.past else {"user_id": run}
-            ranks[LIVE].append(_rank(client, {"user_id": f"{run}-{user}", **asked}, item))
-            ranks[FROZEN].append(_rank(client, {**frozen, **asked}, item))
+            live = _rank(client, {"user_id": f"{run}-{user}", **asked}, item)
+            other = _rank(client, {**frozen, **asked}, item)
+            if live is None or other is None:
+                degraded += 1
+            else:
+                users.append(numbers.setdefault(user, len(numbers)))
+                ranks[LIVE].append(live)
+                ranks[FROZEN].append(other)
         _reveal(client, run, user, [{name: value for name, value in event.items() if name != "user_id"}], number)
         seen.setdefault(user, set()).add(item)
         if (number + 1) % 500 == 0:
             say(f"{number + 1} of {len(log.events)} events")
+    if degraded and not users:
+        raise SpringtideError("every answer was degraded, so nothing can be told; see GET /readyz, then replay again")
     found = {name: np.array(own, np.int64) for name, own in ranks.items()}
-    return Outcome(np.array(users, np.int64), found, k, len(log.events), repeats)
+    return Outcome(np.array(users, np.int64), found, k, len(log.events), repeats, degraded)
 
 
-def _rank(client: httpx.Client, request: Json, item: str) -> int:
+def _rank(client: httpx.Client, request: Json, item: str) -> int | None:
+    """The rank of an item in the answer, 0 if it is not in it; None for a degraded one."""
     answer = _post(client, "/v1/recommend", request)
+    if answer.get("degraded"):
+        return None
     shown = [row["item_id"] for row in answer["items"]]
     return shown.index(item) + 1 if item in shown else 0
 
@@ -185,6 +197,8 @@ def table(figures: Json) -> str:
     """The figures as text."""
     key = next(name for name in figures[LIVE] if name.startswith("ndcg"))
     rows = [f"{figures['events']} events of {figures['users']} users asked about, {figures['repeats']} repeats not"]
+    if figures["degraded"]:
+        rows.append(f"{figures['degraded']} more left out, of which an answer was degraded")
     for name, what in ((FROZEN, "before the test part alone"), (LIVE, "with every event as it came")):
         value = figures[name][key]
         rows.append(f"{what:30} {key.upper()} {value['value']:.4f} [{value['lo']:.4f}, {value['hi']:.4f}]")

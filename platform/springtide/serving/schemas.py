@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-MAX_BODY_BYTES = 16 * 2**20
+MAX_BODY_BYTES = 4 * 2**20
 MAX_K = 1000
-MAX_HISTORY = 100_000  # events accepted in one request
+MAX_HISTORY = 10_000  # events accepted in one request
 HISTORY_USED = 1000  # most recent events that a recommendation reads
 MAX_QUERY = 2000  # characters
 MAX_ID = 512
@@ -328,6 +328,9 @@ class ModelInfo(Response):
     metrics: dict[str, Any] | None = None
     live: LiveInfo | None = None
     error: str | None = Field(None, description="why the last change of model was refused, if it was")
+    versions: list[str | None] | None = Field(
+        None, description="those of the Scorer's replicas while they differ; null: a replica without this model"
+    )
 
 
 class Spread(Response):
@@ -358,9 +361,11 @@ class ExposureInfo(Response):
 
 class ModelsResponse(Response):
     models: list[ModelInfo]
+    replicas: int | None = Field(None, description="of the Scorer, where several told of their models")
     split: dict[str, float] | None = Field(None, description="share of the users that each model answers")
     shadows: list[ShadowInfo] | None = None
     exposures: ExposureInfo | None = None
+    encoder: str | None = Field(None, description="name@weights of the text encoder that answered this replica last")
 
 
 class Readiness(Response):

@@ -5,6 +5,9 @@ Rates and quotas are counted in each Ingress replica by itself: with n replicas 
 
 from __future__ import annotations
 
+import ipaddress
+from collections.abc import Collection
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -95,6 +98,36 @@ class Authorised:
                 429, "too_many_requests", "the token's rate or daily quota is used up", {"Retry-After": str(wait_s)}
             )
         await reply(scope, receive, send)
+
+
+class OwnHosts:
+    """Lets a request pass that names this service by an IP address, as localhost or by one of `names`.
+
+    Where nobody is asked for a token, listening on loopback keeps strangers out, but not a web page that this machine's
+    browser shows and whose name has come to mean 127.0.0.1: such a request carries that name.
+    """
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self._app, self._names = app, {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or self._own(Headers(scope=scope).get("host")):
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            message = "this service goes by another name; ask for it by its address, or add the name to allowed_hosts"
+            await error_reply(421, "wrong_host", message)(scope, receive, send)
+
+    def _own(self, host: str | None) -> bool:
+        if not host:  # no browser
+            return True
+        name = (host.partition("]")[0][1:] if host.startswith("[") else host.partition(":")[0]).lower()
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self._names
+        return True
 
 
 class SafeHeaders:

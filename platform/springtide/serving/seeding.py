@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from springtide.errors import SpringtideError
 from springtide.serving.store import HistoryStore
 from springtide.serving.store_rows import SeedRow
+
+log = logging.getLogger("springtide.serving")
+FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 60.0
 
 
 def seed_histories(store: HistoryStore, workspace: Path) -> int:
@@ -23,6 +29,33 @@ def seed_histories(store: HistoryStore, workspace: Path) -> int:
     item_ids = prepared.items["item_id"].combine_chunks()
     actions = pa.array([None, *prepared.actions[1:]], pa.string())  # action 0 is "unknown"
     return store.seed(prepared.content_hash, _rows(prepared.sequences(), item_ids, actions))
+
+
+def seed_until_done(
+    store: HistoryStore,
+    workspace: Path,
+    tell: Callable[[str], None],
+    wanted: Callable[[], bool],
+    wait: Callable[[float], object] = time.sleep,
+) -> None:
+    """Import the prepared log, again and again while that fails, ever more seldom, for as long as it is `wanted`.
+
+    tell: takes "ok", or the sentence that says why it is not done yet.
+    """
+    pause_s = FIRST_PAUSE_S
+    while wanted():
+        try:
+            rows = seed_histories(store, workspace)
+        except Exception as error:  # whatever it is: without the log every history would stay incomplete
+            log.error("the prepared log was not imported, next try in %.0f s: %r", pause_s, error)
+            tell(f"the prepared log was not imported: {error if isinstance(error, SpringtideError) else repr(error)}")
+            wait(pause_s)
+            pause_s = min(2 * pause_s, LAST_PAUSE_S)
+        else:
+            log.info("imported %d events of the prepared log", rows)
+            if wanted():
+                tell("ok")
+            return
 
 
 def _rows(sequences: pa.Table, item_ids: pa.Array, actions: pa.Array) -> Iterator[SeedRow]:

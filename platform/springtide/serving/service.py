@@ -9,31 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 
 from springtide.errors import SpringtideError
 from springtide.serving.context import current_note
-from springtide.serving.engine import Refusal, ScoreRequest
+from springtide.serving.engine import ENCODER_MISMATCH, Refusal, ScoreRequest
 from springtide.serving.exposures import ExposureLog, exposure
-from springtide.serving.guard import Breaker, Guard, Unavailable
+from springtide.serving.given import recent_events
+from springtide.serving.guard import Breaker, Guard, Unavailable, log_failure
+from springtide.serving.health import Health
 from springtide.serving.history_cache import HistoryCache
 from springtide.serving.metrics import Metrics, NoMetrics
+from springtide.serving.models import merged_models
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
-from springtide.serving.query_cache import QueryCache
+from springtide.serving.query_cache import Encoded, QueryCache
 from springtide.serving.retaining import retain_in_background
 from springtide.serving.schemas import (
     HISTORY_USED,
     ApiError,
     EncodeRequest,
     Event,
-    HistoryEvent,
     ItemBody,
     RecommendRequest,
 )
@@ -42,11 +46,13 @@ from springtide.serving.store_rows import AddedItem
 from springtide.serving.traffic import Traffic, shares
 
 log = logging.getLogger("springtide.serving")
+LOOKUPS = 16  # calls of a Scorer under way at once, but for recommendations
 STORE_THREADS = 16  # a store that hangs holds these, not the threads that everything else shares
 WRITE_THREADS = 64  # of their own, so that writes that wait keep no read waiting; they share commits
 Json = dict[str, Any]
-Encode = Callable[[list[str]], Awaitable[np.ndarray]]  # texts -> [n, D] float32, L2-normalised
+Encode = Callable[[list[str]], Awaitable[Encoded]]  # texts -> [n, D] float32, L2-normalised
 Call = Callable[..., Awaitable[Any]]  # (method of the scorer, its arguments) -> its answer
+Everywhere = Callable[[str], Awaitable[list[Any]]]  # method of the scorer -> the answer of each of its replicas
 
 
 class Backend(Protocol):
@@ -83,23 +89,37 @@ class Service:
         query_cache_s: float = 600.0,
         history_cache_events: int = 100_000,
         max_added_items: int = 100_000,
+        everywhere: Everywhere | None = None,
     ) -> None:
-        """other_timeout_s: for calls that have no degraded answer, such as storing events."""
+        """other_timeout_s: for calls that have no degraded answer, such as storing events; everywhere: reaches every
+        replica of the Scorer, absent: `call`."""
         self.store = store
         self._stop_retaining = retain_in_background(store)
         self.histories = HistoryCache(store, HISTORY_USED, history_cache_events, metrics)
         self.seeding = "ok"  # or why the stored histories are not complete yet
         self.popular: PopularItems | None = None  # the answer while the scorer is down
-        self._encode, self._call = encode, call
+        self._encode, self._call = self._noted(encode), call
+        self._read_by: str | None = None  # the encoder that answered last
+        self._everywhere = everywhere or self._one
         self._other_timeout_s, self._max_added_items = other_timeout_s, max_added_items
         self._metrics = metrics or NoMetrics()
 
-        def guard(name: str, timeout_s: float) -> Guard:
-            return Guard(name, timeout_s, Breaker(breaker_failures, breaker_pause_s), metrics)
+        def guard(name: str, timeout_s: float, at_once: int | None = None) -> Guard:
+            return Guard(name, timeout_s, Breaker(breaker_failures, breaker_pause_s), metrics, at_once)
 
         self._encoder, self._scorer = guard("encoder", encoder_timeout_s), guard("scorer", scorer_timeout_s)
+        # Similar items, interests and what is asked of models: their failures are no reason to answer recommendations
+        # with popular items, and a crowd of them takes no place in the Scorer from those.
+        self._lookups = guard("lookups", other_timeout_s, LOOKUPS)
         self._reads, self._writes = guard("store", store_timeout_s), guard("store_writes", other_timeout_s)
-        self._encoder_answered = False
+        self.health = Health(
+            store,
+            self._encode,
+            self._call,
+            store_timeout_s=store_timeout_s,
+            scorer_timeout_s=scorer_timeout_s,
+            encoder_timeout_s=encoder_timeout_s,
+        )
         self.queries = QueryCache(self._encode_query, query_cache, query_cache_s, metrics=metrics)
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
         self._write_threads = ThreadPoolExecutor(WRITE_THREADS, "store-writes")
@@ -116,12 +136,14 @@ class Service:
         if self.exposures is not None:
             self.exposures.close()
         self._stop_retaining()
+        self.health.close()
         for threads in (self._store_threads, self._write_threads):
             threads.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
     async def recommend(self, request: RecommendRequest) -> Json:
-        request_id = current_note().request_id
+        # A caller names the request, and must not choose by that what exploration shows: so does the nonce.
+        request_id, nonce = current_note().request_id, secrets.token_hex(8)
         choice = self.traffic.choose(request.model, request.user_id, request_id)
         (events, history_lost), (query, query_lost) = await asyncio.gather(
             self._history_of(request), self._vector_of(request.query)
@@ -129,7 +151,8 @@ class Service:
         now = int(time.time() * 1000)
         wanted = ScoreRequest(
             events=events,
-            query=query,
+            query=None if query is None else query.vectors,
+            encoder=None if query is None else query.encoder,
             k=request.k,
             exclude_seen=request.exclude_seen,
             categories=tuple(request.filters.categories),
@@ -140,7 +163,7 @@ class Service:
             model=choice.model,
             assigned=choice.by == "split",
             now=now if request.now is None else request.now,
-            request_id=request_id,
+            chance=f"{request_id} {nonce}",
         )
         answer = await self._score(wanted)
         if history_lost or query_lost:
@@ -149,7 +172,7 @@ class Service:
         if "degraded" not in answer:
             self.traffic.shadow(wanted, answer, request_id)
         if self.exposures is not None:
-            self.exposures.record(exposure(request_id, request.user_id, choice, answer, now))
+            self.exposures.record(exposure(request_id, request.user_id, choice, answer, now, nonce))
         return answer
 
     async def events(self, events: list[Event]) -> Json:
@@ -168,7 +191,7 @@ class Service:
         try:
             accepted = await self._writes.run(self._in_threads, self._write_threads, self.store.append, rows)
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            _log_failure("events not stored", error)
+            log_failure("events not stored", error)
             raise ApiError(
                 503, "store_unavailable", "the events may not be stored; send them again with the same event_id"
             ) from None
@@ -178,7 +201,7 @@ class Service:
         try:
             events = await self._stored(self.histories.read, user_id)
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            _log_failure("history not read", error)
+            log_failure("history not read", error)
             raise ApiError(503, "store_unavailable", "the event log cannot be read at the moment") from None
         if not events:
             raise ApiError(404, "unknown_user", "no event of this user is known")
@@ -189,8 +212,7 @@ class Service:
 
     async def encode(self, request: EncodeRequest) -> Json:
         texts = [request.text] if request.text is not None else list(request.texts or [])
-        vectors = await self._encoded(texts)
-        rows = np.asarray(vectors, np.float64).round(7).tolist()
+        rows = np.asarray((await self._encoded(texts)).vectors, np.float64).round(7).tolist()
         one = {"vector": rows[0]} if request.text is not None else {"vectors": rows}
         return {"dim": len(rows[0]), **one}
 
@@ -201,67 +223,55 @@ class Service:
             raise ApiError(
                 422, "no_text", "this model's items have no text, so it cannot take a new item; train it again"
             )
-        vector = (await self._encoded([item.told]))[0]
+        vectors, encoder = await self._encoded([item.told])
         added: AddedItem = {
             "item_id": item_id,
             "title": item.title,
             "categories": item.categories,
             "text": item.told,
-            "vector": np.asarray(vector, "<f4").tobytes(),
+            "vector": np.asarray(vectors[0], "<f4").tobytes(),
+            "encoder": encoder,
         }
         try:
             most = self._max_added_items
             revision = await self._writes.run(self._in_threads, self._write_threads, self.store.put_item, added, most)
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            _log_failure("item not stored", error)
+            log_failure("item not stored", error)
             raise ApiError(503, "store_unavailable", "the item may not be stored; send it again") from None
         if revision is None:
             raise ApiError(
-                409, "too_many_items", f"{most} items have been added; train with them, or raise max_added_items"
+                409, "too_many_items", f"{most} items have been added, as many as max_added_items allows; raise it"
             )
         return {"item_id": item_id, "revision": revision}
 
-    async def _encoded(self, texts: list[str]) -> np.ndarray:
+    async def _encoded(self, texts: list[str]) -> Encoded:
         """[n, D]. Raises ApiError 503 if the encoder does not answer."""
         try:
             return await self._encoder.run(self._encode, texts, timeout_s=self._other_timeout_s)
         except Exception as error:
-            _log_failure("texts not encoded", error)
+            log_failure("texts not encoded", error)
             raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
 
     async def models(self) -> Json:
-        answer = await self._ask("models")
+        """As every replica of the Scorer has it."""
+        try:
+            answer = merged_models(await self._lookups.run(self._everywhere, "models"))
+        except Exception as error:
+            raise _no_scorer("models", error) from None
         if split := shares(self.traffic.options):
             answer["split"] = split
         if self.traffic.options.shadow:
             answer["shadows"] = self.traffic.report()
         if self.exposures is not None:
             answer["exposures"] = self.exposures.told()
+        if self._read_by is not None:
+            answer["encoder"] = self._read_by
         return answer
 
     async def ready(self) -> Json:
-        """True only when a `recommend` would be answered whole: histories in place, store and scorer answering, and
-        for a model with texts an encoder that has answered once. One that fails later degrades answers with a query
-        alone, and one that scales to zero is not kept awake."""
-        checks = {"histories": self.seeding, "store": "ok", "scorer": "ok"}
-        try:
-            await self._stored(self.store.history, "", 1)
-        except (SpringtideError, TimeoutError, Unavailable) as error:
-            _log_failure("not ready, the store fails", error)
-            checks["store"] = "the event log cannot be read at the moment"
-        try:
-            described = await self._ask("describe", timeout_s=self._scorer.timeout_s)
-            if described["text"] and not self._encoder_answered:
-                checks["encoder"] = await self._try_encoder()
-        except ApiError as error:
-            checks["scorer"] = error.message
+        """True only when a `recommend` would be answered whole: histories in place, and all parts well (see Health)."""
+        checks = {"histories": self.seeding, **await self.health.checks()}
         return {"ready": all(state == "ok" for state in checks.values()), "checks": checks}
-
-    async def _try_encoder(self) -> str:
-        if (await self._vector_of("ready"))[1]:
-            return "the text encoder does not answer"
-        self._encoder_answered = True
-        return "ok"
 
     async def _history_of(self, request: RecommendRequest) -> tuple[list[Json], bool]:
         """The events to recommend from, and whether stored ones could not be read."""
@@ -272,28 +282,32 @@ class Service:
         try:
             return await self._stored(self.histories.read, request.user_id), False
         except (SpringtideError, TimeoutError, Unavailable) as error:
-            _log_failure("history not read, answering from what was read last", error)
+            log_failure("history not read, answering from what was read last", error)
             return self.histories.last(request.user_id), True
 
-    async def _vector_of(self, query: str | None) -> tuple[np.ndarray | None, bool]:
+    async def _vector_of(self, query: str | None) -> tuple[Encoded | None, bool]:
         """The query's vector, and whether it could not be had."""
         if query is None:
             return None, False
         try:
             return await self.queries(query), False
         except Exception as error:  # a dead replica, a full queue, a time-out: the answer does without the query
-            _log_failure("query not encoded, answering without", error)
+            log_failure("query not encoded, answering without", error)
             return None, True
 
-    async def _encode_query(self, query: str) -> np.ndarray:
-        vectors: np.ndarray = await self._encoder.run(self._encode, [query])
-        return vectors[0]
+    async def _encode_query(self, query: str) -> Encoded:
+        vectors, encoder = await self._encoder.run(self._encode, [query])
+        return Encoded(vectors[0], encoder)
 
     async def _score(self, wanted: ScoreRequest) -> Json:
-        """The scorer's answer, or popular items where it has none."""
+        """The scorer's answer, without the query if another encoder read that, or popular items where it has none."""
         try:
-            return await self._ask("score", wanted, timeout_s=self._scorer.timeout_s)
+            return await self._ask("score", wanted, guard=self._scorer)
         except ApiError as error:
+            if error.code == ENCODER_MISMATCH:
+                log.error("answering without the query: %s", error.message)
+                self.queries.clear()
+                return {**await self._score(replace(wanted, query=None, encoder=None)), "degraded": True}
             if error.status != 503 or self.popular is None:
                 raise
         return self.popular.answer(wanted)
@@ -305,17 +319,26 @@ class Service:
             raise SpringtideError(answer.message)
         return dict(answer)
 
-    async def _ask(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Json:
+    async def _ask(self, method: str, *arguments: Any, guard: Guard | None = None) -> Json:
+        """The Scorer's answer; guard: absent, that of lookups."""
         try:
-            answer = await self._scorer.run(
-                self._call, method, *arguments, timeout_s=timeout_s or self._other_timeout_s
-            )
+            answer = await (guard or self._lookups).run(self._call, method, *arguments)
         except Exception as error:
-            _log_failure(f"scorer.{method} failed", error)
-            raise ApiError(503, "scorer_unavailable", "the model does not answer at the moment; try again") from None
+            raise _no_scorer(method, error) from None
         if isinstance(answer, Refusal):
             raise ApiError(answer.status, answer.code, answer.message)
         return dict(answer)
+
+    def _noted(self, encode: Encode) -> Encode:
+        async def noted(texts: list[str]) -> Encoded:
+            found = await encode(texts)
+            self._read_by = found.encoder
+            return found
+
+        return noted
+
+    async def _one(self, method: str) -> list[Any]:
+        return [await self._call(method)]
 
     async def _stored(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await self._reads.run(self._in_threads, self._store_threads, work, *arguments)
@@ -325,10 +348,9 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
 
-def _log_failure(what: str, error: Exception) -> None:
-    """A line for each call that failed, and none for calls that an open circuit spared: a crowd would flood the log."""
-    if not isinstance(error, Unavailable):
-        log.error("%s: %r", what, error)
+def _no_scorer(method: str, error: Exception) -> ApiError:
+    log_failure(f"scorer.{method} failed", error)
+    return ApiError(503, "scorer_unavailable", "the model does not answer at the moment; try again")
 
 
 def told_of(answer: Json, metrics: Metrics) -> None:
@@ -346,29 +368,3 @@ def told_of(answer: Json, metrics: Metrics) -> None:
     short = answer["gate"]["short"]
     if short is not None:
         metrics.observe("springtide_gate_short", short)
-
-
-def recent_events(history: list[HistoryEvent]) -> list[Json]:
-    """The most recent HISTORY_USED events of a request, oldest first; equal times keep the order given.
-
-    An event without a timestamp is taken to follow the one before it at once; those before the first known time share
-    it.
-    """
-    known = next((event.timestamp for event in history if event.timestamp is not None), None)
-    if known is None:
-        return [_given(event) for event in history[-HISTORY_USED:]]
-    times = [known := known if event.timestamp is None else event.timestamp for event in history]
-    order = sorted(range(len(history)), key=times.__getitem__)[-HISTORY_USED:]
-    return [{**_given(history[i]), "timestamp": times[i]} for i in order]
-
-
-def _given(event: HistoryEvent) -> Json:
-    """What an event says, by hand: pydantic's own dump takes several times as long, for each event of a history."""
-    told: Json = {"item_id": event.item_id}
-    if event.timestamp is not None:
-        told["timestamp"] = event.timestamp
-    if event.action is not None:
-        told["action"] = event.action
-    if event.rating is not None:
-        told["rating"] = event.rating
-    return told

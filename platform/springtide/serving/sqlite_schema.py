@@ -44,7 +44,8 @@ CREATE TABLE items (
     title TEXT NOT NULL,
     categories TEXT NOT NULL,
     text TEXT,
-    vector BLOB
+    vector BLOB,
+    encoder TEXT
 );
 """
 _FROM_1 = """
@@ -61,7 +62,7 @@ def create(db: sqlite3.Connection, path: Path) -> None:
 
     Raises SpringtideError for a file of a later format.
     """
-    if db.execute("PRAGMA user_version").fetchone()[0] == FORMAT:
+    if db.execute("PRAGMA user_version").fetchone()[0] == FORMAT and _has_encoder(db):
         return
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -74,8 +75,14 @@ def create(db: sqlite3.Connection, path: Path) -> None:
             for statement in (_TABLES + (_FROM_1.format(now=milliseconds()) if found == 1 else "")).split(";"):
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {FORMAT}")
+        if not _has_encoder(db):  # came later, and versions that do not know it pass it by: no other format
+            db.execute("ALTER TABLE items ADD COLUMN encoder TEXT")
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
+
+
+def _has_encoder(db: sqlite3.Connection) -> bool:
+    return any(column[1] == "encoder" for column in db.execute("PRAGMA table_info(items)"))

@@ -31,6 +31,7 @@ class HistoryStore(Protocol):
     def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
         """The user's most recent events, oldest first; events of one instant in the order of their arrival.
 
+        An appended event whose item and time are those of a seeded one is that one, and shown once.
         Each is {item_id, timestamp} with action and rating where they were given. Never more than `retention` keeps.
         """
         ...
@@ -76,8 +77,11 @@ class HistoryStore(Protocol):
         """
         ...
 
-    def items_since(self, revision: int = 0) -> list[StoredItem]:
-        """The added items of a later revision, in that order."""
+    def items_since(self, revision: int = 0, limit: int = 1000) -> list[StoredItem]:
+        """The added items of a later revision, in that order, at most `limit`: go on from the last one's revision.
+
+        An item that is put again meanwhile comes later, and no longer in its old place.
+        """
         ...
 
     def items_revision(self) -> int:

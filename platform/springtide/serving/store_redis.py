@@ -34,11 +34,12 @@ from springtide.serving.store_rows import (
     REMOVAL_DELAY_MS,
     AddedItem,
     EventRow,
+    HistoryRow,
     Retention,
     SeedRow,
     StoredItem,
     event_rows,
-    history_event,
+    merged,
     milliseconds,
 )
 
@@ -148,12 +149,14 @@ class RedisStore:
             return max(0, int(self._redis.get(PREFIX + "counter") or 0) - latest)
 
     def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
-        limit = self.retention.most(limit)
-        with self._told():
-            seeded, live = self._history(args=[user_id, limit, self.retention.oldest()])
-        # An imported log came before live events, and the sort keeps the order of equal times.
-        rows = sorted((json.loads(row[DIGITS:]) for row in [*seeded[::-1], *live[::-1]]), key=lambda row: row[1])
-        return [history_event(*row) for row in rows[-limit:]]
+        limit, oldest = self.retention.most(limit), self.retention.oldest()
+
+        def read(count: int) -> tuple[list[HistoryRow], list[HistoryRow]]:
+            with self._told():
+                seeded, live = self._history(args=[user_id, count, oldest])
+            return _rows(seeded), _rows(live)
+
+        return merged(read, limit)
 
     def version(self, user_id: str) -> int:
         with self._told(), self._redis.pipeline() as both:
@@ -259,9 +262,9 @@ class RedisStore:
             revision = self._put_item(args=[item["item_id"], text, -1 if most is None else most])
         return None if revision is None else int(revision)
 
-    def items_since(self, revision: int = 0) -> list[StoredItem]:
+    def items_since(self, revision: int = 0, limit: int = 1000) -> list[StoredItem]:
         with self._told():
-            rows = self._items_since(args=[revision])
+            rows = self._items_since(args=[revision, limit])
         return [_stored_item(int(number), json.loads(text)) for number, text in rows]
 
     def items_revision(self) -> int:
@@ -270,7 +273,8 @@ class RedisStore:
 
     def identity(self) -> str:
         with self._told():
-            self._redis.set(PREFIX + "identity", secrets.token_hex(8), nx=True)
+            if not self._redis.exists(PREFIX + "identity"):  # a replica takes no writes
+                self._redis.set(PREFIX + "identity", secrets.token_hex(8), nx=True)
             return str(self._redis.get(PREFIX + "identity").decode())
 
     def close(self) -> None:
@@ -312,6 +316,11 @@ class RedisStore:
         )
 
 
+def _rows(members: list[bytes]) -> list[HistoryRow]:
+    """Of a sorted set, latest first, as rows, oldest first."""
+    return [tuple(json.loads(member[DIGITS:])) for member in reversed(members)]
+
+
 def _packed(row: EventRow) -> str:
     return json.dumps(row[2:], ensure_ascii=False, separators=(",", ":"))
 
@@ -324,5 +333,6 @@ def _stored_item(revision: int, fields: dict[str, Any]) -> StoredItem:
         categories=fields["categories"],
         text=fields["text"],
         vector=None if vector is None else base64.b64decode(vector),
+        encoder=fields.get("encoder"),
         revision=revision,
     )

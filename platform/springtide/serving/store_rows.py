@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -16,6 +16,7 @@ LAST_TIMESTAMP = 2**53  # the greatest integer that a double, Redis' kind of num
 
 EventRow = tuple[str, str, str, int, str | None, float | None]  # event_id, then as SeedRow
 SeedRow = tuple[str, str, int, str | None, float | None]  # user_id, item_id, timestamp (ms), action, rating
+HistoryRow = tuple[str, int, str | None, float | None]  # the same of one user
 
 
 class AddedItem(TypedDict):
@@ -26,6 +27,7 @@ class AddedItem(TypedDict):
     categories: list[str]
     text: str | None
     vector: bytes | None  # of the text: little-endian float32
+    encoder: str | None  # identity of the one that made the vector; None: stored before it was told
 
 
 class StoredItem(AddedItem):
@@ -99,3 +101,24 @@ def history_event(item_id: str, timestamp: int, action: str | None, rating: floa
     if rating is not None:
         event["rating"] = rating
     return event
+
+
+def merged(read: Callable[[int], tuple[list[HistoryRow], list[HistoryRow]]], limit: int) -> list[dict[str, Any]]:
+    """The most recent events of one user, at most `limit`, oldest first, of the imported log and of live events.
+
+    read: a count -> so many of the most recent rows of each, oldest first. Live events that were exported, prepared and
+    imported again are in both: a live one is left out whose item and time are among the imported ones.
+    """
+    count = limit
+    while True:
+        seeded, live = read(count)
+        known = {row[:2] for row in seeded}
+        fresh = [row for row in live if row[:2] not in known]
+        # Rows not read matter in two cases: live ones, unless `limit` rows come after them for certain, and imported
+        # ones of the earliest time read, which a live one may be.
+        short = len(live) == count > 0 and len(fresh) + sum(row[1] > live[0][1] for row in seeded) < limit
+        cut = len(seeded) == count > 0 and any(row[1] == seeded[0][1] for row in fresh)
+        if not (short or cut):
+            # An imported log came before live events, and the sort keeps the order of equal times.
+            return [history_event(*row) for row in sorted([*seeded, *fresh], key=lambda row: row[1])[-limit:]]
+        count *= 2

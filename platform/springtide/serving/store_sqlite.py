@@ -21,11 +21,12 @@ from springtide.serving.store_rows import (
     REMOVAL_DELAY_MS,
     AddedItem,
     EventRow,
+    HistoryRow,
     Retention,
     SeedRow,
     StoredItem,
     event_rows,
-    history_event,
+    merged,
     milliseconds,
 )
 
@@ -105,12 +106,14 @@ class SQLiteStore:
             "SELECT item_id, timestamp, action, rating FROM {} WHERE user_id = ? AND timestamp >= ? {} "
             "ORDER BY timestamp DESC, seq DESC LIMIT ?"
         )
-        live = self._all_rows(query.format("live", ""), user_id, oldest, limit)
         of_active = "AND seed = (SELECT id FROM seeds WHERE active)"
-        seeded = self._all_rows(query.format("seeded", of_active), user_id, oldest, limit)
-        # An imported log came before live events, and the sort keeps the order of equal times.
-        rows = sorted([*reversed(seeded), *reversed(live)], key=lambda row: row[1])[-limit:]
-        return [history_event(*row) for row in rows]
+
+        def read(count: int) -> tuple[list[HistoryRow], list[HistoryRow]]:
+            live = self._all_rows(query.format("live", ""), user_id, oldest, count)
+            seeded = self._all_rows(query.format("seeded", of_active), user_id, oldest, count)
+            return seeded[::-1], live[::-1]
+
+        return merged(read, limit)
 
     def version(self, user_id: str) -> int:
         query = (
@@ -205,10 +208,14 @@ class SQLiteStore:
             json.dumps(item["categories"], ensure_ascii=False),
             item["text"],
             item["vector"],
+            item["encoder"],
         )
 
         def replace(db: sqlite3.Connection) -> int | None:
-            statement = "INSERT OR REPLACE INTO items (item_id, title, categories, text, vector) VALUES (?, ?, ?, ?, ?)"
+            statement = (
+                "INSERT OR REPLACE INTO items (item_id, title, categories, text, vector, encoder) "
+                "VALUES (?, ?, ?, ?, ?, ?)"
+            )
             with self._transaction(db):
                 known = db.execute("SELECT 1 FROM items WHERE item_id = ?", row[:1]).fetchone()
                 if most is not None and not known and db.execute("SELECT COUNT(*) FROM items").fetchone()[0] >= most:
@@ -217,13 +224,16 @@ class SQLiteStore:
 
         return self._run(replace)
 
-    def items_since(self, revision: int = 0) -> list[StoredItem]:
+    def items_since(self, revision: int = 0, limit: int = 1000) -> list[StoredItem]:
         query = (
-            "SELECT revision, item_id, title, categories, text, vector FROM items WHERE revision > ? ORDER BY revision"
+            "SELECT revision, item_id, title, categories, text, vector, encoder FROM items "
+            "WHERE revision > ? ORDER BY revision LIMIT ?"
         )
         return [
-            StoredItem(item_id=i, title=t, categories=json.loads(c), text=text, vector=vector, revision=number)
-            for number, i, t, c, text, vector in self._all_rows(query, revision)
+            StoredItem(
+                item_id=i, title=t, categories=json.loads(c), text=text, vector=vector, encoder=by, revision=number
+            )
+            for number, i, t, c, text, vector, by in self._all_rows(query, revision, limit)
         ]
 
     def items_revision(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,20 @@ def default_model_path() -> Path:
     return path
 
 
+def fingerprint(model: torch.nn.Module) -> str:
+    """12 hex digits of the weights: the same on every device and in every runtime."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
+
+
+def name_in(identity: str) -> str:
+    """The encoder's name, as settings have it."""
+    return identity.rpartition("@")[0]
+
+
 class Encoder:
     """A tokenizer and a BERT-family model on one device.
 
@@ -59,6 +74,7 @@ class Encoder:
                 f"cannot load the text encoder {name!r}: {message}; give a Hugging Face name or a folder that holds one"
             ) from None
         self.name, self.device = name, device
+        self.identity = f"{name}@{fingerprint(self._model)}"  # vectors of two encoders compare only if this is the same
         limit = getattr(self._model.config, "max_position_embeddings", max_tokens)
         self.max_tokens = min(max_tokens, limit)
         self.dim = int(self._model.config.hidden_size)
