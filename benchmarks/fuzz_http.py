@@ -33,7 +33,7 @@ from schemathesis.specs.openapi import checks
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from springtide.bundle import load_bundle
-from springtide.serving.app import create_app
+from springtide.serving.app import Edge, create_app
 from springtide.serving.engine import Engine
 from springtide.serving.popular import load_popular
 from springtide.serving.query_cache import Encoded
@@ -70,7 +70,7 @@ def toy_application(folder: Path) -> Iterator[FastAPI]:
     service = Service(open_store(str(folder / "events.sqlite3")), encode, call)
     service.popular = load_popular(path, "toy")
     try:
-        yield create_app(service)
+        yield create_app(service, Edge(hosts=("testserver",)))  # as schemathesis calls it
     finally:
         service.close()
 
