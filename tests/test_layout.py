@@ -20,7 +20,7 @@ TOP_LEVEL = {
 # A part may import from its own layer and from lower ones, and parts that share a layer only where PEERS says so.
 # Modules of the package's root that are no part of the order themselves stand on the layer of what they serve.
 LAYERS = {
-    "errors": 0, "schemas": 0, "files": 0, "config": 0, "config_data": 0, "presets": 0,
+    "errors": 0, "schemas": 0, "files": 0, "config": 0, "config_data": 0, "presets": 0, "ranks": 0,
     "data": 1, "text": 1, "cluster": 1,
     "model": 2, "bundle": 2, "parity": 2, "local_cluster": 2,
     "training": 3, "tuning": 3, "evaluation": 3,
@@ -35,6 +35,7 @@ HTTP_AND_FILES = {"aiohttp", "fastapi", "httpx", "io", "os", "pathlib", "request
                   "urllib", "uvicorn"}  # fmt: skip
 PICKLES = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 PURE = [
+    PACKAGE / "ranks.py",
     *PACKAGE.glob("model/**/*.py"),
     *(
         PACKAGE / "evaluation" / f"{name}.py"

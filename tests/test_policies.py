@@ -19,7 +19,7 @@ from scipy.stats import chisquare
 
 from springtide.bundle import load_bundle
 from springtide.model.recommender import NewItem
-from springtide.model.top_k import top_k
+from springtide.ranks import top_k
 from springtide.serving.choose import Chosen, Rules, choose
 from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.lint import lint

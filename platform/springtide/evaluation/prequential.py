@@ -18,7 +18,7 @@ import numpy as np
 from springtide.evaluation.metrics import SEED, Estimate, interval, resampled_means, user_metrics
 from springtide.evaluation.ranking import FlatSequences, candidates, refuse_nan
 from springtide.model.batch import History
-from springtide.model.top_k import block_size, places
+from springtide.ranks import block_size, places
 
 SESSION_GAP_MS = 30 * 60 * 1000  # a longer pause before an event begins a session
 CHUNK = 256  # events revealed at once to a live scorer's counts

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from springtide.errors import SpringtideError
 from springtide.model.recommender import History
-from springtide.model.top_k import block_size, hide, places, top_k
+from springtide.ranks import block_size, hide, places, top_k
 from springtide.schemas import SEQUENCES, TRAIN, check_schema
 
 WARM, COLD_USER, COLD_ITEM = "warm", "cold_user", "cold_item"

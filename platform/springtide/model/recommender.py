@@ -21,7 +21,7 @@ from springtide.model.memory import count_transitions
 from springtide.model.question import Question, ask
 from springtide.model.retrieval import Index, Retrieval
 from springtide.model.tables import Tables
-from springtide.model.top_k import top_k
+from springtide.ranks import top_k
 
 QUERY_TEMPERATURE = 0.05  # cosines of sentence encoders differ by hundredths; this spreads them like logits
 NEAREST = 10

@@ -16,7 +16,7 @@ import numpy as np
 
 from springtide.model import ann
 from springtide.model.question import NOTHING, Question, query_parts, score_rows
-from springtide.model.top_k import top_k
+from springtide.ranks import top_k
 
 if TYPE_CHECKING:
     from springtide.model.recommender import Recommender

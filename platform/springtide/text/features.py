@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from springtide.model.top_k import gains, hide, places
+from springtide.ranks import gains, hide, places
 from springtide.text.spelling import Spelling, fit_spelling
 from springtide.text.whitening import Whitening, fit_whitening
 

@@ -22,7 +22,7 @@ from springtide.config import TrainConfig
 from springtide.errors import SpringtideError
 from springtide.model.batch import Batch, History, scoring_batch
 from springtide.model.fusion import FusionModel
-from springtide.model.top_k import block_size, gains, hide, places
+from springtide.ranks import block_size, gains, hide, places
 
 RANK_BATCH = 128  # validation cases scored at once, fewer of a large catalogue
 LEAST_GAIN = 0.005  # share by which validation must rise to be waited for: less is mostly chance, epoch after epoch

@@ -12,7 +12,7 @@ from springtide.model.borrowing import nearest_by_text
 from springtide.model.counting.ease import regularised_inverse
 from springtide.model.neighbours import Neighbours
 from springtide.model.tables import Tables
-from springtide.model.top_k import block_size, gains, hide, places
+from springtide.ranks import block_size, gains, hide, places
 from springtide.training.statistics import Statistics
 
 RECENT_ROWS = 64  # moments at which recent popularity is tabulated
