@@ -408,7 +408,7 @@ def test_scorer_and_encoder_follow_their_own_load(served: Served, capsys: pytest
     for thread in threads:
         thread.start()
     try:
-        up = served.wait_replicas("Scorer", 2, 40)
+        up = served.wait_replicas("Scorer", 2, 90)  # a replica takes long to start where the processor is busy
     finally:
         stop.set()
         for thread in threads:
