@@ -88,7 +88,8 @@ def test_two_workers_train_a_bundle(undisturbed: tuple[Path, dict[str, Any]]) ->
     assert {e["positions"] for e in result["epochs"]} == {trained}
     assert {e["users"] for e in result["epochs"]} == {USERS}
     assert result["epochs"][-1]["loss"] < result["epochs"][0]["loss"]
-    assert result["validation"]["ndcg@10"] == max(e["ndcg@10"] for e in result["epochs"]) > 0.2
+    best = max(result["epochs"], key=lambda e: float(e["ndcg"]))  # over all ranks, which is steadier than ten
+    assert result["validation"] == {"ndcg@10": best["ndcg@10"], "epoch": best["epoch"]} and best["ndcg@10"] > 0.2
     bundle = load_bundle(result["bundle"])
     assert bundle.metrics["validation"] == result["validation"]
     # What is deployed has learned from the validation events too, for as many epochs as were best.
@@ -97,8 +98,8 @@ def test_two_workers_train_a_bundle(undisturbed: tuple[Path, dict[str, Any]]) ->
     assert {e["users"] for e in result["refit_epochs"]} == {0}
     assert bundle.recommender.popularity.sum() == trained + 2 * USERS
     past = History(np.array([3, 4, 5]), np.ones(3, np.int64), np.full(3, np.nan, np.float32), np.arange(3) * 10**6)
-    best = bundle.recommender.top_k(bundle.recommender.score([past]).logits, 3)[0][0]
-    assert 6 in best  # item i is usually followed by i + 1
+    first = bundle.recommender.top_k(bundle.recommender.score([past]).logits, 3)[0][0]
+    assert 6 in first  # item i is usually followed by i + 1
     (folder,) = (workspace / "runs").iterdir()
     assert str(folder) == result["run"] and (folder / "finished").exists()
     assert len(list(folder.glob("checkpoint_*/progress.json"))) == 2  # train.keep_checkpoints
