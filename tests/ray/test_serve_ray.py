@@ -372,10 +372,10 @@ def test_scorer_and_encoder_follow_their_own_load(served: Served, capsys: pytest
     app["runtime_env"]["env_vars"] = often
     for part in app["deployments"]:
         if "autoscaling_config" in part:
-            short = {"look_back_period_s": 2, "upscale_delay_s": 1, "downscale_delay_s": 2, "max_replicas": 2}
+            short = {"look_back_period_s": 2, "upscale_delay_s": 1, "downscale_delay_s": 5, "max_replicas": 2}
             part["autoscaling_config"] |= {**short, "target_ongoing_requests": 2}
         if part["name"] == "TextEncoder":
-            part["autoscaling_config"]["downscale_to_zero_delay_s"] = 2
+            part["autoscaling_config"]["downscale_to_zero_delay_s"] = 10  # longer than a breaker stays open
         if part["name"] == "Scorer":
             part["user_config"]["batch_wait_ms"] = 100  # a queue without work for the processor
     served.apply(config)
