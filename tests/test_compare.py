@@ -162,6 +162,9 @@ def test_what_was_trained_is_not_trained_again(workspace: Path) -> None:
     (workspace / "compare" / "lstm" / "trained.json").unlink()  # stopped before it was done
     compare.run(settings_of(workspace, train__learning_rate=1e-3, compare__presets=["lstm", "lstm"]))
     assert [*CHOSEN, "lstm", "lstm"] == TRAINED
+    # No weight depends on it, but what the bundle recommends.
+    compare.run(settings_of(workspace, train__learning_rate=1e-3, train__coverage_cost=0, compare__presets=["lstm"]))
+    assert [*CHOSEN, "lstm", "lstm", "lstm"] == TRAINED
 
 
 def rewrite(workspace: Path, **columns: Any) -> None:

@@ -75,6 +75,12 @@ def test_items_that_nobody_took_yet_have_no_say() -> None:
     assert choose_damping(model, cases_of(ITEMS - 2), None, False, 1.0) == 0
 
 
+def test_what_a_recommender_never_lists_is_no_competitor() -> None:
+    model = model_of()
+    model.item_vectors.known[0] = False  # neither trained nor described, though its score would be the best
+    assert damping._gains(model.eval(), cases_of(1), None, False)[0].tolist() == [[1.0], [1.0]]
+
+
 def test_nothing_to_choose_by() -> None:
     assert choose_damping(model_of(), cases_of(ITEMS - 2), None, True, 0.5) == 0
     assert choose_damping(model_of(), [], None, True, 0.5) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from springtide.bundle import load_bundle
 from springtide.config import RecommendConfig
@@ -86,3 +87,18 @@ def test_offline_scores_equal_those_behind_serve(bundle: str) -> None:
         own = offline.filter(pa.compute.equal(offline["user_id"], user))
         assert [item["item_id"] for item in answer["items"]] == own["item_id"].to_pylist()
         np.testing.assert_allclose([item["score"] for item in answer["items"]], own["score"].to_numpy(), atol=2e-5)
+
+
+def test_it_is_asked_for_now_and_not_for_when_each_user_was_there(bundle: str) -> None:
+    """As over HTTP: what was popular years ago, when a user was last there, is not what is popular."""
+    batch = RecommendBatch(bundle, RecommendConfig(k=7), exclude_seen=True)
+    recommender, histories = batch.recommender, recommend.histories_of(sequences())
+    channels = recommender.model.channels
+    assert channels.weigh is not None and recommender.log_end is not None
+    with torch.no_grad():
+        channels.weigh.bias[channels.names.index("recent_popularity")] = 2.0
+    seen, now = [history.items for history in histories], np.full(len(histories), recommender.log_end)
+    assert all(history.timestamps[-1] <= recommender.log_end for history in histories)
+    of_now, of_then = recommender.best(histories, 7, seen, now)[1], recommender.best(histories, 7, seen)[1]
+    np.testing.assert_allclose(batch(sequences())["score"].to_numpy().reshape(of_now.shape), of_now, rtol=1e-5)
+    assert np.abs(of_now - of_then).max() > 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from springtide.text import whitening
 from springtide.text.features import KINDS, fit_features, from_arrays, judge_features
 from springtide.text.spelling import fit_spelling
 
@@ -86,3 +87,13 @@ def test_a_judgement_by_hand() -> None:
 def test_items_without_a_text_never_come_before_those_with_one_by_chance() -> None:
     features = np.array([[0, 0], [0, 0], [0, 0]], np.float32)
     assert judge_features(features, [(np.array([0]), 2)], True) == pytest.approx(1 / np.log2(3))  # ties by row
+
+
+def test_whitening_some_rows_at_a_time_is_whitening_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = np.random.default_rng(2).normal(size=(50, 6)).astype(np.float32)
+    vectors[::7] = 0
+    whole = whitening.fit_whitening(vectors, 4)
+    monkeypatch.setattr(whitening, "BLOCK", 8)
+    parts = whitening.fit_whitening(vectors, 4)
+    np.testing.assert_allclose(parts.apply(vectors), whole.apply(vectors), rtol=1e-5, atol=1e-6)
+    assert not parts.apply(vectors)[::7].any()

@@ -7,8 +7,9 @@ and almost evenly (long). How much each reading counts is up to the user and the
 
 In training an example's own transition is inside the counts it is scored with and is taken out again, without which the
 memory would be trusted for knowing the answers. It is there once for every distance at which the item stood before the
-target. Only the most frequent successors of an item are kept, so an example must also forget a place in that list which
-it owes to itself: if the rest would not have beaten the best successor left out, it counts as nothing.
+target. What its owner took after the target leaves as well, or it would stand among the wrong answers with counts that
+no request ever meets. Only the most frequent successors of an item are kept, so an example must also forget a place in
+that list which it owes to itself: if the rest would not have beaten the best successor left out, it counts as nothing.
 """
 
 from __future__ import annotations
