@@ -136,7 +136,7 @@ class TrainConfig(Section):
     refit: bool = True
     # Popularity is damped in what is recommended, so that lists reach more of the catalogue, as far as that costs at
     # most this share of the validation NDCG without a cut-off; of NDCG@10, two standard errors more. 0 = no damping.
-    coverage_cost: float = Field(0.02, ge=0, le=1)
+    coverage_cost: float = Field(0.03, ge=0, le=1)
     # From this many items on the bundle holds an index (FAISS), so that an answer scores some thousand candidates in
     # place of all. It reads as little as still finds `ann_recall` of the ten best items that scoring all would find.
     ann_items: int = Field(1_000_000, ge=40)
