@@ -22,6 +22,7 @@ STAGES = {
     "prepare": "springtide.data.prepare",
     "embed": "springtide.text.embed",
     "train": "springtide.training.job",
+    "update": "springtide.training.update",
     "tune": "springtide.tuning.job",
     "evaluate": "springtide.evaluation.job",
     "compare": "springtide.evaluation.compare",

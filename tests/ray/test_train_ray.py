@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -21,9 +22,10 @@ from springtide.config import Settings
 from springtide.errors import SpringtideError
 from springtide.model.batch import History
 from springtide.schemas import SEQUENCES
+from springtide.training import update
 from springtide.training.job import run
 from toy import toy_settings
-from write_workspace import USERS, write_workspace
+from write_workspace import USERS, grow_workspace, write_workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 EPOCHS = 10
@@ -167,3 +169,26 @@ def test_what_can_never_run_is_refused_at_once(undisturbed: tuple[Path, dict[str
     with pytest.raises(SpringtideError, match="no sequence to learn from"):
         run(settings_of(short))
     assert json.loads((workspace / "bundle" / "config.json").read_text())["format"] == FORMAT
+
+
+def test_an_update_learns_what_is_new(undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    workspace = tmp_path / "updated"
+    shutil.copytree(undisturbed[0], workspace)
+    grow_workspace(workspace, new_events=5, users=20)
+    settings = settings_of(workspace, train__update_epochs=3)
+    old = load_bundle(workspace / "bundle")
+    result = update.run(settings)
+    assert len(result["epochs"]) == 3
+    # Of a user who came back only what is held back for the test is not learned; others have nothing new to learn from.
+    came_back = [items for items in _histories(workspace) if {0, 1} & set(items)]
+    assert len(came_back) == 20
+    assert {e["positions"] for e in result["epochs"]} == {sum(len(items) - 2 for items in came_back)}
+    bundle = load_bundle(workspace / "bundle")
+    assert bundle.metrics["updated_from"] == old.version != bundle.version and result["new_events"] == 20 * 4
+    known = [{"item_id": "i41"}, {"item_id": "i40"}]
+    recommender = bundle.recommender
+    assert recommender.history(known)[1] == [] and old.recommender.history(known)[1] == ["i41", "i40"]
+    scores = recommender.score([recommender.history(known)[0]]).logits
+    assert recommender.index["i41"] in recommender.top_k(scores, 3)[0][0]  # the two were always taken in turn
+    assert not list((workspace / "runs").glob("update-*"))
+    assert update.run(settings)["new_events"] == 0 and load_bundle(workspace / "bundle").version == bundle.version

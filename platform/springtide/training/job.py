@@ -7,11 +7,13 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from torch import Tensor
 
 from springtide.bundle import write_bundle
 from springtide.cluster import connect
@@ -44,6 +46,14 @@ ASKED_USERS = 1000  # users whose histories the index of a large catalogue is me
 OF_THE_BUNDLE = ("coverage_cost", "ann_items", "ann_recall")  # but what is recommended
 HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", *OF_THE_BUNDLE)
 CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder
+
+
+@dataclass(frozen=True)
+class Warm:
+    """Where training starts, if not from fresh weights."""
+
+    inputs: Path  # as of write_inputs, with the weights to start from
+    since: int  # ms: only windows with an event after it are learned from
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -100,11 +110,12 @@ def train(
     submitted: float,
     callbacks: list[Any] | None = None,
     refit: bool = False,
+    warm: Warm | None = None,
 ) -> Progress:
     """Run Ray Train in `run_folder` and return the final progress, best weights included.
 
-    refit: learn from validation events too, and validate on nothing. Raises SpringtideError if the loss stops being
-    finite.
+    refit: learn from validation events too, and validate on nothing; warm: where to start, absent: from fresh weights.
+    Raises SpringtideError if the loss stops being finite.
     """
     connect()
     import ray
@@ -119,7 +130,7 @@ def train(
             "data.partitions"
         )
     _check_resources(settings)
-    inputs = write_statistics(settings, prepared, run_folder, refit)
+    inputs = write_statistics(settings, prepared, run_folder, refit) if warm is None else warm.inputs
     cuts = prepared.report["split"]["cuts_ms"]
     shards = {
         # Each worker has its own files, so the share of a worker is the same in every run and no row is dropped.
@@ -134,6 +145,7 @@ def train(
             "inputs": str(inputs),
             "holdout_share": holdout_share(settings, prepared),
             "refit": refit,
+            "since": None if warm is None else warm.since,
             "asked_at": cuts[0] if cuts else None,
             "submitted": submitted,
         },
@@ -176,17 +188,8 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
     Raises SpringtideError if there is no training target with an event before it, or if text is asked for and `embed`
     has not run.
     """
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    items = prepared.items
     share = holdout_share(settings, prepared)
-    # Outside any placement group: a Tune trial's own holds its driver and nothing else.
-    anywhere = PlacementGroupSchedulingStrategy(placement_group=None)
-    collect = ray.remote(num_cpus=0.5, scheduling_strategy=anywhere)(collect_file)
-    statistics = merge(
-        ray.get([collect.remote(f, len(items), settings.model, share, refit) for f in prepared.sequence_files])
-    )
+    statistics = count_events(settings, prepared, refit)
     users = prepared.report["users"]
     if not statistics.transitions.nnz and not _can_train(prepared, share):
         raise SpringtideError(
@@ -206,6 +209,19 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
     tables = tabulate(statistics, settings.model, choices["neighbour_half_life"], text)
     write_inputs(path, tables, text, features, _factors(settings.model, statistics))
     return path
+
+
+def count_events(settings: Settings, prepared: Prepared, refit: bool) -> Statistics:
+    """The counts of the training events, a Ray task per file. refit: of the validation events too."""
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    items, share = len(prepared.items), holdout_share(settings, prepared)
+    # Outside any placement group: a Tune trial's own holds its driver and nothing else.
+    anywhere = PlacementGroupSchedulingStrategy(placement_group=None)
+    collect = ray.remote(num_cpus=0.5, scheduling_strategy=anywhere)(collect_file)
+    counted = [collect.remote(file, items, settings.model, share, refit) for file in prepared.sequence_files]
+    return merge(ray.get(counted))
 
 
 def _factors(config: ModelConfig, statistics: Statistics) -> np.ndarray | None:
@@ -247,16 +263,28 @@ def write_trained(
         log.info("fitting again on training and validation events, %d epochs", progress.best_epoch + 1)
         final = train(again, prepared, folder, time.time(), refit=True)
     damping = _damping(settings, prepared, run_folder, progress) if validated else 0.0
-    inputs = folder / "inputs.safetensors"
-    model, tables = build_model(settings, len(prepared.actions), inputs)
-    model.load_state_dict(final.best_state)
-    model.channels.damping.fill_(damping)
-    metrics = summarise(progress, sum(p.numel() for p in model.parameters()))
+    metrics = summarise(progress)
     metrics |= {
         "damping": damping,
         "refit": final is not progress,
         "refit_epochs": final.epochs if final is not progress else [],
     }
+    return publish(settings, prepared, folder / "inputs.safetensors", final.best_state, metrics, bundle)
+
+
+def publish(
+    settings: Settings,
+    prepared: Prepared,
+    inputs: Path,
+    state: dict[str, Tensor],
+    metrics: dict[str, Any],
+    bundle: Path,
+) -> dict[str, Any]:
+    """Write the bundle of trained weights. metrics: of the run, its damping among them. Returns them completed."""
+    model, tables = build_model(settings, len(prepared.actions), inputs)
+    model.load_state_dict(state)
+    model.channels.damping.fill_(metrics["damping"])
+    metrics = metrics | {"parameters": sum(p.numel() for p in model.parameters())}
     vectors, made = load_vectors(settings, prepared.items), load_features(inputs)
     asked = [history for history, _ in _some_cases(prepared, holdout_share(settings, prepared), ASKED_USERS)]
     log_hash = prepared.content_hash
@@ -275,7 +303,7 @@ def _damping(settings: Settings, prepared: Prepared, run_folder: Path, progress:
     return choose_damping(model, cases, cuts[0] if cuts else None, hide, settings.train.coverage_cost)
 
 
-def summarise(progress: Progress, parameters: int) -> dict[str, Any]:
+def summarise(progress: Progress) -> dict[str, Any]:
     """The run in numbers: accuracy, and how fast. The first epoch counts as start-up where there are more."""
     running = progress.epochs[1:] or progress.epochs
     loop = sum(e["seconds"] + e["report_seconds"] for e in running)
@@ -287,7 +315,6 @@ def summarise(progress: Progress, parameters: int) -> dict[str, Any]:
             "epoch": progress.best_epoch,
         },
         "epochs": progress.epochs,
-        "parameters": parameters,
         "positions_per_cpu_second": sum(e["positions"] for e in running)
         / max(1e-9, sum(e["cpu_seconds"] for e in running)),
         "seconds_to_first_step": progress.epochs[0]["first_step_seconds"],

@@ -184,6 +184,8 @@ def epoch_batches(sequences: Sequences, sampling: Sampling, seed: tuple[int, ...
     """
     rng = np.random.default_rng(seed)
     windows = training_windows(sequences, sampling.length)
+    if sampling.since is not None:
+        windows = windows[sequences.timestamps[windows[:, 1]] > sampling.since]  # the last target of each
     windows = crop(windows[rng.permutation(len(windows))], sampling.crop, rng)
     sizes = windows[:, 1] - windows[:, 0]
     order = np.lexsort((sizes, np.arange(len(windows)) // BUCKET))

@@ -7,7 +7,8 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,30 @@ from springtide.training.sequences import (
 )
 
 log = logging.getLogger(__name__)
-FEATURES = "features."  # before the names of arrays
+FEATURES = "features."  # before the names of arrays,
+START = "start."  # and of the weights to start from
 PLACEMENT_GROUP = "placement_group"  # file in the run's folder
 STOPPED = "stopped"  # file in the run's folder: why training cannot go on, in a sentence
 
 
 # ---------------------------------------------------------------- inputs that the driver leaves for the workers
 def write_inputs(
-    path: Path, tables: Tables, text: np.ndarray, features: TextFeatures, factors: np.ndarray | None = None
+    path: Path,
+    tables: Tables,
+    text: np.ndarray,
+    features: TextFeatures,
+    factors: np.ndarray | None = None,
+    start: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Save the counts, the text features [I, width] and how they were made where every worker can read them.
 
-    factors: [I, dim] where the item vectors begin; None = at random.
+    factors: [I, dim] where the item vectors begin; None = at random. start: every weight to start from; None = fresh.
     """
-    made = {FEATURES + name: array for name, array in features.arrays().items()}
-    start = {} if factors is None else {"factors": factors}
-    save_arrays(tables.arrays() | {"text": np.ascontiguousarray(text, np.float32)} | made | start, path)
+    arrays = tables.arrays() | {"text": np.ascontiguousarray(text, np.float32)}
+    arrays |= {FEATURES + name: array for name, array in features.arrays().items()}
+    arrays |= {} if factors is None else {"factors": factors}
+    arrays |= {START + name: weight.detach().cpu().numpy() for name, weight in (start or {}).items()}
+    save_arrays(arrays, path)
 
 
 def load_features(inputs: Path) -> TextFeatures:
@@ -63,7 +72,7 @@ def load_features(inputs: Path) -> TextFeatures:
 
 
 def build_model(settings: Settings, actions: int, inputs: Path) -> tuple[FusionModel, Tables]:
-    """A fresh model with its counts filled in, weights drawn from train.seed; and those counts."""
+    """A model with its counts filled in, weights drawn from train.seed or those to start from; and those counts."""
     arrays = load_arrays(inputs)
     tables = from_arrays(arrays)
     torch.manual_seed(seed_of(settings.train.seed))
@@ -79,6 +88,10 @@ def build_model(settings: Settings, actions: int, inputs: Path) -> tuple[FusionM
     tables.fill(model)
     if "factors" in arrays:
         model.item_vectors.begin_with(torch.from_numpy(arrays["factors"]))
+    if any(name.startswith(START) for name in arrays):
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(torch.from_numpy(arrays[START + name]))
     return model, tables
 
 
@@ -99,10 +112,11 @@ class ShardFeed:
         holdout_share: float,
         refit: bool,
         asked_at: int | None,
+        since: int | None = None,
     ) -> None:
         self._shard, self._config, self._holdout, self._refit = shard, config, holdout_share, refit
         self._asked_at, self._model = asked_at, model
-        self._sampling = sampling_of(model, config, world_size())
+        self._sampling = replace(sampling_of(model, config, world_size()), since=since)
         self._cached: Sequences | None = None
         self._cases: list[tuple[History, int]] | None = None
 
@@ -229,7 +243,7 @@ def train_worker(job: dict[str, Any]) -> None:
         # Where a search finds the group to remove, if it stops this run from outside.
         Path(job["inputs"]).with_name(PLACEMENT_GROUP).write_text(group.id.hex(), encoding="utf-8")
     shard = ray.train.get_dataset_shard(f"train-{ray.train.get_context().get_world_rank()}")
-    feed = ShardFeed(shard, settings.model, config, job["holdout_share"], job["refit"], job["asked_at"])
+    feed = ShardFeed(shard, settings.model, config, job["holdout_share"], job["refit"], job["asked_at"], job["since"])
     clock = {"first_step": 0.0, "report": 0.0}
 
     class FirstStep:

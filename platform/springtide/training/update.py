@@ -1,0 +1,142 @@
+"""The `update` stage: a bundle goes on learning from a log that has grown, without a full retrain.
+
+Run `prepare` and `embed` on the grown log first. All that is counted is counted again, which takes seconds; the network
+starts from the bundle's weights and passes a few times over the windows that hold new events. How the items' texts
+become features stays as it was, and so does the damping of popularity. Rerun it to resume.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from springtide.bundle import Bundle, load_bundle
+from springtide.cluster import connect
+from springtide.config import Settings, with_values
+from springtide.data.prepared import Prepared, load_prepared
+from springtide.errors import SpringtideError
+from springtide.model.carry import carry_over, rows_in
+from springtide.training.job import Warm, count_events, fingerprint, publish, summarise, train
+from springtide.training.statistics import Statistics
+from springtide.training.tabulate import tabulate
+from springtide.training.texts import feature_rows
+from springtide.training.worker import build_model, write_inputs
+
+log = logging.getLogger(__name__)
+BY_SIZE = ("dim", "long_layers")  # settings that the size of the log decides where they are 0
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Replace `<workspace>/bundle` by one that knows the prepared log too. Returns the body of results/update.json.
+
+    A log that the bundle knows already leaves it as it is. Raises SpringtideError if there is no bundle, or if the
+    settings are of another model.
+    """
+    submitted = time.time()
+    prepared, path = load_prepared(settings.workspace), Path(settings.workspace) / "bundle"
+    bundle = load_bundle(path)
+    settings = of_bundle(settings, bundle)
+    if bundle.log == prepared.content_hash:
+        log.warning("the bundle %s knows this log already; run the prepare job with new events first", path)
+        return {"bundle": str(path), "new_events": 0, **bundle.metrics}
+    since = _since(prepared, bundle)
+    run_folder = Path(settings.workspace) / "runs" / f"update-{fingerprint(settings, prepared)}-{bundle.version}"
+    connect()
+    statistics = count_events(settings, prepared, refit=True)
+    new = int((statistics.wanted_at > since).sum())
+    inputs = write_update(settings, prepared, bundle, statistics, run_folder)
+    metrics: dict[str, Any] = {"epochs": [], "validation": {"ndcg@10": None, "epoch": -1}}
+    state = build_model(settings, len(prepared.actions), inputs)[0].state_dict()
+    if new and settings.train.update_epochs:
+        learning = with_values(
+            settings,
+            {
+                "train.epochs": settings.train.update_epochs,
+                "train.learning_rate": settings.train.update_learning_rate,
+            },
+        )
+        progress = train(learning, prepared, run_folder, submitted, refit=True, warm=Warm(inputs, since))
+        metrics, state = summarise(progress), progress.best_state
+    metrics |= {
+        "damping": bundle.metrics["damping"],
+        "refit": True,  # it has learned from the validation events
+        "refit_epochs": [],
+        "updated_from": bundle.version,
+        "new_events": new,
+    }
+    metrics = publish(settings, prepared, inputs, state, metrics, path)
+    shutil.rmtree(run_folder)  # the next update is of another bundle
+    log.info("%d new events learned from; the bundle knows %d items", new, len(prepared.items))
+    return {"bundle": str(path), **metrics}
+
+
+def of_bundle(settings: Settings, bundle: Bundle) -> Settings:
+    """The settings with the sizes that the bundle has. Raises SpringtideError if they are of another model."""
+    old = bundle.settings
+    sizes = {f"model.{name}": getattr(old.model, name) for name in BY_SIZE if not getattr(settings.model, name)}
+    settings = with_values(settings, sizes)
+    theirs = _of_the_model(old)
+    for name, value in _of_the_model(settings).items():
+        if value != theirs[name]:
+            raise SpringtideError(
+                f"{name} is {value!r} in the settings and {theirs[name]!r} in the bundle, and an update keeps the "
+                "model as it is; set it back, or run the train job"
+            )
+    return settings
+
+
+def _of_the_model(settings: Settings) -> dict[str, Any]:
+    """The settings that a model's weights are good for, by their names."""
+    named = {f"model.{name}": value for name, value in settings.model.model_dump().items()}
+    named |= {f"train.{name}": getattr(settings.train, name) for name in ("rating_weight", "click_weight")}
+    named |= {f"data.{name}": getattr(settings.data, name) for name in ("split", "target_actions")}
+    return named | {"text.encoder": settings.text.encoder}
+
+
+def write_update(
+    settings: Settings, prepared: Prepared, bundle: Bundle, statistics: Statistics, run_folder: Path
+) -> Path:
+    """Leave the counts of the grown log and the bundle's weights in its rows for the workers, in `run_folder`.
+
+    Raises SpringtideError if the items' texts were not embedded, or the bundle's model does not fit the log.
+    """
+    recommender, inputs = bundle.recommender, run_folder / "inputs.safetensors"
+    run_folder.mkdir(parents=True, exist_ok=True)
+    text = feature_rows(settings, prepared, bundle.features)
+    tables = tabulate(statistics, settings.model, _share(bundle, statistics), text)
+    write_inputs(inputs, tables, text, bundle.features)
+    model, _ = build_model(settings, len(prepared.actions), inputs)
+    items = rows_in(recommender.item_ids, prepared.items["item_id"].to_pylist())
+    actions = rows_in(recommender.actions, prepared.actions)
+    try:
+        carry_over(model, recommender.model.state_dict(), items, actions)
+    except ValueError as error:
+        raise SpringtideError(f"the bundle does not fit this log: {error}; run the train job") from None
+    start: dict[str, Tensor] = dict(model.named_parameters())
+    write_inputs(inputs, tables, text, bundle.features, start=start)
+    return inputs
+
+
+def _since(prepared: Prepared, bundle: Bundle) -> int:
+    """Time in ms of the last event that the bundle learned from. Raises SpringtideError if the test part is older."""
+    since, cuts = bundle.recommender.log_end or 0, prepared.report["split"]["cuts_ms"]
+    if cuts and cuts[-1] < since:
+        raise SpringtideError(
+            f"the bundle {bundle.path} has learned from events of after the log's cut for testing, so nothing honest "
+            "could be said of it; prepare a longer log, or run the train job"
+        )
+    return since
+
+
+def _share(bundle: Bundle, statistics: Statistics) -> float | None:
+    """The half-life of the neighbours' log, the same time as in the bundle, as a share of this log's span."""
+    neighbours, times = bundle.recommender.model.channels.neighbours, statistics.taken.data
+    if neighbours is None or not np.isfinite(neighbours.half_life) or not len(times) or times.max() == times.min():
+        return None
+    return float(neighbours.half_life / (times.max() - times.min()))

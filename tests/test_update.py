@@ -1,0 +1,201 @@
+"""Updating a bundle: what it knew stays, whatever rows things have now; what is new is counted and learned from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from springtide.bundle import Bundle, load_bundle
+from springtide.config import Settings
+from springtide.data.prepared import Prepared, load_prepared
+from springtide.errors import SpringtideError
+from springtide.files import write_json
+from springtide.model.carry import carry_over, rows_in
+from springtide.schemas import TEST
+from springtide.training import update
+from springtide.training.job import publish
+from springtide.training.sampling import Sampling
+from springtide.training.sequences import epoch_batches, from_table
+from springtide.training.statistics import Statistics, collect
+from springtide.training.tabulate import tabulate
+from springtide.training.texts import feature_rows, fit_texts
+from springtide.training.worker import build_model, write_inputs
+from toy import ITEMS_IN_TOY, sequences_of, toy_settings
+from write_workspace import grow_workspace, write_workspace
+
+METRICS = {"damping": 0.25, "epochs": []}
+NEW = {"i40", "i41"}
+
+
+def statistics_of(settings: Settings, prepared: Prepared) -> Statistics:
+    return collect(from_table(prepared.sequences(), 0, refit=True), len(prepared.items), settings.model)
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Settings, Bundle]:
+    """A workspace with a bundle of its log, counts and all, whose weights are random."""
+    workspace = write_workspace(tmp_path / "toy")
+    chosen = toy_settings(workspace, train__rating_weight=0.1)
+    prepared = load_prepared(workspace)
+    features = fit_texts(chosen, prepared, "both")
+    text = feature_rows(chosen, prepared, features)
+    inputs = tmp_path / "inputs.safetensors"
+    write_inputs(inputs, tabulate(statistics_of(chosen, prepared), chosen.model, 0.5, text), text, features)
+    torch.manual_seed(3)
+    model, _ = build_model(chosen, len(prepared.actions), inputs)
+    state = {
+        name: value + 0.1 * torch.randn_like(value)
+        if value.is_floating_point() and name in dict(model.named_parameters())
+        else value
+        for name, value in model.state_dict().items()
+    }
+    publish(chosen, prepared, inputs, state, METRICS, workspace / "bundle")
+    return chosen, load_bundle(workspace / "bundle")
+
+
+def updated(chosen: Settings, bundle: Bundle, folder: Path) -> Bundle:
+    """The bundle of the prepared log as it is now, without training."""
+    prepared = load_prepared(chosen.workspace)
+    inputs = update.write_update(chosen, prepared, bundle, statistics_of(chosen, prepared), folder / "run")
+    state = build_model(chosen, len(prepared.actions), inputs)[0].state_dict()
+    publish(chosen, prepared, inputs, state, METRICS, folder / "bundle")
+    return load_bundle(folder / "bundle")
+
+
+def scores(bundle: Bundle, events: list[dict[str, Any]], items: list[str]) -> np.ndarray:
+    recommender = bundle.recommender
+    history, unknown = recommender.history(events)
+    assert not unknown
+    return recommender.score([history]).logits[0, [recommender.index[item] for item in items]]
+
+
+EVENTS = [
+    {"item_id": f"i{n:02d}", "timestamp": 1_600_000_000_000 + n, "action": action, "rating": 3.0}
+    for n, action in ((3, "view"), (17, "purchase"), (4, "view"), (5, "view"))
+]
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_without_new_events_every_score_stays(trained: tuple[Settings, Bundle], tmp_path: Path, grown: bool) -> None:
+    chosen, bundle = trained
+    if grown:  # rows of items and numbers of actions are others now
+        grow_workspace(Path(chosen.workspace), new_items=0, new_events=0)
+    items = bundle.recommender.item_ids
+    again = updated(chosen, bundle, tmp_path)
+    assert np.allclose(scores(again, EVENTS, items), scores(bundle, EVENTS, items), atol=2e-4)
+    assert (again.recommender.item_ids == items) is not grown
+    assert float(again.recommender.model.channels.damping) == 0.25
+
+
+def test_new_events_are_counted_and_new_items_known_by_text(trained: tuple[Settings, Bundle], tmp_path: Path) -> None:
+    chosen, bundle = trained
+    grow_workspace(Path(chosen.workspace))
+    again = updated(chosen, bundle, tmp_path).recommender
+    old = bundle.recommender
+    # Eight users took three more: two of these are counted, and what was held back as their last two before.
+    assert again.popularity.sum() == old.popularity.sum() + 8 * 3
+    assert again.log_end is not None and old.log_end is not None and again.log_end > old.log_end
+    vectors = again.model.item_vectors
+    assert vectors.ids is not None and vectors.project is not None
+    for item in NEW:
+        row = again.index[item]
+        assert torch.equal(vectors.ids.weight[row], torch.zeros(chosen.model.dim)) and vectors.known[row]
+        assert np.allclose(again.item_vectors[row], vectors.project(vectors.text[row]).detach().numpy())
+    kept = [again.index[item] for item in old.item_ids]
+    assert np.allclose(again.item_vectors[kept], old.item_vectors, atol=1e-5)
+
+
+def test_weights_of_another_shape_are_refused(trained: tuple[Settings, Bundle], tmp_path: Path) -> None:
+    chosen, bundle = trained
+    prepared = load_prepared(chosen.workspace)
+    wider = toy_settings(Path(chosen.workspace), model__dim=32, train__rating_weight=0.1)
+    with pytest.raises(SpringtideError, match="does not fit this log"):
+        update.write_update(wider, prepared, bundle, statistics_of(wider, prepared), tmp_path / "run")
+    model = bundle.recommender.model
+    state = model.state_dict()
+    del state["log_temperature"]
+    with pytest.raises(ValueError, match="no log_temperature"):
+        carry_over(model, state, np.arange(ITEMS_IN_TOY), np.arange(3))
+
+
+def test_rows_by_name() -> None:
+    assert rows_in(["a", "b"], ["b", "c", "a"]).tolist() == [1, -1, 0]
+    assert rows_in([], ["x"]).tolist() == [-1] and len(rows_in(["a"], [])) == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("model__gate", "mean"),
+        ("model__dim", 32),
+        ("train__rating_weight", 0.5),
+        ("text__encoder", "bert-base-chinese"),
+    ],
+)
+def test_another_model_is_refused(trained: tuple[Settings, Bundle], setting: str, value: Any) -> None:
+    chosen, bundle = trained
+    other = toy_settings(Path(chosen.workspace), **({"train__rating_weight": 0.1} | {setting: value}))
+    with pytest.raises(SpringtideError, match=f"{setting.replace('__', '.')} is .* an update keeps the model"):
+        update.run(other)
+    same = toy_settings(Path(chosen.workspace), train__rating_weight=0.1, model__dim=0, model__long_layers=0)
+    assert update.of_bundle(same, bundle).model == bundle.settings.model
+
+
+def test_a_known_log_changes_nothing_and_no_bundle_is_told(trained: tuple[Settings, Bundle], tmp_path: Path) -> None:
+    chosen, bundle = trained
+    path = Path(chosen.workspace) / "prepared" / "manifest.json"
+    path.write_text(path.read_text().replace('"toy"', f'"{bundle.log}"'))
+    assert update.run(chosen)["new_events"] == 0
+    assert load_bundle(bundle.path).version == bundle.version
+    with pytest.raises(SpringtideError, match="bundle"):
+        update.run(toy_settings(write_workspace(tmp_path / "untrained")))
+
+
+def test_a_bundle_that_saw_the_test_part_is_refused(trained: tuple[Settings, Bundle]) -> None:
+    chosen, bundle = trained
+    prepared = load_prepared(chosen.workspace)
+    end = bundle.recommender.log_end
+    assert end is not None
+    for cut, refused in ((end - 1, True), (end, False), (end + 1, False)):
+        report = prepared.report | {"split": {"valid": 1, "cuts_ms": [0, cut]}}
+        write_json(prepared.path / "report.json", report)
+        if refused:
+            with pytest.raises(SpringtideError, match="after the log's cut"):
+                update._since(load_prepared(chosen.workspace), bundle)
+        else:
+            assert update._since(load_prepared(chosen.workspace), bundle) == end
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=6),
+    since=st.integers(-1, 14),
+    length=st.integers(1, 5),
+)
+def test_an_update_learns_every_new_event_and_whole_windows(rows: list[list[int]], since: int, length: int) -> None:
+    sequences = sequences_of(rows, timestamps=[list(range(len(row))) for row in rows])
+    batches = epoch_batches(sequences, Sampling(length, 3, 20, since=since), (0,))
+    learned = [
+        int(time)
+        for batch in batches
+        for time in batch.timestamps[batch.targets >= 0] + 1  # events are 1 ms apart
+    ]
+    fresh = [time for row in rows for time in range(1, len(row)) if time > since]
+    assert sorted(time for time in learned if time > since) == sorted(fresh)
+    assert len(learned) - len(fresh) <= (length - 1) * len(rows)  # no window is old as a whole
+
+
+def test_the_held_out_event_stays_out(trained: tuple[Settings, Bundle], tmp_path: Path) -> None:
+    chosen, bundle = trained
+    grow_workspace(Path(chosen.workspace))
+    prepared = load_prepared(chosen.workspace)
+    again = updated(chosen, bundle, tmp_path).recommender
+    table = prepared.sequences().to_pylist()
+    parts = np.concatenate([row["parts"] for row in table])
+    assert again.popularity.sum() == np.count_nonzero(parts != TEST)
