@@ -65,7 +65,9 @@ from springtide.quickstart import fetch_movielens
 
 DEFAULT_LOGS = ["ml-100k", "ml-latest-small", "amazon-sports", "online-retail"]
 OURS = ("name", "workspace", "train.seed", "train.workers")  # settings that this script gives
-PARTS = (  # what --ablate parts takes away, one at a time; the last one all counting channels at once
+# What --ablate parts takes away, one at a time; the last one all counting channels at once. Without the memory item
+# vectors begin at random as well: they begin from its counts.
+PARTS = (
     "model.memory=false",
     "model.neighbours=false",
     "model.borrowing=false",
@@ -136,6 +138,10 @@ class Bench:
         """Is this one of the ablations?"""
         return variant.overrides != self.overrides
 
+    def most_epochs(self, variant: Variant) -> int | None:
+        """Epochs that a variant is cut to; None: as many as it takes."""
+        return self.ablation_epochs if self.ablates(variant) else None
+
     def variants(self) -> list[Variant]:
         """All that is to be run on a log: every seed, then the ablations on the first seed."""
         seeds = [Variant(self.overrides, seed) for seed in self.seeds]
@@ -144,12 +150,13 @@ class Bench:
 
 # ---------------------------------------------------------------- what is there already
 def finished(bench: Bench, log: Log, variant: Variant, source: str) -> dict[str, Any] | None:
-    """The run.json of a variant that was measured on these files; None if it has to be run."""
+    """The run.json of a variant that was measured on these files, as long; None if it has to be run."""
     try:
         run: dict[str, Any] = json.loads((bench.run_folder(log, variant) / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return run if run.get("source") == source else None
+    asked = (source, bench.most_epochs(variant))
+    return run if (run.get("source"), run.get("most_epochs")) == asked else None
 
 
 def code_version() -> str:
@@ -163,7 +170,7 @@ def code_version() -> str:
 # ---------------------------------------------------------------- one log
 def run_log(bench: Bench, log: Log, section: dict[str, Any]) -> dict[Variant, dict[str, Any]]:
     """Every variant of a log, run unless it is there already. What fails is noted and left out."""
-    source, version = source_files(section), code_version()
+    source = source_files(section)
     config = bench.config(log)
     config.parent.mkdir(parents=True, exist_ok=True)
     experiment = {"name": log.name, "workspace": str(bench.workspace(log)), "data": section}
@@ -184,7 +191,11 @@ def run_log(bench: Bench, log: Log, section: dict[str, Any]) -> dict[Variant, di
             with local_cluster() as cluster:
                 split = prepare(bench, log, cluster.environment)
                 for variant in waiting:
-                    facts = {"log": log.name, "source": source, "code": version, "split": split}
+                    facts = {
+                        "log": log.name, "source": source, "code": code_version(), "split": split,
+                        "most_epochs": bench.most_epochs(variant),
+                    }  # fmt: skip
+                    forget_other_code(bench.workspace(log), facts["code"])
                     try:
                         runs[variant] = measure(bench, log, variant, facts, cluster.environment)
                     except (SystemExit, SpringtideError) as error:
@@ -192,6 +203,26 @@ def run_log(bench: Bench, log: Log, section: dict[str, Any]) -> dict[Variant, di
         except (SystemExit, SpringtideError) as error:
             bench.fail(log.name, error)
     return {variant: runs[variant] for variant in variants if variant in runs}
+
+
+def forget_other_code(workspace: Path, version: str) -> None:
+    """Remove the checkpoints of interrupted runs that another version of the code has written."""
+    marker = workspace / "code"
+    if not marker.exists() or marker.read_text(encoding="utf-8") != version:
+        shutil.rmtree(workspace / "runs", ignore_errors=True)
+        write_text(marker, version)
+
+
+def keep(run: Mapping[str, Any], folder: Path, *files: Path) -> None:
+    """Write run.json, and copies of `files` beside it. Raises SpringtideError if the code has changed meanwhile."""
+    if code_version() != run["code"]:
+        raise SpringtideError(
+            "the code was changed while this ran, so nobody could say what was measured; run it again"
+        )
+    with publish_directory(folder) as out:
+        for file in files:
+            shutil.copy(file, out)
+        write_json(out / "run.json", run)
 
 
 def prepare(bench: Bench, log: Log, env: Mapping[str, str]) -> dict[str, str]:
@@ -227,13 +258,13 @@ def measure(
     began = time.perf_counter()
     overrides.append("train.workers=1")
     if bench.ablates(variant):
-        epochs = [] if bench.ablation_epochs is None else [f"train.epochs={bench.ablation_epochs}"]
+        most = bench.most_epochs(variant)
+        epochs = [] if most is None else [f"train.epochs={most}"]
         said = logs / f"{variant.name}-train.log"
         run_measured(job("train", config, *overrides, "train.refit=false", *epochs), said, env=env)
         train = json.loads((workspace / "results" / "train.json").read_text(encoding="utf-8"))
         run = {**facts, "seed": variant.seed, "overrides": list(variant.overrides), **training_figures(train)}
-        with publish_directory(bench.run_folder(log, variant)) as out:
-            write_json(out / "run.json", run)
+        keep(run, bench.run_folder(log, variant))
         shutil.rmtree(train["run"], ignore_errors=True)  # the checkpoints
         print(f"  {variant.name}: validation {run['valid_ndcg@10']:.4f}", flush=True)
         return run
@@ -252,10 +283,8 @@ def measure(
     again, ndcg = json.loads(tail(said, 1))["ndcg@10"], run["ndcg@10"]["value"]
     if abs(again - ndcg) > 1e-4:
         raise SpringtideError(f"the lists have NDCG@10 {again:.5f}, but evaluate says {ndcg:.5f}")
-    with publish_directory(bench.run_folder(log, variant)) as out:
-        for kept in ("metrics.json", "report.html", "ranks.parquet", "results/train.json"):
-            shutil.copy(workspace / kept, out)
-        write_json(out / "run.json", run)
+    kept = ("metrics.json", "report.html", "ranks.parquet", "results/train.json")
+    keep(run, bench.run_folder(log, variant), *(workspace / name for name in kept))
     shutil.rmtree(train["run"], ignore_errors=True)  # the checkpoints
     epochs = count(run["epochs"], "epoch")
     print(f"  {variant.name}: NDCG@10 {ndcg:.4f} (validation {run['valid_ndcg@10']:.4f}), {epochs} in "

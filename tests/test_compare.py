@@ -58,7 +58,7 @@ def test_negatives_are_what_the_user_never_takes(tmp_path: Path) -> None:
         assert item in trained - {*cases.history(case).items.tolist(), int(cases.targets[case])}
     last = {row["user_id"]: row["ratings"][-1] for row in table.to_pylist()}
     expected = [last[user] for user in events.user_ids.take(cases.users).to_pylist()]
-    assert beyond.target_ratings(cases, TEST).tolist() == expected
+    assert events.ratings[cases.rows].tolist() == expected
 
 
 # ---------------------------------------------------------------- the stage

@@ -37,6 +37,14 @@ def test_what_is_taken_together_begins_together() -> None:
     np.testing.assert_allclose((factors[:-2] ** 2).mean(), 1 / GROUPS, rtol=1e-4)
 
 
+def test_items_outside_the_greatest_factors_stay_as_they_were_drawn() -> None:
+    groups = sp.block_diag([sp.csr_matrix(np.full((SIZE, SIZE), 20 + n, np.float32)) for n in range(3 * DIM)])
+    factors = item_factors(groups.tocsr(), DIM)
+    lengths = np.linalg.norm(factors, axis=1)
+    assert set((lengths > 0).tolist()) == {True, False} and lengths[lengths > 0].min() > 0.1
+    np.testing.assert_allclose((factors[lengths > 0] ** 2).mean(), 1 / DIM, rtol=1e-4)
+
+
 def test_it_is_the_same_every_time() -> None:
     np.testing.assert_array_equal(item_factors(counts(), DIM), item_factors(counts(), DIM))
 

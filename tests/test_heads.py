@@ -113,14 +113,14 @@ def test_shares_of_a_batch_add_up() -> None:
 def test_clicks_against_others_that_the_user_never_had(monkeypatch: pytest.MonkeyPatch) -> None:
     head, vectors, user = PairHead(DIM, 5, 0.0), torch.randn(5, DIM), torch.randn(2, DIM)
     known = torch.tensor([True, True, True, True, False])
-    seen = torch.tensor([[True, True, False, False, False]])
+    seen = torch.tensor([[0, 1, 0, -1]])
     target, row = torch.tensor([2, 3]), torch.zeros(2, dtype=torch.int64)
     monkeypatch.setattr(heads, "NEGATIVES", 200)
     loss = click_loss(head, user, target, vectors, known, seen, row)
     probability = torch.sigmoid(head(user, target, vectors))
     other = torch.sigmoid(head(user, torch.tensor([3, 2]), vectors))  # all that is left: known, unseen, not the target
     torch.testing.assert_close(loss, -(probability.log() + (1 - other).log()).sum() / 2)
-    seen[:] = True  # nobody to compare with: the item taken still counts
+    seen[:] = torch.arange(4)  # nobody to compare with: the item taken still counts
     loss = click_loss(head, user, target, vectors, known, seen, row)
     torch.testing.assert_close(loss, F.binary_cross_entropy(probability, torch.ones(2), reduction="sum") / 2)
 

@@ -125,6 +125,22 @@ def test_repeated_items_leave_with_every_distance() -> None:
     assert ask(memory, [1, 1, 1], 3, 2)[2].item() == 0
 
 
+def test_items_that_come_again_later_leave_with_every_time() -> None:
+    """Of a history 0 2 | 1 1 1 the memory must not keep, after 0 2, that 1 came three times."""
+    memory = TransitionMemory(3, 4, 0.5, 3, 10)
+    memory.load_counts(count_transitions([(np.array([0, 2, 1, 1, 1]), np.ones(5, bool))], 3, 4, 0.5))
+    recent, valid = torch.tensor([[2, 0, 0]]), torch.tensor([[True, True, False]])
+    left = memory(recent, valid, torch.ones(1, 2), later=torch.tensor([[1, 1, 1]]))
+    assert left[0, 1] == 0
+    # The target comes once and the other item twice: both leave, what others did stays.
+    memory.load_counts(count_transitions([(np.array([0, 2, 1, 1]), np.ones(4, bool))] * 2, 3, 4, 0.5))
+    alone = TransitionMemory(3, 4, 0.5, 3, 10)
+    alone.load_counts(count_transitions([(np.array([0, 2, 1, 1]), np.ones(4, bool))], 3, 4, 0.5))
+    recent, valid = torch.tensor([[0, 0, 0]]), torch.tensor([[True, False, False]])
+    found = memory(recent, valid, torch.ones(1, 2), later=torch.tensor([[2, 1, 1]]))
+    torch.testing.assert_close(found, alone(recent, valid, torch.ones(1, 2)))
+
+
 def test_nothing_of_rounding_is_left() -> None:
     """However large the scale, a pair that only the example itself made scores exactly zero."""
     rows: Rows = [[(i, True) for i in (0, 1, 2, 3, 4, 0, 0, 1, 0, 5)]]
@@ -198,7 +214,7 @@ def test_on_noise_the_memory_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         TransitionMemory,
         "_own_counts",
-        lambda self, recent, _, ahead: torch.zeros(len(recent), ahead, min(recent.shape[1], self.recent)),
+        lambda self, recent, _, later: torch.zeros(*later.shape, min(recent.shape[1], self.recent)),
     )
     leaked_loss, leaked_weight = train_on_noise(log, NOISE_ITEMS, ("memory", "popularity"), "transitions_short")
     assert leaked_loss < loss - 1  # the leak wins in training: it knows the answers

@@ -17,7 +17,7 @@ from springtide.model.channels import later_items
 from springtide.model.memory import TransitionMemory, count_transitions
 from springtide.training import own_counts as module
 from springtide.training.own_counts import own_counts
-from springtide.training.sequences import Sequences, training_batch, training_windows, with_own_counts
+from springtide.training.sequences import Sequences, concatenate, training_batch, training_windows, with_own_counts
 
 torch.set_num_threads(1)
 ITEMS = 5
@@ -141,6 +141,19 @@ def test_what_comes_after_the_target_leaves_as_well(window: int) -> None:
         torch.testing.assert_close(known, _score(log, wanted, config, batch, row, at, held_out=False))
 
 
+def test_blocks_keep_their_own_counts_when_joined() -> None:
+    rng = np.random.default_rng(1)
+    rows: Rows = [[(int(item), True) for item in rng.integers(0, 3, 8)] for _ in range(4)]
+    alone: Rows = [[(item, True) for item in range(3)]]  # needs none
+    config = ModelConfig(memory_distances=3, memory_recent=3)
+    whole = with_own_counts(sequences_of([*rows[:2], *alone, *rows[2:]]), config)
+    joined = concatenate([with_own_counts(sequences_of(part), config) for part in (rows[:2], alone, rows[2:])])
+    asks = whole.own_row >= 0
+    assert asks.any() and not asks.all()
+    np.testing.assert_array_equal(asks, joined.own_row >= 0)
+    np.testing.assert_array_equal(whole.own[whole.own_row[asks]], joined.own[joined.own_row[asks]])
+
+
 def test_logs_without_repeats_need_no_counting() -> None:
     log = random_log(NOISE_ITEMS, users=20, length=20, repeats=False)
     assert with_own_counts(log, ModelConfig()) is log
@@ -164,8 +177,16 @@ def test_on_noise_that_comes_twice_the_memory_is_not_trusted(monkeypatch: pytest
     )
 
     def losses(held_out: bool) -> tuple[float, float]:
-        if not held_out:
+        if not held_out:  # of each item that is taken later only the first time leaves
+            own = TransitionMemory._own_counts
             monkeypatch.setattr("noise.with_own_counts", lambda sequences, _: sequences)
+            monkeypatch.setattr(
+                TransitionMemory,
+                "_own_counts",
+                lambda self, recent, valid, later: own(
+                    self, recent, valid, torch.arange(later.shape[1]).expand_as(later)
+                ),
+            )
         return train_on_noise(counted, NOISE_ITEMS, ("memory", "popularity"), "transitions_short")
 
     honest, _ = losses(held_out=True)

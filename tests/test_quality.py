@@ -298,6 +298,32 @@ def test_what_is_finished_is_not_run_again(data: Path, measured: list[str], caps
     assert "NOT with the default settings but with train.epochs=1." in said
 
 
+def test_ablations_of_other_lengths_are_not_compared(data: Path, measured: list[str]) -> None:
+    ablate = ("--seeds", "0", "--ablate", "model.memory=false")
+    run(data, *ablate, "--ablation-epochs", "3")
+    run(data, *ablate, "--ablation-epochs", "3")
+    assert len(measured) == 2
+    run(data, *ablate, "--ablation-epochs", "5")
+    run(data, *ablate)
+    assert len(measured) == 4 and "defaults-seed-0" not in measured[1:]
+
+
+def test_what_ran_while_the_code_changed_is_not_kept(tmp_path: Path) -> None:
+    quality.keep({"code": quality.code_version()}, tmp_path / "same")
+    assert json.loads((tmp_path / "same" / "run.json").read_text())["code"] == quality.code_version()
+    with pytest.raises(SpringtideError, match="the code was changed"):
+        quality.keep({"code": "of before"}, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_checkpoints_of_other_code_are_forgotten(tmp_path: Path) -> None:
+    for version, kept in (("one", False), ("one", True), ("two", False)):
+        checkpoint = tmp_path / "runs" / "train-1" / "checkpoint"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        quality.forget_other_code(tmp_path, version)
+        assert checkpoint.exists() is kept
+
+
 def test_half_a_run_is_none(data: Path, measured: list[str]) -> None:
     run(data, "--seeds", "0")
     (data.parent / "work" / "ml-latest-small" / "runs" / "defaults-seed-0" / "run.json").write_text('{"seed": ')

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from springtide import ranks
 from springtide.bundle import load_bundle
 from springtide.config import RecommendConfig
-from springtide.evaluation import recommend
-from springtide.evaluation.recommend import RecommendBatch
+from springtide.evaluation.recommend import RecommendBatch, histories_of
 from springtide.schemas import RECOMMENDATIONS, SEQUENCES
 from springtide.serving.engine import Engine, ScoreRequest
 from toy import toy_bundle, toy_log
@@ -55,7 +55,7 @@ def test_the_table_is_the_contract(bundle: str) -> None:
 
 def test_a_large_catalogue_is_ranked_in_smaller_steps(bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = RecommendBatch(bundle, RecommendConfig(k=7), exclude_seen=True)(sequences())
-    monkeypatch.setattr(recommend, "CELLS", 5 * 40)  # five users at a time
+    monkeypatch.setattr(ranks, "CELLS", 5 * 40)  # five users at a time
     steps = RecommendBatch(bundle, RecommendConfig(k=7), exclude_seen=True)(sequences())
     assert steps.drop(["score"]).equals(whole.drop(["score"]))
     np.testing.assert_allclose(steps["score"].to_numpy(), whole["score"].to_numpy(), rtol=1e-5)
@@ -92,7 +92,7 @@ def test_offline_scores_equal_those_behind_serve(bundle: str) -> None:
 def test_it_is_asked_for_now_and_not_for_when_each_user_was_there(bundle: str) -> None:
     """As over HTTP: what was popular years ago, when a user was last there, is not what is popular."""
     batch = RecommendBatch(bundle, RecommendConfig(k=7), exclude_seen=True)
-    recommender, histories = batch.recommender, recommend.histories_of(sequences())
+    recommender, histories = batch.recommender, histories_of(sequences())
     channels = recommender.model.channels
     assert channels.weigh is not None and recommender.log_end is not None
     with torch.no_grad():

@@ -363,6 +363,35 @@ def test_a_loss_that_is_not_finite_is_told_in_a_sentence() -> None:
         fit(model, make_optimizer(model, TWO_EPOCHS), Shuffled(sequences), TWO_EPOCHS, True, Progress(), no_report)
 
 
+def test_a_last_step_that_overflows_is_told_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gradient comes after it that could tell, and the epoch would be kept."""
+    sequences = from_table(table(4), 0)
+    model = build(sequences)
+    optimizer = make_optimizer(model, TWO_EPOCHS)
+    step, taken = optimizer.step, list[int]()
+
+    def overflow(*arguments: Any) -> Any:
+        done = step(*arguments)
+        taken.append(1)
+        with torch.no_grad():
+            model.log_temperature.fill_(torch.inf if len(taken) == batches else 0.0)
+        return done
+
+    batches = len(list(Shuffled(sequences).epoch(0)))
+    monkeypatch.setattr(optimizer, "step", overflow)
+    with pytest.raises(SpringtideError, match=f"weights are not finite after step {batches}, the last one of epoch 1"):
+        fit(model, optimizer, Shuffled(sequences), TWO_EPOCHS, True, Progress(), no_report)
+
+
+def test_scores_that_are_no_numbers_find_nothing() -> None:
+    sequences = from_table(table(), 0)
+    model = build(sequences)
+    with torch.no_grad():
+        model.log_temperature.fill_(torch.nan)
+    found = validate(model, validation_cases(sequences, 100), True, torch.device("cpu"))
+    assert found["ndcg"] == found["ndcg@10"] == found["hr@10"] == 0 and found["users"] > 0
+
+
 # ---------------------------------------------------------------- validation
 @pytest.mark.parametrize("exclude_seen", [False, True])
 def test_validation_ranks_like_the_recommender(exclude_seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:

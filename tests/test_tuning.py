@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 
 from springtide.config import Settings, with_values
 from springtide.errors import SpringtideError
+from springtide.training.worker import STOPPED
+from springtide.tuning import job
 from springtide.tuning.job import tune_config
+from springtide.tuning.release import trial_folder
 from springtide.tuning.space import check_space, concurrent_trials, param_space
 from toy import toy_settings
 
@@ -83,3 +86,12 @@ def test_the_search_holds_trials_back(tmp_path: Path, at_once: int) -> None:
     config = tune_config(with_values(toy_settings(tmp_path), {"tune.trials": 5}), at_once)
     assert config.max_concurrent_trials is None and config.num_samples == 5
     assert config.search_alg.max_concurrent == at_once
+
+
+def test_a_trial_that_diverged_says_why(tmp_path: Path) -> None:
+    """It ends without an error that Tune would answer by trying again, from the same weights."""
+    folder = trial_folder(str(tmp_path), "b")
+    folder.mkdir(parents=True)
+    (folder / STOPPED).write_text("the loss is not finite in epoch 2", encoding="utf-8")
+    assert job._stopped(tmp_path, "b") == job._stopped(tmp_path, None) == "the loss is not finite in epoch 2"
+    assert job._stopped(tmp_path, "a") is None

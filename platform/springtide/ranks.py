@@ -34,13 +34,16 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def places(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """[B] int64 the place of column targets[b] in row b of scores [B, I], from 1; 0 = excluded. Ties by column."""
+    """[B] int64 the place of column targets[b] in row b of scores [B, I], from 1. Ties by column.
+
+    0 = excluded, or scored by what is no number.
+    """
     own = scores[np.arange(len(scores)), targets][:, None]
     better = (scores > own).sum(axis=1)
     level = scores == own
     for row in np.flatnonzero(level.sum(axis=1) > 1):
         better[row] += level[row, : targets[row]].sum()
-    return np.where(own[:, 0] == -np.inf, 0, better + 1)
+    return np.where(own[:, 0] > -np.inf, better + 1, 0)
 
 
 def gains(place: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ from springtide.model.counting.transitions import (
     fit_transitions,
     transition_counts,
 )
+from springtide.ranks import gains
 from springtide.schemas import TRAIN, VALID
 
 TUNING_USERS = 2000
@@ -145,8 +146,7 @@ def fit_baselines(
 
     def judge(model: CountingModel) -> float:
         ranks = target_ranks(cases, model.score, exclude_seen=exclude_seen, batch_size=256)
-        hit = (ranks > 0) & (ranks <= 10)
-        return float((hit / np.log2(np.maximum(ranks, 1) + 1)).mean())
+        return float((gains(ranks) * (ranks <= 10)).mean())
 
     def fitted(fit: Callable[[Fits, S], CountingModel], found: Found[S], names: Iterable[str]) -> Fitted:
         settings, value = found

@@ -125,16 +125,15 @@ class Judge:
                 f"the {settings.evaluate.part} part holds no event to predict; take a longer log or another "
                 "data.split, then run prepare again"
             )
-        in_train = self.events.parts == TRAIN
-        self.popularity = np.bincount(self.events.items[in_train], minlength=self.events.catalogue)
-        training_ratings = self.events.ratings[in_train]
+        self.popularity = self.events.fitted(TRAIN)
+        training_ratings = self.events.ratings[self.events.parts == TRAIN]
         self.rated = not np.isnan(training_ratings).all()
         self.mean_rating = float(np.nanmean(training_ratings)) if self.rated else float("nan")
         self.headline, _ = headline_mask(self.cases)
         negatives = beyond.draw_negatives(self.cases)
         self.asked = np.flatnonzero(self.headline & (negatives >= 0))
         self.pairs = np.stack([self.cases.targets, negatives], 1)[self.asked]  # [n, 2] taken, refused
-        self.ratings = beyond.target_ratings(self.cases, self.part)[self.asked]  # [n]
+        self.ratings = self.events.ratings[self.cases.rows[self.asked]]  # [n] of the targets, NaN = not rated
         self.text: np.ndarray | None = None  # what diversity is measured in, if the items have texts
 
     def bundle(self, bundle: Bundle) -> Row:

@@ -31,14 +31,6 @@ def draw_negatives(cases: Cases) -> np.ndarray:
     return out
 
 
-def target_ratings(cases: Cases, part: int) -> np.ndarray:
-    """[C] float32: what each case's target was rated, NaN where it was not."""
-    events = cases.events
-    wanted = np.flatnonzero((events.parts == part) & events.targets)
-    _, first = np.unique(events.users[wanted], return_index=True)
-    return events.ratings[wanted[first]]
-
-
 def click_figures(taken: np.ndarray, refused: np.ndarray, threshold: float = 0.5) -> dict[str, float]:
     """Accuracy, precision, recall and F1 of the click probabilities of items taken and of items not, [n] each."""
     hits, alarms = int((taken >= threshold).sum()), int((refused >= threshold).sum())

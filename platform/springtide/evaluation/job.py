@@ -120,7 +120,7 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
 
     body = compare(cases, rankings, ks, config.bootstrap, split)
     catalogue = Catalogue(
-        events.popularity(),
+        events.fitted(TRAIN),
         pack_categories(prepared.items["categories"].to_pylist()),
         getattr(recommender, "item_vectors", None),
     )

@@ -52,10 +52,6 @@ class FlatSequences:
         rows = slice(start, end)
         return History(self.items[rows], self.actions[rows], self.ratings[rows], self.timestamps[rows])
 
-    def popularity(self, part: int = TRAIN) -> np.ndarray:
-        """[I] int64 events of each item in a part."""
-        return np.bincount(self.items[self.parts == part], minlength=self.catalogue)
-
     def fitted(self, last: int) -> np.ndarray:
         """[I] int64 events of each item in the parts up to `last`."""
         return np.bincount(self.items[self.parts <= last], minlength=self.catalogue)

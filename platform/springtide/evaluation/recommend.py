@@ -17,9 +17,8 @@ from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import publish_directory
 from springtide.model.batch import History
+from springtide.ranks import block_size
 from springtide.schemas import RECOMMENDATIONS, check_schema
-
-CELLS = 32_000_000  # users times items scored at once, whatever the batch size
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class RecommendBatch:
         self.k, self.exclude_seen = config.k, exclude_seen
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        step = max(1, CELLS // len(self.recommender.item_ids))
+        step = block_size(len(batch), len(self.recommender.item_ids))
         return pa.concat_tables([self._rank(batch.slice(start, step)) for start in range(0, max(1, len(batch)), step)])
 
     def _rank(self, batch: pa.Table) -> pa.Table:

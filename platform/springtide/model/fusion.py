@@ -226,8 +226,7 @@ class FusionModel(nn.Module):
                 ratings = (batch.target_ratings[row, place] - self.rating_stats[0]) / self.rating_stats[1]
             total = total + self.head_weights[0] * rating_loss(self.rating_head, user, targets, ratings, vectors)
         if self.click_head is not None:
-            seen = _first_place(batch, None, len(vectors)) < batch.items.shape[1]
-            known = self.item_vectors.known
+            seen, known = batch.items.masked_fill(~batch.mask, -1), self.item_vectors.known
             clicks = click_loss(self.click_head, user, targets, vectors, known, seen, row)
             total = total + self.head_weights[1] * clicks
         return total
@@ -276,6 +275,8 @@ def _taken_later(batch: Batch, moments: Tensor, columns: Tensor | None) -> tuple
         place = torch.searchsorted(columns, items).clamp(max=len(columns) - 1)
         items, there = place, there & (columns[place] == items)
     taken = batch.owned_place.masked_fill(~there, -1)
+    asked = (taken >= 0).any(0)  # a heavy user has taken far more than the columns hold
+    taken, items = taken[:, asked], items[:, asked]
     row, at = moments.unbind(1)
     moment, owned = (taken[row] > at[:, None]).nonzero().unbind(1)
     return moment, items[row[moment], owned]

@@ -40,12 +40,12 @@ def click_loss(
 ) -> Tensor:
     """Summed cross-entropy of the item taken against NEGATIVES random others, each side weighing one half.
 
-    user [P, dim], items [P], vectors [I, dim], known [I] bool: may be drawn, seen [B, I] bool: in the history,
-    row [P]: which history. A draw that hits a seen item, or the item itself, counts nothing.
+    user [P, dim], items [P], vectors [I, dim], known [I] bool: may be drawn, seen [B, L]: the items of the
+    histories, -1 = pad, row [P]: which history. A draw that hits a seen item, or the item itself, counts nothing.
     """
     pool = known.nonzero()[:, 0]
     drawn = pool[torch.randint(len(pool), (len(items), NEGATIVES), device=items.device)]  # [P, NEGATIVES]
-    fair = ~seen[row[:, None], drawn] & (drawn != items[:, None])
+    fair = ~(seen[row][:, None] == drawn[:, :, None]).any(2) & (drawn != items[:, None])
     taken = F.softplus(-head(user, items, vectors))
     refused = F.softplus(head(user[:, None].expand(-1, NEGATIVES, -1), drawn, vectors)) * fair
     return (taken + refused.sum(1) / fair.sum(1).clamp(min=1)).sum() / 2

@@ -7,9 +7,10 @@ and almost evenly (long). How much each reading counts is up to the user and the
 
 In training an example's own transition is inside the counts it is scored with and is taken out again, without which the
 memory would be trusted for knowing the answers. It is there once for every distance at which the item stood before the
-target. What its owner took after the target leaves as well, or it would stand among the wrong answers with counts that
-no request ever meets. Only the most frequent successors of an item are kept, so an example must also forget a place in
-that list which it owes to itself: if the rest would not have beaten the best successor left out, it counts as nothing.
+target. What its owner took after the target leaves as well, as far as it followed events before the target, or it would
+stand among the wrong answers with counts that no request ever meets. Only the most frequent successors of an item are
+kept, so an example must also forget a place in that list which it owes to itself: if the rest would not have beaten the
+best successor left out, it counts as nothing.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ class TransitionMemory(nn.Module):
         Returns [P, I] or [P, N] float32, zero where no recent event was ever followed by the item.
         """
         scale = self.smoothed_over * torch.exp(-self.log_tau)
-        leaving = None if later is None else self._own_counts(recent, valid, later.shape[1])
+        leaving = None if later is None else self._own_counts(recent, valid, later)
         if leaving is not None and own is not None:
             leaving = torch.cat([torch.where(own.isnan(), leaving[:, 0], own)[:, None], leaving[:, 1:]], 1)
         recent, valid = recent[:, : self.recent], valid[:, : self.recent]
@@ -238,14 +239,21 @@ class TransitionMemory(nn.Module):
         slope = read(-scaled / (1 + scaled), (weights @ kernels).detach())
         return score + (self.log_tau - self.log_tau.detach()).expand(len(recent), 1) * slope
 
-    def _own_counts(self, recent: Tensor, valid: Tensor, ahead: int) -> Tensor:
-        """[P, F, J]: what the owner of each moment added to the count from each recent item to what came f-th after."""
+    def _own_counts(self, recent: Tensor, valid: Tensor, later: Tensor) -> Tensor:
+        """[P, F, J]: what events up to each moment P gave the count from each recent item to what came f-th after it.
+
+        Of what comes more than once after the moment, all of that. What follows a recent item that is itself taken once
+        more after the moment is not in it; targets, for which that would be their label, have it by `own`.
+        """
+        ahead = later.shape[1]
         near, there = recent[:, : self.distances], valid[:, : self.distances]
         step = torch.arange(near.shape[1], device=recent.device)
         distance = step + torch.arange(ahead, device=recent.device)[:, None] + 1  # [F, N]
         share = (self.decay ** (distance - 1).double()).float() * (distance <= self.distances)
         same = (recent[:, : self.recent, None] == near[:, None]) & there[:, None]  # an item may stand at many distances
-        return share @ same.float().transpose(1, 2)
+        taken = share @ same.float().transpose(1, 2)
+        alike = (later[:, :, None] == later[:, None]) & (later >= 0)[:, None]
+        return alike.float() @ taken
 
     def _without_own(self, recent: Tensor, reading: Tensor, own: Tensor, items: Tensor, scale: Tensor) -> Tensor:
         """[P, F]: the scores of `items` [P, F] when their own transitions [P, F, J] have left the counts."""

@@ -10,6 +10,7 @@ from springtide.ranks import gains, hide, places
 from springtide.text.spelling import Spelling, fit_spelling
 from springtide.text.whitening import Whitening, fit_whitening
 
+RECENT = 10  # events of a history by which features are judged
 KINDS = ("meaning", "spelling", "both")
 _BETWEEN = "\0"  # n-grams in one string: none holds it, see spelling._plain
 
@@ -75,12 +76,13 @@ def fit_features(kind: str, vectors: np.ndarray, texts: list[str], width: int) -
 def judge_features(features: np.ndarray, cases: list[tuple[np.ndarray, int]], exclude_seen: bool) -> float:
     """How well nearness of texts alone tells what comes next: mean NDCG without a cut-off.
 
-    cases: (recent items of a history, oldest first and not empty, the item that came next).
+    cases: (items of a history, oldest first and not empty, the item that came next). What is near is told by the last
+    RECENT of them; with exclude_seen all are hidden.
     """
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     total = 0.0
     for items, target in cases:
-        scores = (unit @ unit[items].mean(0))[None]
+        scores = (unit @ unit[items[-RECENT:]].mean(0))[None]
         if exclude_seen:
             hide(scores, [items])
         total += float(gains(places(scores, np.array([target])))[0])

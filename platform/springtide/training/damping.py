@@ -38,11 +38,11 @@ def choose_damping(
     model.eval()
     step = block_size(BATCH, len(known))
     parts = [_gains(model, cases[begin : begin + step], asked_at, exclude_seen) for begin in range(0, len(cases), step)]
-    gains = np.concatenate(parts, 2)  # [TRIED, 2, C]
-    lost = gains[0] - gains
+    gained = np.concatenate(parts, 2)  # [TRIED, 2, C]
+    lost = gained[0] - gained
     loss, error = lost.mean(2), lost.std(2) / len(cases) ** 0.5
     chance = 2 * error * [1, 0]
-    base = gains[0].mean(1)
+    base = gained[0].mean(1)
     within = np.flatnonzero((loss - chance <= cost * base).all(1))
     return TRIED[within.max()] if base[0] > 0 else 0.0
 

@@ -26,6 +26,7 @@ from springtide.ranks import block_size, gains, hide, places
 
 RANK_BATCH = 128  # validation cases scored at once, fewer of a large catalogue
 LEAST_GAIN = 0.005  # share by which validation must rise to be waited for: less is mostly chance, epoch after epoch
+ADVICE = "lower train.learning_rate or look for extreme ratings in the log (the last checkpoint is kept)"
 STEPS = "steps"  # how many steps are in the average, beside the weights in it
 FAST = ("log_temperature", "channels.text_scale", "channels.weigh.bias")
 
@@ -162,35 +163,36 @@ def train_epoch(
         (loss * (world_size() / count)).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         if not torch.isfinite(norm):
-            told = all_told(describe(batch, loss) if not torch.isfinite(loss) else None)
-            where = next((words for words in told if words), describe(batch, loss))  # of the worker whose batch it was
-            raise Diverged(
-                f"the loss is not finite in epoch {epoch + 1}, step {steps + 1} ({where}); lower "
-                "train.learning_rate or look for extreme ratings in the log (the last checkpoint is kept)"
-            )
+            told = all_told(describe(batch, loss))
+            broken = [words for words, finite in told if not finite]  # of the workers whose batch it was
+            what, where = ("loss", broken) if broken else ("gradient", [words for words, _ in told])
+            raise Diverged(f"the {what} is not finite in epoch {epoch + 1}, step {steps + 1} ({where[0]}); {ADVICE}")
         optimizer.step()
         if config.average:
             update_average(average, inner, config.average)
         loss_sum += loss.item()
         positions += count
         steps += 1
+    if not all(bool(torch.isfinite(weight).all()) for weight in inner.parameters()):  # alike in all workers
+        raise Diverged(f"the weights are not finite after step {steps}, the last one of epoch {epoch + 1}; {ADVICE}")
     total = float(all_sum(torch.tensor(loss_sum, dtype=torch.float64)))
     return {"loss": total / max(1, positions), "positions": positions, "steps": steps, "wait_seconds": waited}
 
 
-def describe(batch: Batch, loss: Tensor) -> str:
-    """A batch in words, to find it in the log by."""
+def describe(batch: Batch, loss: Tensor) -> tuple[str, bool]:
+    """A batch in words, to find it in the log by, and whether its loss is finite."""
     real = batch.mask
     if not real.any():
-        return "an empty batch"
+        return "an empty batch", True
     ratings = batch.ratings[real]
     given = ratings[~ratings.isnan()]
     rated = f", ratings {float(given.min()):g} to {float(given.max()):g}" if len(given) else ""
     items, times = batch.items[real], batch.timestamps[real]
-    return (
+    words = (
         f"worker {rank()}: loss {float(loss.detach()):g} over {len(real)} sequences of up to {real.shape[1]} events, "
         f"items {int(items.min())} to {int(items.max())}, times {int(times.min())} to {int(times.max())} ms{rated}"
     )
+    return words, bool(torch.isfinite(loss))
 
 
 def update_average(average: dict[str, Tensor], model: FusionModel, decay: float) -> None:
@@ -299,12 +301,11 @@ def all_sum(value: Tensor) -> Tensor:
     return value
 
 
-def all_told(words: str | None) -> list[str | None]:
+def all_told(words: tuple[str, bool]) -> list[tuple[str, bool]]:
     """What each worker has to say, in the order of their ranks."""
-    if world_size() == 1:
-        return [words]
-    told: list[str | None] = [None] * world_size()
-    dist.all_gather_object(told, words)
+    told: list[Any] = [words] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(told, words)
     return told
 
 

@@ -85,13 +85,25 @@ def from_table(table: pa.Table, holdout_share: float, refit: bool = False) -> Se
 def concatenate(parts: list[Sequences]) -> Sequences:
     """Several blocks of whole users as one."""
     shifts = np.concatenate([[0], np.cumsum([len(p.items) for p in parts])[:-1]])
+    width = max(p.own.shape[1] * bool(len(p.own)) for p in parts)
+    if width:
+        parts = [p if len(p.own) else _none_of_own(p, width) for p in parts]
     joined = {name: np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0])}
+    counted = np.cumsum([0, *(len(p.own) for p in parts[:-1])])
+    joined["own_row"] = np.concatenate(
+        [np.where(p.own_row >= 0, p.own_row + begin, -1) for p, begin in zip(parts, counted, strict=True)]
+    )
     for name in ("start", "train_end"):
         joined[name] = np.concatenate([getattr(p, name) + shift for p, shift in zip(parts, shifts, strict=True)])
     joined["valid_target"] = np.concatenate(
         [np.where(p.valid_target >= 0, p.valid_target + shift, -1) for p, shift in zip(parts, shifts, strict=True)]
     )
     return Sequences(**joined)
+
+
+def _none_of_own(sequences: Sequences, width: int) -> Sequences:
+    """The same, said in full: no event has own counts."""
+    return replace(sequences, own_row=np.full(len(sequences.items), -1, np.int64), own=np.zeros((0, width), np.float32))
 
 
 def with_own_counts(sequences: Sequences, config: ModelConfig) -> Sequences:
@@ -167,14 +179,15 @@ def training_batch(sequences: Sequences, windows: np.ndarray, ahead: int = 0) ->
 def _owned(sequences: Sequences, users: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each user's training targets, once each, when last taken, as in Statistics.taken, and where: [B, K], -1 = pad."""
     rows, places = [], []
-    for user in users:
+    owners, which = np.unique(users, return_inverse=True)  # a heavy user has many windows
+    for user in owners:
         part = slice(int(sequences.start[user]), int(sequences.train_end[user]))
         wanted = np.flatnonzero(sequences.targets[part])[::-1] + part.start
         items, first = np.unique(sequences.items[wanted], return_index=True)
         rows.append(items)
         places.append(wanted[first])
-    place = pad_rows(places, np.int64, -1)
-    return pad_rows(rows, np.int64, -1), np.where(place >= 0, sequences.timestamps[place], 0), place
+    place = pad_rows(places, np.int64, -1)[which]
+    return pad_rows(rows, np.int64, -1)[which], np.where(place >= 0, sequences.timestamps[place], 0), place
 
 
 def epoch_batches(sequences: Sequences, sampling: Sampling, seed: tuple[int, ...]) -> Iterator[Batch]:

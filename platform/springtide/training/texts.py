@@ -14,7 +14,6 @@ from springtide.text.embed import load_vectors
 from springtide.text.features import KINDS, TextFeatures, fit_features, judge_features
 
 log = logging.getLogger(__name__)
-EVENTS = 10  # of a history, by which features are judged
 
 
 def choose_text(settings: Settings, prepared: Prepared, cases: list[tuple[History, int]]) -> str:
@@ -23,10 +22,10 @@ def choose_text(settings: Settings, prepared: Prepared, cases: list[tuple[Histor
     if kind != "auto" or vectors is None:
         return "meaning" if kind == "auto" else kind
     texts, width = prepared.items["text"].to_pylist(), settings.model.text_dim
-    recent = [(history.items[-EVENTS:], target) for history, target in cases]
+    asked = [(history.items, target) for history, target in cases]
     found = {
         kind: judge_features(
-            fit_features(kind, vectors, texts, width).apply(vectors, texts), recent, settings.data.exclude_seen
+            fit_features(kind, vectors, texts, width).apply(vectors, texts), asked, settings.data.exclude_seen
         )
         for kind in KINDS
     }

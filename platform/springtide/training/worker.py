@@ -123,9 +123,8 @@ class ShardFeed:
     def _stream(self) -> Iterator[Sequences]:
         for table in self._shard.iter_batches(batch_size=None, batch_format="pyarrow"):
             if isinstance(table, pa.Table) and len(table):
-                yield from_table(
-                    check_schema(table.cast(SEQUENCES), SEQUENCES, "sequences"), self._holdout, self._refit
-                )
+                rows = check_schema(table.cast(SEQUENCES), SEQUENCES, "sequences")
+                yield with_own_counts(from_table(rows, self._holdout, self._refit), self._model)
 
     def _blocks(self) -> Iterator[Sequences]:
         if self._cached is not None:
@@ -143,17 +142,15 @@ class ShardFeed:
             if held > limit:
                 break
         else:
-            whole = concatenate(kept) if kept else from_table(SEQUENCES.empty_table(), 0)
-            self._cached = with_own_counts(whole, self._model)
+            self._cached = concatenate(kept) if kept else from_table(SEQUENCES.empty_table(), 0)
             self._cases = cases if self._cases is None else self._cases
             yield self._cached
             return
-        for block in kept:
-            yield with_own_counts(block, self._model)
+        yield from kept
         for block in stream:
             if self._cases is None and len(cases) < quota:
                 cases += validation_cases(block, quota - len(cases))
-            yield with_own_counts(block, self._model)
+            yield block
         self._cases = cases if self._cases is None else self._cases
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
@@ -265,7 +262,8 @@ def train_worker(job: dict[str, Any]) -> None:
         record = progress.epochs[-1]
         record["first_step_seconds"] = clock["first_step"]
         record["report_seconds"] = clock["report"]  # of the epoch before: this one's report is still to come
-        metrics = {key: record[key] for key in ("loss", "ndcg@10", "hr@10", "epoch")} | {"best": progress.best_ndcg}
+        metrics = {key: record[key] for key in ("loss", "ndcg", "ndcg@10", "hr@10", "epoch")}
+        metrics |= {"best": progress.best_ndcg}
         with tempfile.TemporaryDirectory() as folder:
             if rank() == 0:
                 save_checkpoint(Path(folder), bare(wrapped), optimizer, progress)

@@ -20,11 +20,12 @@ from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json, write_text
 from springtide.training.job import fingerprint, sized, train, write_trained
-from springtide.training.worker import read_progress
+from springtide.training.worker import STOPPED, read_progress
 from springtide.tuning.space import check_space, concurrent_trials, param_space
 
 log = logging.getLogger(__name__)
-METRIC = "ndcg@10"
+METRIC = "ndcg"  # over all ranks, by which training keeps its best epoch; the tables show that epoch's NDCG@10
+SHOWN = "ndcg@10"
 DRIVER_CPUS = 0.1  # a trial's own actor only waits for its workers
 
 
@@ -84,7 +85,7 @@ def run(settings: Settings) -> dict[str, Any]:
             ),
         )
     results = tuner.fit()
-    rows = [_row(result, settings) for result in results]
+    rows = [_row(result, settings, folder / "runs" / search) for result in results]
     done = [(row, result) for row, result in zip(rows, results, strict=True) if row[METRIC] is not None]
     if not done:
         first = next((row["error"] for row in rows if row["error"]), "no trial reported anything")
@@ -103,7 +104,7 @@ def run(settings: Settings) -> dict[str, Any]:
     (experiment / "finished").touch()
     print(_table(rows), flush=True)
     return {
-        "best": {"settings": best["settings"], METRIC: best[METRIC], "trial": best["trial"]},
+        "best": {"settings": best["settings"], SHOWN: best[SHOWN], "trial": best["trial"]},
         "best_config": str(folder / "best.yaml"),
         "bundle": str(folder / "bundle"),
         "trials": str(folder / "trials.csv"),
@@ -141,21 +142,37 @@ def run_trial(config: dict[str, Any]) -> None:
     varied = {key: value for key, value in config.items() if "." in key}
     settings = with_values(parse_settings(config["base"]), varied)
     folder = trial_folder(config["runs"], tune.get_context().get_trial_id())
-    train(settings, load_prepared(settings.workspace), folder, time.time(), [TuneReportCallback()])
+    try:
+        train(settings, load_prepared(settings.workspace), folder, time.time(), [TuneReportCallback()])
+    except SpringtideError as error:
+        if not (folder / STOPPED).exists():
+            raise
+        log.error("%s", error)  # raised, it would be tried again from the same checkpoint, in vain
 
 
-def _row(result: Any, settings: Settings) -> dict[str, Any]:
+def _row(result: Any, settings: Settings, runs: Path) -> dict[str, Any]:
     """One line of the trial table."""
     metrics, frame = result.metrics or {}, result.metrics_dataframe
     history = [] if frame is None or METRIC not in frame else frame[METRIC].tolist()
+    done = bool(history) and "checkpoint_path" in metrics
     return {
         "trial": metrics.get("trial_id"),
         "settings": {key: value for key, value in (result.config or {}).items() if key in settings.tune.space},
-        METRIC: max(history) if history and "checkpoint_path" in metrics else None,
+        METRIC: max(history) if done else None,
+        SHOWN: metrics["best"] if done else None,
         "epochs": len(history),
         "seconds": metrics.get("time_total_s"),
-        "error": None if result.error is None else _last_line(result.error),
+        "error": _stopped(runs, metrics.get("trial_id")) if result.error is None else _last_line(result.error),
     }
+
+
+def _stopped(runs: Path, trial: str | None) -> str | None:
+    """Why a trial could not go on, or any of them where `trial` is None; None where all was well."""
+    from springtide.tuning.release import trial_folder
+
+    pattern = "*" if trial is None else trial_folder(str(runs), trial).name
+    said = [path.read_text(encoding="utf-8") for path in sorted(runs.glob(f"{pattern}/{STOPPED}"))]
+    return said[0] if said else None
 
 
 def _last_line(error: Exception) -> str:
@@ -168,10 +185,11 @@ def _csv(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0]["settings"])
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["trial", METRIC, "epochs", "seconds", *names, "error"])
+    writer.writerow(["trial", SHOWN, METRIC, "epochs", "seconds", *names, "error"])
     for row in rows:
         values = [json.dumps(row["settings"].get(name)) for name in names]
-        writer.writerow([row["trial"], row[METRIC], row["epochs"], row["seconds"], *values, row["error"] or ""])
+        figures = [row[name] for name in ("trial", SHOWN, METRIC, "epochs", "seconds")]
+        writer.writerow([*figures, *values, row["error"] or ""])
     return text.getvalue()
 
 
@@ -180,7 +198,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'validation NDCG@10':>18}  epochs  settings"]
     for row in rows:
         said = "  ".join(f"{key.split('.')[-1]}={_short(value)}" for key, value in row["settings"].items())
-        score = "failed" if row[METRIC] is None else f"{row[METRIC]:.4f}"
+        score = "failed" if row[SHOWN] is None else f"{row[SHOWN]:.4f}"
         lines.append(f"{score:>18}  {row['epochs']:>6}  {said}")
     return "\n".join(lines)
 
