@@ -116,7 +116,7 @@ class TrainConfig(Section):
     use_gpu: bool = False
     threads_per_worker: int = Field(1, ge=1)
     epochs: int = Field(30, ge=1)
-    patience: int = Field(5, ge=1)  # epochs without a validation NDCG (over all ranks) 0.5 % higher before stopping
+    patience: int = Field(5, ge=1)  # epochs without a validation NDCG (over all ranks) 0.2 % higher before stopping
     batch_positions: int = Field(750, ge=1)  # events in a step, over all workers together
     batch_size: int = Field(512, ge=1)  # most sequences in a step, over all workers together
     learning_rate: float = Field(5e-3, gt=0)
