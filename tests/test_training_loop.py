@@ -320,9 +320,9 @@ def test_gains_that_are_mostly_chance_are_not_waited_for() -> None:
                 break
         return progress.epoch
 
-    assert stops_after(0.1, 0.2, 0.2001, 0.2002, 0.2003, 0.3) == 5
-    assert stops_after(0.1, 0.2, 0.2001, 0.2002, 0.2005, 0.3, 0.3, 0.3, 0.3, 0.3) == 9
-    assert stops_after(*[0.1 * 1.003**n for n in range(40)]) == 30
+    assert stops_after(0.1, 0.2, 0.2005, 0.2006, 0.2009, 0.3) == 5
+    assert stops_after(0.1, 0.2, 0.2005, 0.2006, 0.2011, 0.3, 0.3, 0.3, 0.3, 0.3) == 9
+    assert stops_after(*[0.1 * 1.006**n for n in range(40)]) == 30
     assert stops_after(*[0.0] * 40) == 30  # nobody to validate on
 
 

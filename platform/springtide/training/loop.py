@@ -25,7 +25,7 @@ from springtide.model.fusion import FusionModel
 from springtide.ranks import block_size, gains, hide, places
 
 RANK_BATCH = 128  # validation cases scored at once, fewer of a large catalogue
-LEAST_GAIN = 0.002  # share by which validation must rise to be waited for: less is mostly chance, epoch after epoch
+LEAST_GAIN = 0.005  # share by which validation must rise to be waited for: less is mostly chance, epoch after epoch
 ADVICE = "lower train.learning_rate or look for extreme ratings in the log (the last checkpoint is kept)"
 STEPS = "steps"  # how many steps are in the average, beside the weights in it
 FAST = ("log_temperature", "channels.text_scale", "channels.weigh.bias")
