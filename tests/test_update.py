@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ from springtide.model.carry import carry_over, rows_in
 from springtide.schemas import TEST
 from springtide.training import update
 from springtide.training.job import publish
-from springtide.training.sampling import Sampling
-from springtide.training.sequences import epoch_batches, from_table
+from springtide.training.sampling import Sampling, Since
+from springtide.training.sequences import count_new, epoch_batches, from_table
 from springtide.training.statistics import Statistics, collect
 from springtide.training.tabulate import tabulate
 from springtide.training.texts import feature_rows, fit_texts
@@ -29,7 +31,7 @@ from springtide.training.worker import build_model, write_inputs
 from toy import ITEMS_IN_TOY, sequences_of, toy_settings
 from write_workspace import grow_workspace, write_workspace
 
-METRICS = {"damping": 0.25, "epochs": []}
+METRICS = {"damping": 0.25, "epochs": [], "new_events": 7}  # as of an update before
 NEW = {"i40", "i41"}
 
 
@@ -169,16 +171,16 @@ def test_a_bundle_that_saw_the_test_part_is_refused(trained: tuple[Settings, Bun
             with pytest.raises(SpringtideError, match="after the log's cut"):
                 update._since(load_prepared(chosen.workspace), bundle)
         else:
-            assert update._since(load_prepared(chosen.workspace), bundle) == end
+            assert update._since(load_prepared(chosen.workspace), bundle) == Since(end, 1)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=6),
-    since=st.integers(-1, 14),
+    since=st.builds(Since, st.integers(-1, 14), st.integers(0, 2)),
     length=st.integers(1, 5),
 )
-def test_an_update_learns_every_new_event_and_whole_windows(rows: list[list[int]], since: int, length: int) -> None:
+def test_an_update_learns_every_new_event_and_whole_windows(rows: list[list[int]], since: Since, length: int) -> None:
     sequences = sequences_of(rows, timestamps=[list(range(len(row))) for row in rows])
     batches = epoch_batches(sequences, Sampling(length, 3, 20, since=since), (0,))
     learned = [
@@ -186,9 +188,45 @@ def test_an_update_learns_every_new_event_and_whole_windows(rows: list[list[int]
         for batch in batches
         for time in batch.timestamps[batch.targets >= 0] + 1  # events are 1 ms apart
     ]
-    fresh = [time for row in rows for time in range(1, len(row)) if time > since]
-    assert sorted(time for time in learned if time > since) == sorted(fresh)
+    held = since.held_out
+
+    def new(time: int, row: list[int]) -> bool:
+        return min(time + held, len(row) - 1) > since.time
+
+    fresh = [time for row in rows for time in range(1, len(row)) if new(time, row)]
+    assert not Counter(fresh) - Counter(learned)
     assert len(learned) - len(fresh) <= (length - 1) * len(rows)  # no window is old as a whole
+
+
+def test_what_was_held_out_is_new_once_there_is_something_later(trained: tuple[Settings, Bundle]) -> None:
+    """Leaving one out, an event becomes one to learn from when its user comes back: at a time that is no news."""
+    chosen, bundle = trained
+    folder = Path(chosen.workspace)
+    before = {
+        row["user_id"]: (row["items"][-1], len(row["items"])) for row in load_prepared(folder).sequences().to_pylist()
+    }
+    grow_workspace(folder, new_items=0, new_events=1, users=8)
+    prepared = load_prepared(folder)
+    since = update._since(prepared, bundle)
+    rows = prepared.sequences().to_pylist()
+    came_back = {row["user_id"] for row in rows if len(row["items"]) > before[row["user_id"]][1]}
+    # And, for all that times tell, those who were last there after the last event that was learned from.
+    late = {row["user_id"] for row in rows if row["timestamps"][-1] > since.time}
+    assert len(came_back) == 8 and came_back < late < before.keys()
+    assert sum(count_new(file, since) for file in prepared.sequence_files) == len(late)
+    sequences = from_table(prepared.sequences(), 0, refit=True)
+    batches = list(epoch_batches(sequences, Sampling(50, 8, 1000, since=since), (0,)))
+    assert sum(len(batch.items) for batch in batches) == len(late)  # the windows of those alone
+    learned = Counter(int(row[row >= 0][-1]) for batch in batches for row in batch.targets)
+    assert not Counter(ITEMS_IN_TOY - 1 - before[user][0] for user in came_back) - learned
+
+
+def test_a_log_that_lost_its_texts_is_refused(trained: tuple[Settings, Bundle], tmp_path: Path) -> None:
+    chosen, bundle = trained
+    shutil.rmtree(Path(chosen.workspace) / "vectors")
+    prepared = load_prepared(chosen.workspace)
+    with pytest.raises(SpringtideError, match="reads items' texts, and this log has none"):
+        update.write_update(chosen, prepared, bundle, statistics_of(chosen, prepared), tmp_path / "run")
 
 
 def test_the_held_out_event_stays_out(trained: tuple[Settings, Bundle], tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_an_update_learns_what_is_new(undisturbed: tuple[Path, dict[str, Any]], 
     assert len(came_back) == 20
     assert {e["positions"] for e in result["epochs"]} == {sum(len(items) - 2 for items in came_back)}
     bundle = load_bundle(workspace / "bundle")
-    assert bundle.metrics["updated_from"] == old.version != bundle.version and result["new_events"] == 20 * 4
+    assert bundle.metrics["updated_from"] == old.version != bundle.version and result["new_events"] == 20 * 5
     known = [{"item_id": "i41"}, {"item_id": "i40"}]
     recommender = bundle.recommender
     assert recommender.history(known)[1] == [] and old.recommender.history(known)[1] == ["i41", "i40"]

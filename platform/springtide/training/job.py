@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from springtide.text.embed import load_vectors
 from springtide.training.damping import choose_damping
 from springtide.training.factors import item_factors
 from springtide.training.loop import Progress
-from springtide.training.sampling import Sampling
+from springtide.training.sampling import Sampling, Since
 from springtide.training.sequences import epoch_batches, from_table, validation_cases
 from springtide.training.statistics import Statistics, collect_file, merge
 from springtide.training.tabulate import JUDGED_USERS, choose_share, tabulate
@@ -53,7 +53,7 @@ class Warm:
     """Where training starts, if not from fresh weights."""
 
     inputs: Path  # as of write_inputs, with the weights to start from
-    since: int  # ms: only windows with an event after it are learned from
+    since: Since  # only windows with an event that is new since then are learned from
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def train(
             "inputs": str(inputs),
             "holdout_share": holdout_share(settings, prepared),
             "refit": refit,
-            "since": None if warm is None else warm.since,
+            "since": None if warm is None else asdict(warm.since),
             "asked_at": cuts[0] if cuts else None,
             "submitted": submitted,
         },

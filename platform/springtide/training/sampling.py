@@ -15,6 +15,14 @@ STRETCH = 5  # most events that `reorder` turns round
 
 
 @dataclass(frozen=True)
+class Since:
+    """What a model that goes on learning knows already."""
+
+    time: int  # ms, of the last event that it learned from
+    held_out: int = 0  # events at the end of every history that it could not learn from, whenever they were
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How one epoch is drawn from the training windows."""
 
@@ -22,7 +30,7 @@ class Sampling:
     sequences: int  # most windows in a batch
     positions: int  # most events in a batch, padding included, unless a single window has more
     ahead: int = 0  # events after a window that a batch knows as well, to hold them out of the transition counts
-    since: int | None = None  # ms: only windows with an event after it; None: all
+    since: Since | None = None  # only windows with an event that is new since then; None: all
     request_time: bool = False  # the model is told when it is asked; else each moment is asked with its last event
     within_session: float = 1.0  # share of the moments within a session that are learned from; its starts always are
     crop: float = 0.0  # share of the windows cut to a random stretch of at least half
@@ -30,11 +38,11 @@ class Sampling:
     reorder: float = 0.0  # share of the windows in which the network sees a short stretch turned round
 
 
-def sampling_of(model: ModelConfig, config: TrainConfig, workers: int) -> Sampling:
+def sampling_of(model: ModelConfig, config: TrainConfig, workers: int, since: Since | None = None) -> Sampling:
     """What the settings say, for one of so many workers: they share a batch."""
     return Sampling(
         model.long_window, -(-config.batch_size // workers), -(-config.batch_positions // workers),
-        model.memory_distances - 1 if model.memory else 0, None, bool(model.request_time),
+        model.memory_distances - 1 if model.memory else 0, since, bool(model.request_time),
         1.0 if config.within_session is None else config.within_session, config.crop, config.mask, config.reorder,
     )  # fmt: skip
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from springtide.config import ModelConfig
 from springtide.model.batch import Batch, History, pad_rows
 from springtide.schemas import TRAIN, VALID
 from springtide.training.own_counts import own_counts
-from springtide.training.sampling import Sampling, crop, disturb
+from springtide.training.sampling import Sampling, Since, crop, disturb
 
 OWNED = 4_000_000  # most padded places of what the owners of a batch took
 BUCKET = 1024  # windows that are sorted by length together
@@ -198,7 +200,7 @@ def epoch_batches(sequences: Sequences, sampling: Sampling, seed: tuple[int, ...
     rng = np.random.default_rng(seed)
     windows = training_windows(sequences, sampling.length)
     if sampling.since is not None:
-        windows = windows[sequences.timestamps[windows[:, 1]] > sampling.since]  # the last target of each
+        windows = windows[new_since(sequences, windows[:, 1], sampling.since)]  # the last target of each
     windows = crop(windows[rng.permutation(len(windows))], sampling.crop, rng)
     sizes = windows[:, 1] - windows[:, 0]
     order = np.lexsort((sizes, np.arange(len(windows)) // BUCKET))
@@ -223,6 +225,28 @@ def _cut(sizes: np.ndarray, owned: np.ndarray, sampling: Sampling) -> Iterator[t
         end = begin + max(1, int(too_many.argmax()) if too_many.any() else len(rows))
         yield begin, end
         begin = end
+
+
+def new_since(sequences: Sequences, events: np.ndarray, since: Since) -> np.ndarray:
+    """[N] bool of flat positions [N]: was each event unknown then, because of its time or because it was held out?
+
+    Held out were the last events of a history as it was then, which times tell but for what came after all training.
+    """
+    ends = np.append(sequences.start[1:], len(sequences.items))
+    user = np.searchsorted(sequences.start, events, side="right") - 1
+    last = np.minimum(events + since.held_out, ends[user] - 1)  # held out then, if this one is of later
+    new: np.ndarray = sequences.timestamps[last] > since.time
+    return new
+
+
+def count_new(path: Path, since: Since) -> int:
+    """How many targets of a Parquet file of sequences, validation events among them, are new since then."""
+    sequences = from_table(pq.read_table(path), 0, refit=True)
+    ends = np.append(sequences.start[1:], len(sequences.items))
+    trained = np.arange(len(sequences.items)) < np.repeat(sequences.train_end, ends - sequences.start)
+    first = np.isin(np.arange(len(sequences.items)), sequences.start)
+    events = np.flatnonzero(trained & sequences.targets & ~first)
+    return int(new_since(sequences, events, since).sum())
 
 
 def validation_cases(sequences: Sequences, limit: int) -> list[tuple[History, int]]:

@@ -22,7 +22,10 @@ from springtide.config import Settings, with_values
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.model.carry import carry_over, rows_in
+from springtide.text.embed import load_vectors
 from springtide.training.job import Warm, count_events, fingerprint, publish, summarise, train
+from springtide.training.sampling import Since
+from springtide.training.sequences import count_new
 from springtide.training.statistics import Statistics
 from springtide.training.tabulate import tabulate
 from springtide.training.texts import feature_rows
@@ -44,12 +47,15 @@ def run(settings: Settings) -> dict[str, Any]:
     settings = of_bundle(settings, bundle)
     if bundle.log == prepared.content_hash:
         log.warning("the bundle %s knows this log already; run the prepare job with new events first", path)
-        return {"bundle": str(path), "new_events": 0, **bundle.metrics}
+        return {**bundle.metrics, "bundle": str(path), "new_events": 0}
     since = _since(prepared, bundle)
     run_folder = Path(settings.workspace) / "runs" / f"update-{fingerprint(settings, prepared)}-{bundle.version}"
     connect()
+    import ray
+
     statistics = count_events(settings, prepared, refit=True)
-    new = int((statistics.wanted_at > since).sum())
+    count = ray.remote(num_cpus=0.5)(count_new)
+    new = sum(ray.get([count.remote(file, since) for file in prepared.sequence_files]))
     inputs = write_update(settings, prepared, bundle, statistics, run_folder)
     metrics: dict[str, Any] = {"epochs": [], "validation": {"ndcg@10": None, "epoch": -1}}
     state = build_model(settings, len(prepared.actions), inputs)[0].state_dict()
@@ -108,6 +114,11 @@ def write_update(
     """
     recommender, inputs = bundle.recommender, run_folder / "inputs.safetensors"
     run_folder.mkdir(parents=True, exist_ok=True)
+    if bundle.features.arrays() and load_vectors(settings, prepared.items) is None:
+        raise SpringtideError(
+            f"the model of {bundle.path} reads items' texts, and this log has none, or embed has not run; put them "
+            "back, or run the train job"
+        )
     text = feature_rows(settings, prepared, bundle.features)
     tables = tabulate(statistics, settings.model, _share(bundle, statistics), text)
     write_inputs(inputs, tables, text, bundle.features)
@@ -123,15 +134,18 @@ def write_update(
     return inputs
 
 
-def _since(prepared: Prepared, bundle: Bundle) -> int:
-    """Time in ms of the last event that the bundle learned from. Raises SpringtideError if the test part is older."""
+def _since(prepared: Prepared, bundle: Bundle) -> Since:
+    """What the bundle learned from. Raises SpringtideError if the test part is older than that.
+
+    Leaving one out, what a user did last was held out then, and is new as soon as there is something later.
+    """
     since, cuts = bundle.recommender.log_end or 0, prepared.report["split"]["cuts_ms"]
     if cuts and cuts[-1] < since:
         raise SpringtideError(
             f"the bundle {bundle.path} has learned from events of after the log's cut for testing, so nothing honest "
             "could be said of it; prepare a longer log, or run the train job"
         )
-    return since
+    return Since(since, int(bundle.settings.data.split == "leave_one_out"))
 
 
 def _share(bundle: Bundle, statistics: Statistics) -> float | None:

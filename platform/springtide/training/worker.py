@@ -8,7 +8,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from springtide.schemas import SEQUENCES, check_schema
 from springtide.text.features import TextFeatures
 from springtide.text.features import from_arrays as features_from_arrays
 from springtide.training.loop import Diverged, Progress, bare, fit, make_optimizer, rank, seed_of, world_size
-from springtide.training.sampling import sampling_of
+from springtide.training.sampling import Since, sampling_of
 from springtide.training.sequences import (
     Sequences,
     concatenate,
@@ -112,11 +111,11 @@ class ShardFeed:
         holdout_share: float,
         refit: bool,
         asked_at: int | None,
-        since: int | None = None,
+        since: Since | None = None,
     ) -> None:
         self._shard, self._config, self._holdout, self._refit = shard, config, holdout_share, refit
         self._asked_at, self._model = asked_at, model
-        self._sampling = replace(sampling_of(model, config, world_size()), since=since)
+        self._sampling = sampling_of(model, config, world_size(), since)
         self._cached: Sequences | None = None
         self._cases: list[tuple[History, int]] | None = None
 
@@ -240,7 +239,8 @@ def train_worker(job: dict[str, Any]) -> None:
         # Where a search finds the group to remove, if it stops this run from outside.
         Path(job["inputs"]).with_name(PLACEMENT_GROUP).write_text(group.id.hex(), encoding="utf-8")
     shard = ray.train.get_dataset_shard(f"train-{ray.train.get_context().get_world_rank()}")
-    feed = ShardFeed(shard, settings.model, config, job["holdout_share"], job["refit"], job["asked_at"], job["since"])
+    since = None if job["since"] is None else Since(**job["since"])
+    feed = ShardFeed(shard, settings.model, config, job["holdout_share"], job["refit"], job["asked_at"], since)
     clock = {"first_step": 0.0, "report": 0.0}
 
     class FirstStep:
