@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scipy.sparse as sp
 import torch
 
 from springtide.model.batch import History, scoring_batch
@@ -59,8 +58,7 @@ def test_a_list_of_ten_may_lose_what_chance_would_take(monkeypatch: pytest.Monke
         gains = np.full((len(TRIED), 2, 400), 0.3)
         gains[:, 0], gains[:, 0, :20], gains[1:, 0, :leaving], gains[1:, 1] = 0, 1, 0, elsewhere
         parts = iter(np.split(gains, range(damping.BATCH, 400, damping.BATCH), axis=2))
-        nothing = np.zeros((len(TRIED), ITEMS), bool)
-        monkeypatch.setattr(damping, "_try", lambda *_: damping._Tried(next(parts), nothing, nothing[0]))
+        monkeypatch.setattr(damping, "_gains", lambda *_: next(parts))
         return choose_damping(model_of(), cases_of(*[0] * 400), None, False, 0.01)
 
     assert chosen(0) == chosen(1) == TRIED[-1]
@@ -77,43 +75,10 @@ def test_items_that_nobody_took_yet_have_no_say() -> None:
     assert choose_damping(model, cases_of(ITEMS - 2), None, False, 1.0) == 0
 
 
-def test_no_further_than_counts_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every 0.05 shows one item more; what it costs is allowed up to the tenth."""
-
-    def chosen(counted: int, known: int = ITEMS) -> float:
-        gains, shown = np.ones((len(TRIED), 2, 1)), np.zeros((len(TRIED), ITEMS), bool)
-        gains[11:] = 0.5
-        for number in range(len(TRIED)):
-            shown[number, : number + 1] = True
-        reached = np.arange(ITEMS) < counted
-        monkeypatch.setattr(damping, "_try", lambda *_: damping._Tried(gains, shown, reached))
-        model = model_of()
-        model.item_vectors.known[known:] = False
-        return choose_damping(model, cases_of(0), None, False, 0.03)
-
-    assert chosen(0) == TRIED[10]  # no counts to go by: as far as it costs little
-    assert chosen(1) == 0
-    assert chosen(5) == TRIED[4]
-    assert chosen(30) == TRIED[10]
-    assert chosen(30, known=5) == TRIED[4]  # only what is known counts
-
-
-def test_counts_list_what_followed() -> None:
-    model = model_of(memory=True)
-    assert model.channels.memory is not None
-    counts = np.zeros((ITEMS, ITEMS), np.float32)
-    counts[ITEMS - 1, [3, 30]] = 5
-    model.channels.memory.load_counts(sp.csr_matrix(counts))
-    tried = damping._try(model.eval(), cases_of(0, 1), None, False)
-    assert np.flatnonzero(tried.counted).tolist() == [3, 30]
-
-
 def test_what_a_recommender_never_lists_is_no_competitor() -> None:
     model = model_of()
     model.item_vectors.known[0] = False  # neither trained nor described, though its score would be the best
-    tried = damping._try(model.eval(), cases_of(1), None, False)
-    assert tried.gains[0].tolist() == [[1.0], [1.0]]
-    assert np.flatnonzero(tried.shown[0]).tolist() == list(range(1, 11)) and not tried.counted.any()
+    assert damping._gains(model.eval(), cases_of(1), None, False)[0].tolist() == [[1.0], [1.0]]
 
 
 def test_nothing_to_choose_by() -> None:

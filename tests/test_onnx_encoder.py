@@ -135,6 +135,8 @@ def test_the_runtime_chooses_the_encoder(tiny: str, tmp_path: Path, monkeypatch:
 
 def test_onnx_is_refused_on_a_gpu() -> None:
     assert EncoderOptions(device="cuda").runtime == "auto"
+    assert EncoderOptions().same_encoder(EncoderOptions(max_batch_tokens=512, batch_wait_ms=9))
+    assert not EncoderOptions().same_encoder(EncoderOptions(max_tokens=32))
     with pytest.raises(ValidationError, match="needs device: cpu"):
         EncoderOptions(device="cuda", runtime="onnx")
 

@@ -720,6 +720,22 @@ def test_lookups_cost_nobody_a_recommendation(parts: Parts, service: Service, mo
     asyncio.run(run())
 
 
+def test_models_that_nobody_tells_of_cost_no_lookup(parts: Parts) -> None:
+    """Every replica is asked for them, so a single one that hangs makes them fail, again and again."""
+
+    async def nowhere(method: str) -> list[Any]:
+        raise TimeoutError
+
+    async def run() -> None:
+        service = Service(parts.store, parts.encode, parts.call, everywhere=nowhere, breaker_failures=2)
+        for _ in range(5):
+            with pytest.raises(ApiError, match="does not answer"):
+                await service.models()
+        assert (await service.similar("i1", 3))["items"]
+
+    asyncio.run(run())
+
+
 def test_a_hanging_scorer_is_not_waited_for_by_everyone(parts: Parts) -> None:
     """After the failures in a row that open the circuit, requests are answered at once; it closes again by itself."""
     parts.scorer = "slow"

@@ -136,9 +136,8 @@ class TrainConfig(Section):
     refit: bool = True
     update_epochs: int = Field(2, ge=0)  # of `update` over the windows with new events; 0 = they are only counted
     update_learning_rate: float = Field(1e-3, gt=0)  # in place of learning_rate: trained weights move on from there
-    # Popularity is damped in what is recommended, so that lists reach as much of the catalogue as transition counts do,
-    # or as far as that costs this share of the validation NDCG without a cut-off; of NDCG@10, two standard errors more.
-    # 0 = no damping.
+    # Popularity is damped in what is recommended, so that lists reach more of the catalogue, as far as that costs at
+    # most this share of the validation NDCG without a cut-off; of NDCG@10, two standard errors more. 0 = no damping.
     coverage_cost: float = Field(0.03, ge=0, le=1)
     # From this many items on the bundle holds an index (FAISS), so that an answer scores some thousand candidates in
     # place of all. It reads as little as still finds `ann_recall` of the ten best items that scoring all would find.

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,28 +55,33 @@ class TextEncoder:
 
     def __init__(self) -> None:
         self._encoder: Any = None
-        self._max_tokens = 0
+        self._options: EncoderOptions | None = None  # of the encoder in use
         self._metrics = RayMetrics()
         self._thread = ThreadPoolExecutor(1)  # tokenizers of Hugging Face refuse two threads at once
 
     async def reconfigure(self, config: Json) -> None:
-        """Load the encoder that `config` (EncoderOptions) names beside the old one, warm it, then swap."""
+        """Load the encoder that `config` (EncoderOptions) names beside the old one, warm it, then swap.
+
+        Queries are answered by the old one meanwhile; where only batching changes nothing is loaded.
+        """
         try:
-            options = EncoderOptions.model_validate(config)
-            encoder = await self._run(_load_encoder, options)
+            options, encoder = EncoderOptions.model_validate(config), self._encoder
+            if self._options is None or not self._options.same_encoder(options):
+                encoder = await asyncio.to_thread(_load_encoder, options)
         except Exception as error:
             if self._encoder is None:
                 raise _startup_error("TextEncoder", error) from None
             log.exception("TextEncoder keeps its old encoder, the new one failed to load")
             return
-        self._encoder, self._max_tokens = encoder, options.max_tokens
+        self._encoder, self._options = encoder, options
         self._batch.set_max_batch_size(options.max_batch_tokens)
         self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
 
     async def encode(self, texts: list[str]) -> Encoded:
         """[n, D] float32, all of one encoder."""
-        lengths = await self._run(self._encoder.token_lengths, texts)
-        sized = [(text, min(n, self._max_tokens)) for text, n in zip(texts, lengths, strict=True)]
+        assert self._options is not None  # Serve sends nothing before the first configuration is in place
+        lengths, most = await self._run(self._encoder.token_lengths, texts), self._options.max_tokens
+        sized = [(text, min(n, most)) for text, n in zip(texts, lengths, strict=True)]
         while True:
             found = await asyncio.gather(*(self._batch(item) for item in sized))
             encoders = {one.encoder for one in found}
@@ -112,9 +118,9 @@ class Scorer:
         """Load, check and warm new models beside the old ones, then swap one reference; see load_models."""
         try:
             options = ScorerOptions.model_validate(config)
-            self._observe_every_s = options.observe_every_s
-            self._live.observe_at_most = options.observe_at_most
-            models = await asyncio.to_thread(load_models, options, self._models, self._load, _sentence)
+            self._live.observe_at_most = options.observe_at_most  # by engines that begin
+            load = partial(self._load, count=options.observe_every_s > 0)
+            models = await asyncio.to_thread(load_models, options, self._models, load, _sentence)
         except Exception as error:
             if self._models is None:
                 raise _startup_error("Scorer", error) from None
@@ -127,6 +133,7 @@ class Scorer:
             for engine in engines:
                 self._metrics.set("springtide_model", served, model=engine.label)
         self._models = models
+        self._observe_every_s = options.observe_every_s
         self._reconfigured.set()
         self._batch.set_max_batch_size(options.max_batch)
         self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
@@ -173,10 +180,10 @@ class Scorer:
                 model["live"] = self._live.told(models.engines[model["name"]])
         return told
 
-    def _load(self, options: ScorerOptions) -> Engine:
-        """An engine that knows what was stored since its bundle was trained."""
+    def _load(self, options: ScorerOptions, count: bool) -> Engine:
+        """An engine that knows what was stored since its bundle was trained; count: events too, not items alone."""
         engine = _load_engine(options)
-        self._live.prepare(engine, count=self._observe_every_s > 0)
+        self._live.prepare(engine, count=count)
         return engine
 
     def _current_models(self) -> Models:
@@ -207,7 +214,10 @@ class Scorer:
 @serve.deployment(max_ongoing_requests=128)
 @serve.ingress()
 class Ingress:
-    """HTTP and the event log. Imports the prepared log in the background; /readyz waits for it."""
+    """HTTP and the event log. Imports the prepared log in the background; /readyz waits for the first one.
+
+    While a newer log is imported the histories of the one before are in place.
+    """
 
     def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
         async def encode(texts: list[str]) -> Encoded:
@@ -217,10 +227,10 @@ class Ingress:
             return await _again_if_died(lambda: getattr(scorer, method).remote(*arguments))
 
         async def everywhere(method: str) -> list[Any]:
-            """Of the replicas that answer; of one, where Serve does not reach them all."""
+            """Of every replica; of one, where a single one of them does not answer in half the time there is."""
             try:
                 sent = scorer.broadcast(method)
-                found = await sent.results_async(timeout_s=options.other_timeout_s, return_exceptions=True)
+                found = await sent.results_async(timeout_s=options.other_timeout_s / 2, return_exceptions=True)
             except Exception as error:
                 log.warning("one Scorer is asked for all of them: %r", error)
                 found = []
@@ -257,17 +267,21 @@ class Ingress:
         if options.workspace is not None:
             self._service.seeding = "the prepared log is not imported yet"
 
-    def reconfigure(self, config: Json) -> None:
-        """Read the popular items; import the prepared log in the background if it is new."""
+    async def reconfigure(self, config: Json) -> None:
+        """Read the popular items; import the prepared log in the background if it is new.
+
+        On the event loop, where requests use what is changed here; files are read and opened in threads.
+        """
         options = IngressOptions.model_validate(config)
         self._service.queries.clear()  # a new bundle may have come with another encoder
         if options.bundle is not None:
+            read = partial(load_popular, options.bundle, options.name, options.policies)
             try:
-                self._service.popular = load_popular(options.bundle, options.name, options.policies)
+                self._service.popular = await asyncio.to_thread(read)
             except SpringtideError as error:  # those read before go on being the fallback
                 log.error("popular items not read: %s", error)
         self._service.direct(options.traffic)
-        self._log_exposures(options.exposures)
+        await self._log_exposures(options.exposures)
         wanted = options.log
         if self._workspace is None or (wanted == self._log and self._service.seeding == "ok"):
             return
@@ -279,7 +293,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self._service, self._edge)
 
-    def _log_exposures(self, options: ExposureOptions | None) -> None:
+    async def _log_exposures(self, options: ExposureOptions | None) -> None:
         """Open, change or close the exposure log; one that cannot be opened costs the exposures, not the answers."""
         if options == self._exposures:
             return
@@ -289,7 +303,8 @@ class Ingress:
         if options is None or self._workspace is None:
             return
         try:
-            self._service.exposures = ExposureLog(Path(self._workspace) / FOLDER, options)
+            folder = Path(self._workspace) / FOLDER
+            self._service.exposures = await asyncio.to_thread(ExposureLog, folder, options)
         except SpringtideError as error:
             self._exposures = None
             log.error("exposures are not logged: %s", error)

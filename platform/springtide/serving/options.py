@@ -135,7 +135,7 @@ class ScorerOptions(Options):
 
 
 class EncoderOptions(Options):
-    """`user_config` of TextEncoder. A change swaps the encoder in place."""
+    """`user_config` of TextEncoder. A change swaps the encoder in place, or its batching alone."""
 
     encoder: str = "default"  # as text.encoder in the settings
     max_tokens: int = Field(64, ge=4, le=512)
@@ -145,6 +145,11 @@ class EncoderOptions(Options):
     batch_wait_ms: float = Field(2.0, ge=0, le=1000)
     # onnx-int8 keeps a cosine of 0.99 to torch, or stays in float; auto: onnx-int8 on a CPU, torch on a GPU
     runtime: Runtime = "auto"
+
+    def same_encoder(self, other: EncoderOptions) -> bool:
+        """Whether the two differ in how texts are batched alone, for which nothing has to be loaded."""
+        batching = {"max_batch_tokens": 0, "batch_wait_ms": 0}
+        return self.model_copy(update=batching) == other.model_copy(update=batching)
 
     @model_validator(mode="after")
     def _onnx_on_a_cpu(self) -> EncoderOptions:

@@ -111,6 +111,8 @@ class Service:
         # Similar items, interests and what is asked of models: their failures are no reason to answer recommendations
         # with popular items, and a crowd of them takes no place in the Scorer from those.
         self._lookups = guard("lookups", other_timeout_s, LOOKUPS)
+        # What is asked of every replica fails with any one of them, which is no reason to refuse what one can answer.
+        self._inventory = guard("models", other_timeout_s)
         self._reads, self._writes = guard("store", store_timeout_s), guard("store_writes", other_timeout_s)
         self.health = Health(
             store,
@@ -255,7 +257,7 @@ class Service:
     async def models(self) -> Json:
         """As every replica of the Scorer has it."""
         try:
-            answer = merged_models(await self._lookups.run(self._everywhere, "models"))
+            answer = merged_models(await self._inventory.run(self._everywhere, "models"))
         except Exception as error:
             raise _no_scorer("models", error) from None
         if split := shares(self.traffic.options):
