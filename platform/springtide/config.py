@@ -135,7 +135,6 @@ class TrainConfig(Section):
     # Train once more on training and validation events together, for as many epochs as were best.
     refit: bool = True
     update_epochs: int = Field(2, ge=0)  # of `update` over the windows with new events; 0 = they are only counted
-    update_learning_rate: float = Field(1e-3, gt=0)  # in place of learning_rate: trained weights move on from there
     # Popularity is damped in what is recommended, so that lists reach more of the catalogue, as far as that costs at
     # most this share of the validation NDCG without a cut-off; of NDCG@10, two standard errors more. 0 = no damping.
     coverage_cost: float = Field(0.03, ge=0, le=1)

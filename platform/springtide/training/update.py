@@ -60,13 +60,7 @@ def run(settings: Settings) -> dict[str, Any]:
     metrics: dict[str, Any] = {"epochs": [], "validation": {"ndcg@10": None, "epoch": -1}}
     state = build_model(settings, len(prepared.actions), inputs)[0].state_dict()
     if new and settings.train.update_epochs:
-        learning = with_values(
-            settings,
-            {
-                "train.epochs": settings.train.update_epochs,
-                "train.learning_rate": settings.train.update_learning_rate,
-            },
-        )
+        learning = with_values(settings, {"train.epochs": settings.train.update_epochs})
         progress = train(learning, prepared, run_folder, submitted, refit=True, warm=Warm(inputs, since))
         metrics, state = summarise(progress), progress.best_state
     metrics |= {
