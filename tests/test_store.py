@@ -671,6 +671,23 @@ def test_a_password_may_stand_in_the_environment(tmp_path: Path, monkeypatch: py
     server.stop()
 
 
+def test_a_refusal_of_redis_names_no_user(tmp_path: Path) -> None:
+    row = ("alice@example.org", "a film", 1, None, None)
+    server = RedisServer(tmp_path).start()
+    store = open_store(server.url)
+    redis.Redis(port=server.port).set("springtide:seeded:1:alice@example.org", "of another type")
+    with pytest.raises(SpringtideError, match="cannot be used: WRONGTYPE") as first:
+        store.seed("log", [row])
+    server.stop()
+    server.start("--rename-command", "ZADD", "")  # a Redis repeats what came with a command that it does not know
+    with pytest.raises(SpringtideError, match="cannot be used: unknown command") as second:
+        store.seed("log", [row])
+    for told in (first, second):
+        assert "alice" not in str(told.value) and "film" not in str(told.value)
+    store.close()
+    server.stop()
+
+
 def test_a_dead_redis_is_told_in_time_and_comes_back(tmp_path: Path) -> None:
     server = RedisServer(tmp_path)
     secret = server.url.replace("redis://", "redis://:secret@")
