@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from springtide.serving.app import Edge, create_app
-from springtide.serving.limits import MAX_DEPTH, MAX_OPENERS, Bodies, Crowd, too_deep
+from springtide.serving.large_bodies import parsed
+from springtide.serving.limits import MAX_DEPTH, MAX_OPENERS, Bodies, Crowd, is_utf8, too_deep
 from springtide.serving.metrics import NoMetrics, PrometheusMetrics
 from springtide.serving.replies import error_reply
 from springtide.serving.schemas import MAX_BODY_BYTES, ApiError
@@ -214,6 +217,20 @@ def test_no_body_takes_long_to_look_through(text: bytes) -> None:
     began = time.thread_time()
     too_deep(body)
     assert time.thread_time() - began < 1
+
+
+@given(text=st.text(max_size=50))
+def test_only_utf8_is_parsed(text: str) -> None:
+    body = json.dumps(text, ensure_ascii=False)
+    assert is_utf8(body.encode())
+    for other in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+        assert not is_utf8(body.encode(other))
+
+
+def test_a_body_that_nests_beyond_the_parser_is_refused_by_it_too() -> None:
+    with pytest.raises(HTTPException) as told:
+        parsed(b"[" * 100_000, TypeAdapter(Any))
+    assert told.value.status_code == 400
 
 
 def test_width_is_bounded_too() -> None:

@@ -53,7 +53,7 @@ def parsed(body: bytes, adapter: TypeAdapter[Any]) -> Any:
     except json.JSONDecodeError as error:
         told = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "input": {}}
         raise RequestValidationError([told]) from None
-    except ValueError:  # not UTF-8, or a number of thousands of digits
+    except (ValueError, RecursionError):  # not UTF-8, a number of thousands of digits, or nested too deep
         raise HTTPException(400) from None
     try:
         return adapter.validate_python(value)

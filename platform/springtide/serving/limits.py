@@ -1,4 +1,7 @@
-"""Bounds that hold before anything is parsed: how many requests at once, how large, how long and how deep a body."""
+"""Bounds that hold before anything is parsed: how many requests at once, how large, how late and how deep a body.
+
+A body is UTF-8, or nothing here would tell how deep it is.
+"""
 
 from __future__ import annotations
 
@@ -67,10 +70,11 @@ class Bodies:
         else:
             if body is None:  # the caller has gone
                 return
-            if not await read_apart(len(body), lambda: too_deep(body)):
+            fault = await read_apart(len(body), lambda: _fault(body))
+            if fault is None:
                 await self._app(scope, _replay(body, receive), send)
                 return
-            reply = error_reply(400, "invalid_json", "the body nests too deep or holds too many lists and objects")
+            reply = error_reply(400, "invalid_json", fault)
         await reply(scope, receive, send)
 
 
@@ -111,8 +115,31 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
+def _fault(body: bytes) -> str | None:
+    """Why no body like this one is parsed, or None."""
+    if not is_utf8(body):
+        return "the body is not JSON in UTF-8"
+    if too_deep(body):
+        return "the body nests too deep or holds too many lists and objects"
+    return None
+
+
+def is_utf8(body: bytes) -> bool:
+    """Whether a body is what JSON in UTF-8 can be: UTF-8 without zero bytes.
+
+    Python's parser takes zero bytes for UTF-16 or UTF-32, in which brackets and quotes are not the bytes counted here.
+    """
+    if b"\0" in body:
+        return False
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def too_deep(body: bytes) -> bool:
-    """Whether JSON text nests deeper than MAX_DEPTH or holds more than MAX_OPENERS lists and objects.
+    """Whether JSON in UTF-8 nests deeper than MAX_DEPTH or holds more than MAX_OPENERS lists and objects.
 
     Brackets within strings do not count. Of text that is no JSON the answer means nothing; its parser refuses it.
     """
