@@ -562,6 +562,22 @@ def test_a_large_body_is_read_apart_from_the_event_loop(
     assert stored.status_code == 202 and parts.store.count() == 1000
 
 
+def test_the_largest_texts_are_read_apart_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[str] = []
+    real = large_bodies.parsed
+    monkeypatch.setattr(large_bodies, "parsed", lambda *a: [where.append(threading.current_thread().name), real(*a)][1])
+    as_json = {"Content-Type": "application/json"}
+    texts = json.dumps({"texts": ["ü" * 2000] * 64})  # six bytes a character
+    assert len(client.post("/v1/encode", content=texts, headers=as_json).json()["vectors"]) == 64
+    item = json.dumps({"title": "ü" * 20_000, "text": "ü" * 20_000})
+    put = client.put("/v1/items/new/one", content=item, headers=as_json)
+    assert (put.status_code, put.json()["item_id"]) == (200, "new/one")
+    assert len(where) == 2 and all(name.startswith("large-bodies") for name in where)
+    refused = [client.put(f"/v1/items/{'x' * 513}", content=c, headers=as_json) for c in (item, '{"title": "t"}')]
+    assert [answer.status_code for answer in refused] == [422, 422]
+    assert refused[0].json() == refused[1].json()  # as for a small body
+
+
 def test_a_large_body_is_refused_before_it_is_read(client: TestClient) -> None:
     json_type = {"Content-Type": "application/json"}
     declared = client.post("/v1/events", content=b" " * (MAX_BODY_BYTES + 1), headers=json_type)

@@ -18,6 +18,7 @@ from springtide.serving.schemas import MAX_BODY_BYTES, MAX_HISTORY
 
 MAX_DEPTH = 32  # the deepest request of ours is 4
 MAX_OPENERS = 2 * MAX_HISTORY  # lists and objects in one body
+MAX_COMMAS = 7 * MAX_HISTORY  # the fullest request of ours has 61,000; the parser lets nobody else run meanwhile
 BODY_TIMEOUT_S = 15.0  # for the whole body: a caller who stalls holds nothing for longer
 SMALL_BODY_BYTES = 2**20
 _LARGE_PATHS = ("/v1/recommend", "/v1/events")  # which take lists of events
@@ -120,7 +121,7 @@ def _fault(body: bytes) -> str | None:
     if not is_utf8(body):
         return "the body is not JSON in UTF-8"
     if too_deep(body):
-        return "the body nests too deep or holds too many lists and objects"
+        return "the body nests too deep or holds too many values"
     return None
 
 
@@ -139,16 +140,19 @@ def is_utf8(body: bytes) -> bool:
 
 
 def too_deep(body: bytes) -> bool:
-    """Whether JSON in UTF-8 nests deeper than MAX_DEPTH or holds more than MAX_OPENERS lists and objects.
+    """Whether JSON in UTF-8 nests deeper than MAX_DEPTH, or holds more than MAX_OPENERS lists and objects or MAX_COMMAS
+    commas.
 
-    Brackets within strings do not count. Of text that is no JSON the answer means nothing; its parser refuses it.
+    Those within strings do not count. Of text that is no JSON the answer means nothing; its parser refuses it.
     """
     openers = body.count(b"[") + body.count(b"{")
-    if openers <= MAX_DEPTH:
+    if openers <= MAX_DEPTH and body.count(b",") <= MAX_COMMAS:
         return False
     if b"\\" in body:  # pairs first: what is left of a run then tells whether it escapes a quote
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     text = np.frombuffer(body, np.uint8)
     within = np.bitwise_xor.accumulate((text == ord('"')).view(np.uint8))  # 1 from each quote that opens a string
+    if np.count_nonzero((text == ord(",")) & (within == 0)) > MAX_COMMAS:
+        return True
     steps = _STEPS[text] * (1 - within).astype(np.int8)
     return bool((steps > 0).sum() > MAX_OPENERS or np.cumsum(steps, dtype=np.int32).max(initial=0) > MAX_DEPTH)
