@@ -97,7 +97,8 @@ class SQLiteStore:
         return [dict(zip(names, row[1:], strict=True)) for row in rows], rows[-1][0] if rows else cursor
 
     def cursor(self, latest: int) -> int:
-        last = self._all_rows("SELECT MAX(seq) FROM live")[0][0]
+        # The last number given, whether or not retention has removed its event: a lower one means a lost end.
+        last = self._all_rows("SELECT MAX(seq) FROM sqlite_sequence WHERE name = 'live'")[0][0]
         return max(0, int(last or 0) - latest)
 
     def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
