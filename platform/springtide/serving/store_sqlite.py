@@ -268,15 +268,18 @@ class SQLiteStore:
     def _alone(self, task: str, wait: bool = True) -> Iterator[bool]:
         """One process at a time does this task; False if one does and `wait` is not set. The lock dies with it."""
         try:
-            with self._path.with_name(f"{self._path.name}.{task}-lock").open("w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    yield False
-                else:
-                    yield True
+            file = self._path.with_name(f"{self._path.name}.{task}-lock").open("w")
         except OSError as error:
             raise self._refused(error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+            except BlockingIOError:
+                alone = False
+            except OSError as error:
+                raise self._refused(error) from error
+            yield alone
 
     def _all_rows(self, query: str, *values: Any) -> list[Any]:
         return self._run(lambda db: db.execute(query, values).fetchall())
