@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
+from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from springtide.serving.app import Edge, create_app
-from springtide.serving.limits import MAX_DEPTH, MAX_OPENERS, Bodies, Crowd, too_deep
+from springtide.serving.large_bodies import parsed
+from springtide.serving.limits import MAX_COMMAS, MAX_DEPTH, MAX_OPENERS, Bodies, Crowd, is_utf8, too_deep
 from springtide.serving.metrics import NoMetrics, PrometheusMetrics
 from springtide.serving.replies import error_reply
-from springtide.serving.schemas import MAX_BODY_BYTES, ApiError
+from springtide.serving.schemas import MAX_BODY_BYTES, MAX_HISTORY, ApiError, RecommendRequest
 
 HERE = "http://127.0.0.1"
 SECRET = "user-4711 likes\nknitting"
@@ -216,9 +219,43 @@ def test_no_body_takes_long_to_look_through(text: bytes) -> None:
     assert time.thread_time() - began < 1
 
 
+@given(text=st.text(max_size=50))
+def test_only_utf8_is_parsed(text: str) -> None:
+    body = json.dumps(text, ensure_ascii=False)
+    assert is_utf8(body.encode())
+    for other in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
+        assert not is_utf8(body.encode(other))
+
+
+def test_a_body_that_nests_beyond_the_parser_is_refused_by_it_too() -> None:
+    with pytest.raises(HTTPException) as told:
+        parsed(b"[" * 100_000, TypeAdapter(Any))
+    assert told.value.status_code == 400
+
+
 def test_width_is_bounded_too() -> None:
     assert not too_deep(b"[" + b",".join([b"[]"] * (MAX_OPENERS - 1)) + b"]")
     assert too_deep(b"[" + b",".join([b"[]"] * MAX_OPENERS) + b"]")
+
+
+def test_commas_outside_of_strings_are_bounded() -> None:
+    """So that the parser, which shares the interpreter with nobody, is done within some ten milliseconds."""
+    assert not too_deep(b"[" + b",".join([b"1"] * (MAX_COMMAS + 1)) + b"]")
+    assert too_deep(b"[" + b",".join([b"1"] * (MAX_COMMAS + 2)) + b"]")
+    assert not too_deep(b'["' + b"," * (2 * MAX_COMMAS) + b'"]')
+    with client_of() as client:
+        answer = client.post("/v1/recommend", content=b"[" + b"1," * (MAX_BODY_BYTES // 2 - 2) + b"1]")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
+def test_the_fullest_request_is_within_the_bounds() -> None:
+    event = {"item_id": "i", "timestamp": 1, "action": "buy", "rating": 1}
+    lists = {"categories": ["c"] * 1000, "exclude_items": ["i"] * 10_000, "allow_items": ["i"] * 10_000}
+    request = {"user_id": "u", "history": [event] * MAX_HISTORY, "filters": lists, "query": "q", "k": 1, "now": 1,
+               "exclude_seen": True, "diversity": 0.5, "model": "m", "explain": True}  # fmt: skip
+    assert set(request) == set(RecommendRequest.model_fields)
+    RecommendRequest.model_validate(request)
+    assert not too_deep(json.dumps(request).encode())
 
 
 def test_no_metrics_takes_every_call() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from springtide import jobs
 from springtide.errors import SpringtideError
 from springtide.serving import export
 from springtide.serving.export import export_events
+from springtide.serving.replay import read_parquet_log
 from springtide.serving.seeding import seed_histories
 from springtide.serving.store_rows import Retention
 from springtide.serving.store_sqlite import SQLiteStore
@@ -144,6 +147,62 @@ def test_what_was_exported_outlives_retention_and_a_new_log(tmp_path: Path) -> N
     assert sorted(exported(folder)["event_id"]) == sorted(e["event_id"] for e in EVENTS)
     old.close()
     new.close()
+
+
+def copied(source: Path, target: Path) -> None:
+    """A log as it is now, as a replica that lags behind has it."""
+    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
+        old.backup(new)
+
+
+def test_events_that_took_the_numbers_of_lost_ones_are_exported(tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    with closing(SQLiteStore(tmp_path / "first")) as first:
+        first.append(EVENTS[:10])
+        export_events(first, folder)
+        first.append(EVENTS[10:20])
+        copied(tmp_path / "first", tmp_path / "replica")
+        first.append(EVENTS[20:30])
+        export_events(first, folder)
+        first.append(EVENTS[30:32])
+        export_events(first, folder)
+    with closing(SQLiteStore(tmp_path / "replica")) as replica:
+        assert export_events(replica, folder)["total"] == 20  # while its end is only missing
+        replica.append(EVENTS[32:42])  # numbers 21 to 30 again, a file's name among them
+        assert export_events(replica, folder) == {"events": 10, "files": 1, "total": 30, "early": 0}
+        assert export_events(replica, folder)["events"] == 0
+        replica.append(EVENTS[42:])
+        assert export_events(replica, folder)["events"] == 18
+    found = exported(folder)
+    assert set(found["event_id"]) == {e["event_id"] for e in EVENTS}  # those that the replica lacks too
+    assert len(found) > len(EVENTS) == len(read_parquet_log(folder, 0).events)  # a replay takes each of them once
+    settings = settings_for(tmp_path / "workspace", [{"paths": str(folder)}])
+    prepare_without_ray(settings)
+    assert len(read_table(tmp_path / "workspace", "events")) == len(EVENTS)
+
+
+def test_a_number_that_was_given_again_is_noticed_at_once(tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    with closing(SQLiteStore(tmp_path / "first")) as first:
+        first.append(EVENTS[:10])
+        copied(tmp_path / "first", tmp_path / "replica")
+        first.append(EVENTS[10:20])
+        export_events(first, folder)
+    with closing(SQLiteStore(tmp_path / "replica")) as replica:
+        replica.append(EVENTS[20:30])
+        export_events(replica, folder)
+    assert set(exported(folder)["event_id"]) == {e["event_id"] for e in EVENTS[:30]}
+
+
+def test_a_last_event_that_retention_removed_is_not_a_lost_one(tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    with closing(SQLiteStore(tmp_path / "log", Retention(days=1))) as log:
+        log.append(EVENTS[:10])
+        export_events(log, folder)
+        assert log.retain(START * 2) == 10
+        assert export_events(log, folder)["files"] == 0
+        log.append(EVENTS[10:20])
+        assert export_events(log, folder) == {"events": 10, "files": 1, "total": 20, "early": 0}
 
 
 def test_one_export_at_a_time(store: SQLiteStore, tmp_path: Path) -> None:

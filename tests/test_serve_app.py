@@ -495,6 +495,11 @@ def test_documentation_needs_no_other_host(client: TestClient) -> None:
         (b"{", 400, "invalid_json"),
         (b"\xff\xfe{}", 400, "invalid_json"),
         (b"[" * 100_000, 400, "invalid_json"),
+        ('{"query":"∵","x":'.encode("utf-16-le") + "[".encode("utf-16-le") * 100_000, 400, "invalid_json"),
+        ('{"query":"∵","x":'.encode("utf-16-be") + "[".encode("utf-16-be") * 60_000, 400, "invalid_json"),
+        ('{"user_id": "u"}'.encode("utf-16-le"), 400, "invalid_json"),
+        ('{"user_id": "u"}'.encode("utf-32-be"), 400, "invalid_json"),
+        (b'{"user_id": "\xed\xa0\x80"}', 400, "invalid_json"),
         (b'{"k": ' + b"1" * 5000 + b"}", 400, "invalid_json"),
         (b"", 422, "invalid_request"),
         (b"[]", 422, "invalid_request"),
@@ -555,6 +560,22 @@ def test_a_large_body_is_read_apart_from_the_event_loop(
     assert len(where) == 3 and [name.startswith("large-bodies") for name in where] == [False, True, True]
     stored = client.post("/v1/events", json=[{"user_id": "u" * 150, "item_id": "i1"} for _ in range(1000)])
     assert stored.status_code == 202 and parts.store.count() == 1000
+
+
+def test_the_largest_texts_are_read_apart_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    where: list[str] = []
+    real = large_bodies.parsed
+    monkeypatch.setattr(large_bodies, "parsed", lambda *a: [where.append(threading.current_thread().name), real(*a)][1])
+    as_json = {"Content-Type": "application/json"}
+    texts = json.dumps({"texts": ["ü" * 2000] * 64})  # six bytes a character
+    assert len(client.post("/v1/encode", content=texts, headers=as_json).json()["vectors"]) == 64
+    item = json.dumps({"title": "ü" * 20_000, "text": "ü" * 20_000})
+    put = client.put("/v1/items/new/one", content=item, headers=as_json)
+    assert (put.status_code, put.json()["item_id"]) == (200, "new/one")
+    assert len(where) == 2 and all(name.startswith("large-bodies") for name in where)
+    refused = [client.put(f"/v1/items/{'x' * 513}", content=c, headers=as_json) for c in (item, '{"title": "t"}')]
+    assert [answer.status_code for answer in refused] == [422, 422]
+    assert refused[0].json() == refused[1].json()  # as for a small body
 
 
 def test_a_large_body_is_refused_before_it_is_read(client: TestClient) -> None:

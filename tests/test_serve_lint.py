@@ -105,6 +105,8 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("two places of tokens", put("applications", 0, "args", "auth", value={"tokens_file": "a", "tokens_env": "B"}),
      "give either tokens_file or tokens_env"),
     ("import path", put("applications", 0, "import_path", value="other.module:build"), "import_path must be"),
+    ("prefix", put("applications", 0, "route_prefix", value="/shop"), "applications.0.route_prefix must be /, where"),
+    ("no route", put("applications", 0, "route_prefix", value=None), "applications.0.route_prefix must be /, where"),
     ("wrong value", put("@Scorer", "num_replicas", value=-1), "num_replicas"),
     ("wrong autoscaling value", put("@Scorer", "autoscaling_config", value={"min_replicas": -1}), "min_replicas"),
     ("port in the application", put("applications", 0, "port", value=8001), "8001"),
@@ -125,6 +127,14 @@ def test_a_public_host_can_be_allowed_with_tokens() -> None:
     app(config)["args"]["auth"] = {"tokens_file": "tokens.json"}
     assert lint(config, allow_public=True) == []
     assert lint(config) != []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_args_that_are_no_section_get_a_sentence(host: str) -> None:
+    config = copy.deepcopy(LOCAL)
+    config["http_options"]["host"] = host
+    app(config)["args"] = ["x"]
+    assert "applications.0.args must be a section" in lint(config, allow_public=True)
 
 
 def test_unreadable_files_get_a_sentence(tmp_path: Path) -> None:

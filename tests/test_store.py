@@ -367,6 +367,24 @@ def test_an_interrupted_seed_is_invisible_and_done_again(store: HistoryStore) ->
 
 
 # ---------------------------------------------------------------- retention
+def test_rows_that_cannot_be_read_are_no_fault_of_the_log(store: HistoryStore) -> None:
+    def rows() -> Iterator[Any]:
+        yield ("u", "a", 1, None, None)
+        raise FileNotFoundError("prepared/sequences is gone")
+
+    with pytest.raises(FileNotFoundError, match="prepared/sequences is gone"):
+        store.seed("log", rows())
+    assert store.seed("log", [("u", "a", 1, None, None)]) == 1
+
+
+def test_a_lock_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    (tmp_path / "log.seed-lock").mkdir()
+    store = open_store(str(tmp_path / "log"))
+    with pytest.raises(SpringtideError, match="log cannot be used: .*check the disk and the folder"):
+        store.seed("log", [])
+    store.close()
+
+
 def test_histories_never_show_more_than_is_kept(url: str) -> None:
     now = int(time.time() * 1000)
     store = open_store(url, Retention(events=3, days=2))
@@ -668,6 +686,23 @@ def test_a_password_may_stand_in_the_environment(tmp_path: Path, monkeypatch: py
     with pytest.raises(SpringtideError, match="cannot be used") as told:
         open_store(server.url.replace("redis://", "redis://:mistaken@"))
     assert "mistaken" not in str(told.value)
+    server.stop()
+
+
+def test_a_refusal_of_redis_names_no_user(tmp_path: Path) -> None:
+    row = ("alice@example.org", "a film", 1, None, None)
+    server = RedisServer(tmp_path).start()
+    store = open_store(server.url)
+    redis.Redis(port=server.port).set("springtide:seeded:1:alice@example.org", "of another type")
+    with pytest.raises(SpringtideError, match="cannot be used: WRONGTYPE") as first:
+        store.seed("log", [row])
+    server.stop()
+    server.start("--rename-command", "ZADD", "")  # a Redis repeats what came with a command that it does not know
+    with pytest.raises(SpringtideError, match="cannot be used: unknown command") as second:
+        store.seed("log", [row])
+    for told in (first, second):
+        assert "alice" not in str(told.value) and "film" not in str(told.value)
+    store.close()
     server.stop()
 
 

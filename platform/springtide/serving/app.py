@@ -130,6 +130,16 @@ def _add_recommending(app: FastAPI, backend: Backend) -> None:
         """Append one event or up to 1,000. Answered once they are durable; the next `recommend` knows them."""
         return JSONResponse(await backend.events(body if isinstance(body, list) else [body]), status_code=202)
 
+    @router.put("/v1/items/{item_id:path}", response_model=ItemResponse, tags=["items"])
+    async def put_item(item_id: Identifier, item: ItemBody) -> Any:
+        """Add an item, or replace what is known of it. Durable when answered; the next `recommend` can hold it."""
+        return JSONResponse(await backend.put_item(item_id, item))
+
+    @router.post("/v1/encode", response_model=EncodeResponse, tags=["text"])
+    async def encode(request: EncodeRequest) -> Any:
+        """Normalised text vectors, as the model sees a query."""
+        return JSONResponse(await backend.encode(request))
+
     app.include_router(router)
 
     @app.get("/v1/users/{user_id:path}/interests", response_model=InterestsResponse, tags=["recommend"])
@@ -141,16 +151,6 @@ def _add_recommending(app: FastAPI, backend: Backend) -> None:
     async def similar(item_id: Identifier, k: Annotated[Count, Query()] = 10) -> Any:
         """The nearest items by the model's item vectors."""
         return JSONResponse(await backend.similar(item_id, k))
-
-    @app.put("/v1/items/{item_id:path}", response_model=ItemResponse, tags=["items"])
-    async def put_item(item_id: Identifier, item: ItemBody) -> Any:
-        """Add an item, or replace what is known of it. Durable when answered; the next `recommend` can hold it."""
-        return JSONResponse(await backend.put_item(item_id, item))
-
-    @app.post("/v1/encode", response_model=EncodeResponse, tags=["text"])
-    async def encode(request: EncodeRequest) -> Any:
-        """Normalised text vectors, as the model sees a query."""
-        return JSONResponse(await backend.encode(request))
 
 
 def _add_operations(app: FastAPI, backend: Backend) -> None:

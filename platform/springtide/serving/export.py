@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def export_events(store: HistoryStore, folder: Path) -> dict[str, Any]:
     """Append the events that no file of `folder` holds yet, as files of at most FILE_ROWS rows of EXPORTED.
 
     A file is named by the log's identity and the cursor after its last event, so the next export knows where to go on
-    and logs of several stores live side by side. Each appears whole or not at all. Returns {events, files, total,
+    and logs of several stores live side by side. Each appears whole or not at all. A log that has lost its end (see
+    `_still_valid`) is exported again from the last file that agrees with it. Returns {events, files, total,
     early}: events and files of this call, events of this log exported so far, and how many lie before March 1973.
     What arrives meanwhile is left to the next call, however busy the service is, but for a page at most. Raises
     SpringtideError if the disk refuses.
@@ -74,7 +76,7 @@ def _export(store: HistoryStore, folder: Path) -> dict[str, Any]:
     identity = store.identity()
     for torn in folder.glob(".events-*.new"):  # of an export that was killed
         torn.unlink(missing_ok=True)
-    done = _files_of(folder, identity)
+    done = _still_valid(store, folder, identity)
     end = store.cursor(0)
     cursor, events, files, early = max(done, default=0), 0, 0, 0
     while True:
@@ -106,6 +108,45 @@ def _next_events(store: HistoryStore, cursor: int, end: int) -> tuple[pa.Table, 
         pages.append(pa.Table.from_pylist(events, schema=EXPORTED))
         rows += len(events)
     return pa.concat_tables([EXPORTED.empty_table(), *pages]), cursor
+
+
+def _still_valid(store: HistoryStore, folder: Path, identity: str) -> dict[int, Path]:
+    """Exported files of one log that it agrees with, by the cursor after their last event.
+
+    A Redis replica that takes over without the last events, or a log that comes back from a copy, gives their numbers
+    to other events. Files from the first on whose last event is another one in the log now are put aside under another
+    name: they hold acknowledged events that may be nowhere else, so `prepare` goes on reading them. What they share
+    with the log is exported twice; `prepare` drops repeated rows.
+    """
+    done = _files_of(folder, identity)
+    differing: list[int] = []
+    for cursor in sorted(done, reverse=True):
+        same = _agrees(store, cursor, done[cursor])
+        if same:
+            break
+        if same is False:
+            differing.append(cursor)
+    if not differing:
+        return done
+    for cursor in [cursor for cursor in done if cursor >= min(differing)]:
+        path = done.pop(cursor)
+        names = (path.with_name(f"{path.stem}-before-{number}.parquet") for number in count(1))
+        path.rename(next(name for name in names if not name.exists()))
+    log.warning("the event log lost events that were exported before; they are kept, and what came since is exported")
+    return done
+
+
+def _agrees(store: HistoryStore, cursor: int, path: Path) -> bool | None:
+    """Whether the last event of a file is the log's event of that number; None if retention has removed that one."""
+    if cursor == 0:  # a log without events
+        return True
+    if store.cursor(0) < cursor:
+        return False
+    events, number = store.since(cursor - 1, 1)
+    if number != cursor:
+        return None
+    last = pq.read_table(path, columns=["event_id"])["event_id"][-1].as_py()
+    return bool(events[0]["event_id"] == last)
 
 
 def _files_of(folder: Path, identity: str) -> dict[int, Path]:

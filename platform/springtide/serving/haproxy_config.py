@@ -158,8 +158,9 @@ def shedding(config: str, limits: Limits) -> str:
                 f"    http-request set-log-level silent if {full}",
                 f"    http-request return status 503 {_JSON} string {_quoted(body['overloaded'])}"
                 f" hdr Retry-After 1 if {full}",
-                # Who stalls in mid-request waits here, and takes no place in an Ingress.
-                f"    http-request wait-for-body time {CALLER_S}s if {{ method POST PUT PATCH }}",
+                # Who stalls in mid-request waits here, and takes no place in an Ingress, which reads the body of any
+                # method. A request without a body passes at once.
+                f"    http-request wait-for-body time {CALLER_S}s",
                 # But for one whose body is larger than what is held here: of those an Ingress gets a few.
                 "    stick-table type integer size 10 expire 1m store conn_cur",
                 "    http-request set-var(txn.springtide_body) req.hdr(content-length)",

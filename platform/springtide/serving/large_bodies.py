@@ -1,4 +1,8 @@
-"""Large bodies are read apart from the event loop: while one is parsed, everybody else is answered."""
+"""Large bodies are read apart from the event loop: while one is parsed, everybody else is answered.
+
+Python's JSON parser shares the interpreter with nobody until it is done, so bodies of many values were refused before
+(limits.too_deep): others wait for some ten milliseconds at most.
+"""
 
 from __future__ import annotations
 
@@ -28,19 +32,27 @@ async def read_apart(size: int, work: Callable[[], Result]) -> Result:
 
 
 class LargeBodyRoute(APIRoute):
-    """A route whose endpoint takes its body alone, as its first parameter. Refuses one as FastAPI does."""
+    """A route whose endpoint takes its body as the last parameter, and before it those of its path alone.
+
+    Refuses a body as FastAPI does.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         usual, endpoint = super().get_route_handler(), self.endpoint
         hints = get_type_hints(endpoint, include_extras=True)
-        adapter: TypeAdapter[Any] = TypeAdapter(next(iter(hints.values())))
+        adapters: dict[str, TypeAdapter[Any]] = {
+            name: TypeAdapter(hint) for name, hint in hints.items() if name != "return"
+        }
+        *of_path, last = adapters
 
         async def handler(request: Request) -> Response:
             body = await request.body()
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if len(body) <= AT_ONCE or not (kind == "application/json" or kind.endswith("+json")):
                 return await usual(request)
-            response: Response = await endpoint(await read_apart(len(body), lambda: parsed(body, adapter)))
+            given = {name: _fitting(request.path_params[name], adapters[name], "path", name) for name in of_path}
+            given[last] = await read_apart(len(body), lambda: parsed(body, adapters[last]))
+            response: Response = await endpoint(**given)
             return response
 
         return handler
@@ -53,10 +65,15 @@ def parsed(body: bytes, adapter: TypeAdapter[Any]) -> Any:
     except json.JSONDecodeError as error:
         told = {"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "input": {}}
         raise RequestValidationError([told]) from None
-    except ValueError:  # not UTF-8, or a number of thousands of digits
+    except (ValueError, RecursionError):  # not UTF-8, a number of thousands of digits, or nested too deep
         raise HTTPException(400) from None
+    return _fitting(value, adapter, "body")
+
+
+def _fitting(value: Any, adapter: TypeAdapter[Any], *place: str) -> Any:
+    """The value as its type has it. Raises RequestValidationError with the place in the request if it does not fit."""
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False, include_input=False)
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in problems]) from None
+        raise RequestValidationError([{**one, "loc": (*place, *one["loc"])} for one in problems]) from None

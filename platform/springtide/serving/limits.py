@@ -1,4 +1,7 @@
-"""Bounds that hold before anything is parsed: how many requests at once, how large, how long and how deep a body."""
+"""Bounds that hold before anything is parsed: how many requests at once, how large, how late and how deep a body.
+
+A body is UTF-8, or nothing here would tell how deep it is.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from springtide.serving.schemas import MAX_BODY_BYTES, MAX_HISTORY
 
 MAX_DEPTH = 32  # the deepest request of ours is 4
 MAX_OPENERS = 2 * MAX_HISTORY  # lists and objects in one body
+MAX_COMMAS = 7 * MAX_HISTORY  # the fullest request of ours has 61,000; the parser lets nobody else run meanwhile
 BODY_TIMEOUT_S = 15.0  # for the whole body: a caller who stalls holds nothing for longer
 SMALL_BODY_BYTES = 2**20
 _LARGE_PATHS = ("/v1/recommend", "/v1/events")  # which take lists of events
@@ -67,10 +71,11 @@ class Bodies:
         else:
             if body is None:  # the caller has gone
                 return
-            if not await read_apart(len(body), lambda: too_deep(body)):
+            fault = await read_apart(len(body), lambda: _fault(body))
+            if fault is None:
                 await self._app(scope, _replay(body, receive), send)
                 return
-            reply = error_reply(400, "invalid_json", "the body nests too deep or holds too many lists and objects")
+            reply = error_reply(400, "invalid_json", fault)
         await reply(scope, receive, send)
 
 
@@ -111,17 +116,43 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replayed
 
 
-def too_deep(body: bytes) -> bool:
-    """Whether JSON text nests deeper than MAX_DEPTH or holds more than MAX_OPENERS lists and objects.
+def _fault(body: bytes) -> str | None:
+    """Why no body like this one is parsed, or None."""
+    if not is_utf8(body):
+        return "the body is not JSON in UTF-8"
+    if too_deep(body):
+        return "the body nests too deep or holds too many values"
+    return None
 
-    Brackets within strings do not count. Of text that is no JSON the answer means nothing; its parser refuses it.
+
+def is_utf8(body: bytes) -> bool:
+    """Whether a body is what JSON in UTF-8 can be: UTF-8 without zero bytes.
+
+    Python's parser takes zero bytes for UTF-16 or UTF-32, in which brackets and quotes are not the bytes counted here.
+    """
+    if b"\0" in body:
+        return False
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def too_deep(body: bytes) -> bool:
+    """Whether JSON in UTF-8 nests deeper than MAX_DEPTH, or holds more than MAX_OPENERS lists and objects or MAX_COMMAS
+    commas.
+
+    Those within strings do not count. Of text that is no JSON the answer means nothing; its parser refuses it.
     """
     openers = body.count(b"[") + body.count(b"{")
-    if openers <= MAX_DEPTH:
+    if openers <= MAX_DEPTH and body.count(b",") <= MAX_COMMAS:
         return False
     if b"\\" in body:  # pairs first: what is left of a run then tells whether it escapes a quote
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     text = np.frombuffer(body, np.uint8)
     within = np.bitwise_xor.accumulate((text == ord('"')).view(np.uint8))  # 1 from each quote that opens a string
+    if np.count_nonzero((text == ord(",")) & (within == 0)) > MAX_COMMAS:
+        return True
     steps = _STEPS[text] * (1 - within).astype(np.int8)
     return bool((steps > 0).sum() > MAX_OPENERS or np.cumsum(steps, dtype=np.int32).max(initial=0) > MAX_DEPTH)

@@ -112,7 +112,8 @@ def _open_doors(config: Json) -> Iterator[str]:
     if _is_loopback(host):
         return
     for number, app in enumerate(_dicts(config.get("applications"))):
-        if not (app.get("args") or {}).get("auth"):
+        args = app.get("args") or {}
+        if isinstance(args, dict) and not args.get("auth"):  # of another kind is told elsewhere
             yield (
                 f"applications.{number}.args.auth is missing, and http_options.host {host} can be reached from other "
                 "machines; name a tokens_file (python -m springtide.serving.tokens new), or give 127.0.0.1"
@@ -129,6 +130,8 @@ def _is_loopback(host: str) -> bool:
 def _application(app: Json, where: str) -> Iterator[str]:
     if app.get("import_path") != IMPORT_PATH:
         yield f"{where}.import_path must be {IMPORT_PATH}"
+    if app.get("route_prefix", "/") != "/":
+        yield f"{where}.route_prefix must be /, where deploy and load balancers ask whether the application is ready"
     yield from _options(AppOptions, app.get("args") or {}, f"{where}.args")
     found: set[str] = set()
     for number, deployment in enumerate(_dicts(app.get("deployments"))):

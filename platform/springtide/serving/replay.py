@@ -82,14 +82,17 @@ def read_log(workspace: str | Path, limit: int | None = None) -> Log:
 def read_parquet_log(source: str | Path, since: int, limit: int | None = None) -> Log:
     """The events from `since` (ms) on, the first `limit` of them, of a Parquet file or of a folder such as `exported/`.
 
-    Columns: user_id, item_id and timestamp (ms, or a time), and optionally action and rating; events of one instant
-    keep their order. Raises SpringtideError if they cannot be read, or if nothing is as late as that.
+    Columns: user_id, item_id and timestamp (ms, or a time), and optionally action, rating and event_id, each of which
+    counts once; events of one instant keep their order. Raises SpringtideError if they cannot be read, or if nothing is
+    as late as that.
     """
     path = Path(source)
     try:
         found = pl.read_parquet(path / "**/*.parquet" if path.is_dir() else path)
         if isinstance(found.schema.get("timestamp"), pl.Datetime):
             found = found.with_columns(pl.col("timestamp").dt.epoch("ms"))
+        if "event_id" in found.columns:  # an export holds some events twice after its log had lost its end
+            found = found.unique("event_id", keep="first", maintain_order=True)
         table = found.select(
             pl.col(name).cast(kind) if name in found.columns or name in ("user_id", "item_id", "timestamp")
             else pl.lit(None, kind).alias(name)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from springtide.errors import SpringtideError
 from springtide.serving.store import HistoryStore
 from springtide.serving.store_rows import SeedRow
 
 log = logging.getLogger("springtide.serving")
 FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 60.0
+FAILED = "the prepared log could not be imported yet; the log of this Ingress says why"  # on /readyz, which is open
 
 
 def seed_histories(store: HistoryStore, workspace: Path) -> int:
@@ -40,7 +40,7 @@ def seed_until_done(
 ) -> None:
     """Import the prepared log, again and again while that fails, ever more seldom, for as long as it is `wanted`.
 
-    tell: takes "ok", or the sentence that says why it is not done yet.
+    tell: takes "ok", or FAILED while it is not done; the reason goes to the log alone.
     """
     pause_s = FIRST_PAUSE_S
     while wanted():
@@ -48,7 +48,7 @@ def seed_until_done(
             rows = seed_histories(store, workspace)
         except Exception as error:  # whatever it is: without the log every history would stay incomplete
             log.error("the prepared log was not imported, next try in %.0f s: %r", pause_s, error)
-            tell(f"the prepared log was not imported: {error if isinstance(error, SpringtideError) else repr(error)}")
+            tell(FAILED)
             wait(pause_s)
             pause_s = min(2 * pause_s, LAST_PAUSE_S)
         else:

@@ -49,7 +49,10 @@ class HistoryStore(Protocol):
         ...
 
     def cursor(self, latest: int) -> int:
-        """A cursor that `since` goes on from with the latest events, at most so many."""
+        """A cursor that `since` goes on from with the latest events, at most so many.
+
+        cursor(0) is that of the last event ever stored: one above it comes from a log that has lost its end.
+        """
         ...
 
     def seed(self, name: str, rows: Iterable[SeedRow]) -> int:

@@ -312,8 +312,15 @@ class RedisStore:
 
     def _refused(self, error: Exception) -> SpringtideError:
         return SpringtideError(
-            f"the event log {self._name} cannot be used: {error}; check that Redis runs there and accepts this client"
+            f"the event log {self._name} cannot be used: {_without_arguments(error)}; "
+            "check that Redis runs there and accepts this client"
         )
+
+
+def _without_arguments(error: Exception) -> str:
+    """What went wrong, without the arguments of the command: these name users and their events."""
+    told = str(error).rpartition(" of pipeline caused error: ")[2]  # redis-py writes the whole command before this
+    return told.partition(", with args beginning with")[0]  # Redis, of a command that it does not know
 
 
 def _rows(members: list[bytes]) -> list[HistoryRow]:

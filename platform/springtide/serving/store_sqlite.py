@@ -97,7 +97,8 @@ class SQLiteStore:
         return [dict(zip(names, row[1:], strict=True)) for row in rows], rows[-1][0] if rows else cursor
 
     def cursor(self, latest: int) -> int:
-        last = self._all_rows("SELECT MAX(seq) FROM live")[0][0]
+        # The last number given, whether or not retention has removed its event: a lower one means a lost end.
+        last = self._all_rows("SELECT MAX(seq) FROM sqlite_sequence WHERE name = 'live'")[0][0]
         return max(0, int(last or 0) - latest)
 
     def history(self, user_id: str, limit: int = 1000) -> list[dict[str, Any]]:
@@ -267,15 +268,18 @@ class SQLiteStore:
     def _alone(self, task: str, wait: bool = True) -> Iterator[bool]:
         """One process at a time does this task; False if one does and `wait` is not set. The lock dies with it."""
         try:
-            with self._path.with_name(f"{self._path.name}.{task}-lock").open("w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    yield False
-                else:
-                    yield True
+            file = self._path.with_name(f"{self._path.name}.{task}-lock").open("w")
         except OSError as error:
             raise self._refused(error) from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+            except BlockingIOError:
+                alone = False
+            except OSError as error:
+                raise self._refused(error) from error
+            yield alone
 
     def _all_rows(self, query: str, *values: Any) -> list[Any]:
         return self._run(lambda db: db.execute(query, values).fetchall())
