@@ -44,7 +44,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_":
 ASKED_USERS = 1000  # users whose histories the index of a large catalogue is measured by
 # Settings of the section train that change no weight.
 OF_THE_BUNDLE = ("coverage_cost", "ann_items", "ann_recall")  # but what is recommended
-HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", *OF_THE_BUNDLE)
+HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", "update_epochs", *OF_THE_BUNDLE)
 CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder
 
 

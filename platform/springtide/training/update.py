@@ -64,7 +64,7 @@ def run(settings: Settings) -> dict[str, Any]:
         progress = train(learning, prepared, run_folder, submitted, refit=True, warm=Warm(inputs, since))
         metrics, state = summarise(progress), progress.best_state
     metrics |= {
-        "damping": bundle.metrics["damping"],
+        "damping": float(bundle.recommender.model.channels.damping),
         "refit": True,  # it has learned from the validation events
         "refit_epochs": [],
         "updated_from": bundle.version,
