@@ -31,6 +31,7 @@ import torch
 from harness import describe, machine, table, write_result
 from springtide.bundle import Bundle
 from springtide.config import parse_settings
+from springtide.model.cosines import NEAREST, Pairs
 from springtide.model.fusion import FusionModel
 from springtide.model.indexing import make_index
 from springtide.model.recommender import Recommender
@@ -209,8 +210,19 @@ def make_tables(popularity: np.ndarray, successors: int, neighbours: int, rng: n
     recent = rng.random((len(edges), items), np.float32) * popularity
     lenders = ranked[rng.integers(0, min(LENDING, items), (items, LENDERS))]
     cosines = rng.uniform(0.2, 0.9, (items, LENDERS)).astype(np.float32)
-    return Tables(popularity, (3.0, 1.0), transitions, inverse, known, END_MS, float("inf"), recent, edges, 1e9,
-                  lenders, cosines)  # fmt: skip
+    return Tables(popularity, (3.0, 1.0), transitions, inverse, known, make_pairs(popularity, known, rng), END_MS,
+                  float("inf"), recent, edges, 1e9, lenders, cosines)  # fmt: skip
+
+
+def make_pairs(popularity: np.ndarray, dense: np.ndarray, rng: np.random.Generator) -> Pairs:
+    """At most NEAREST items that speak for each item that is not among `dense`."""
+    items = len(popularity)
+    tail = np.setdiff1d(np.arange(items), dense)
+    candidate = np.repeat(tail, np.minimum(NEAREST, 3 * popularity[tail]))
+    speaks = rng.integers(0, items, len(candidate))
+    counts = sp.csr_matrix((rng.random(len(candidate), np.float32) + 0.5, (speaks, candidate)), shape=(items, items))
+    none = np.zeros(items, np.float32)
+    return Pairs(counts, popularity.astype(np.float32), none, none)
 
 
 if __name__ == "__main__":

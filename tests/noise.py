@@ -39,14 +39,20 @@ def random_log(items: int, users: int, length: int, repeats: bool = True) -> Seq
 
 
 def train_on_noise(
-    sequences: Sequences, items: int, channels: tuple[str, ...], weight_of: str = "popularity", held_out: bool = True
+    sequences: Sequences,
+    items: int,
+    channels: tuple[str, ...],
+    weight_of: str = "popularity",
+    held_out: bool = True,
+    neighbour_items: int = NOISE_ITEMS,
 ) -> tuple[float, float]:
     """Train what weighs the channels alone. Returns the last epoch's loss and the mean weight of one channel.
 
     held_out: whether the batches say what their owners added to the neighbours.
     """
     chosen = {f"model__{name}": name in channels for name in CHANNELS}
-    sizes = {"model__dropout": 0.0, "model__text_dim": 0, "model__dim": 8, "model__neighbour_l2": 5.0}
+    sizes = {"model__dropout": 0.0, "model__text_dim": 0, "model__dim": 8, "model__neighbour_l2": 5.0,
+             "model__neighbour_items": neighbour_items}  # fmt: skip
     config = toy_settings(Path("none"), **sizes, **chosen).model
     statistics = collect(sequences, items, config)
     torch.manual_seed(0)

@@ -69,6 +69,7 @@ def test_it_scores_as_the_model_does(recommender: Recommender, rows: list[list[i
         {"model__text_neighbours": False, "model__popularity": False, "model__memory": False,
          "model__neighbours": False, "model__recent_popularity": False},
         {"model__borrowing": False},
+        {"model__neighbour_items": 12},
     ],
 )  # fmt: skip
 def test_whatever_channels_the_model_has(off: dict[str, Any], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from springtide.training.tabulate import tabulate
 from toy import sequences_of
 
 torch.set_num_threads(1)
-ITEMS, L2 = 8, 3.0
+ITEMS, L2, SHRINKAGE = 8, 3.0, 2.0
 HOUR = 3_600_000
 
 rows_of_items = st.lists(st.lists(st.integers(0, ITEMS - 1), min_size=2, max_size=9), min_size=2, max_size=5)
@@ -66,7 +66,7 @@ def test_an_owner_is_scored_as_if_the_inverse_had_been_fitted_without_them(
     log = sequences_of(rows, timestamps=times)
     config = ModelConfig(neighbour_items=kept, neighbour_l2=L2)
     tables = tabulate(collect(log, ITEMS, config), config, share)
-    items, model = tables.neighbour_items, Neighbours(ITEMS)
+    items, model = tables.neighbour_items, Neighbours(ITEMS, SHRINKAGE)
     model.load(tables.inverse, items, tables.end, tables.half_life)
     unit = float(model.unit)
     assume(unit > 1e-3)  # where nothing is near anything there is nothing to compare but rounding
@@ -94,7 +94,7 @@ def test_the_two_ways_of_reading_a_history_agree() -> None:
     log = sequences_of(rows)
     config = ModelConfig(neighbour_items=ITEMS - 1, neighbour_l2=L2)
     tables = tabulate(collect(log, ITEMS, config), config, None)
-    model = Neighbours(ITEMS)
+    model = Neighbours(ITEMS, SHRINKAGE)
     model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
     batch = training_batch(log, training_windows(log, 300))
     moments = batch.mask.nonzero()
@@ -111,7 +111,7 @@ def test_a_user_who_is_not_in_the_log_is_scored_by_all_of_it() -> None:
     log = sequences_of(rows)
     config = ModelConfig(neighbour_l2=L2)
     tables = tabulate(collect(log, ITEMS, config), config, None)
-    model = Neighbours(ITEMS)
+    model = Neighbours(ITEMS, SHRINKAGE)
     model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
     none = (torch.full((1, 3), -1), torch.zeros(1, 3, dtype=torch.int64))
     asked = (torch.tensor([[0]]), torch.tensor([[0, 0]]), torch.ones(1, 2))
@@ -161,7 +161,7 @@ def test_some_columns_are_those_of_all() -> None:
     for kept in (ITEMS, 5):
         config = ModelConfig(neighbour_items=kept, neighbour_l2=L2)
         tables = tabulate(collect(log, ITEMS, config), config, None)
-        model = Neighbours(ITEMS)
+        model = Neighbours(ITEMS, SHRINKAGE)
         model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
         batch = training_batch(log, training_windows(log, 20))
         moments, columns = batch.mask.nonzero(), torch.tensor([0, 2, 3, 7])

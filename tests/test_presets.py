@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 ITEMS, LENGTH = 30, 12
 ALONE = ("lstm", "gru", "dynamic_mlp", "bert_lstm", "multimodal_attention")
 # Small sizes for every part; a preset keeps its shape.
-SMALL: dict[str, Any] = {"dim": 16, "long_hidden": 12, "long_window": 20, "short_window": 4}
+SMALL: dict[str, Any] = {"neighbour_items": 12, "dim": 16, "long_hidden": 12, "long_window": 20, "short_window": 4}
 NOTHING_COUNTED: dict[str, Any] = dict.fromkeys(
     ("memory", "neighbours", "borrowing", "text_neighbours", "popularity", "recent_popularity"), False
 )

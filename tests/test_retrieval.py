@@ -117,6 +117,7 @@ def lending(tmp_path_factory: pytest.TempPathFactory) -> Recommender:
         {"model__text_neighbours": False, "model__popularity": False, "model__memory": False,
          "model__neighbours": False, "model__recent_popularity": False},
         {"model__borrowing": False},
+        {"model__neighbour_items": 12},
     ],
 )  # fmt: skip
 def test_whatever_channels_the_model_has(off: dict[str, Any], tmp_path: Path) -> None:

@@ -116,11 +116,17 @@ def test_the_inverse_is_that_of_the_weighed_log(rows: list[dict[str, Any]], shar
 
 
 def test_counts_come_back_out_of_their_arrays() -> None:
-    found = tabulate(collect(toy_sequences(), ITEMS_IN_TOY, MODEL), MODEL, 0.4)
+    config = MODEL.model_copy(update={"neighbour_items": 12})
+    found = tabulate(collect(toy_sequences(), ITEMS_IN_TOY, config), config, 0.4)
     again = from_arrays(found.arrays())
-    for name, value in vars(found).items():
-        other = getattr(again, name)
-        if name == "transitions":
+    assert found.pairs.counts.nnz and found.pairs.norms.all()
+    values = vars(found) | vars(found.pairs)
+    others = vars(again) | vars(again.pairs)
+    for name, value in values.items():
+        other = others[name]
+        if name == "pairs":
+            continue  # its parts are compared
+        if name in ("transitions", "counts"):
             assert (value != other).nnz == 0
         elif isinstance(value, np.ndarray):
             np.testing.assert_array_equal(value, other, name)

@@ -66,9 +66,10 @@ class ModelConfig(Section):
     memory_decay: float = Field(0.8, gt=0, le=1)  # weight of distance d is decay^(d-1)
     memory_recent: int = Field(10, ge=1)  # history events that the memory is asked about
     memory_neighbours: int = Field(256, ge=1)  # successors kept for each item
-    neighbours: bool = True  # long-term neighbours: a linear item-item model (EASE)
+    neighbours: bool = True  # long-term neighbours: a linear item-item model (EASE), cosines of pairs not in it
     neighbour_items: int = Field(5000, ge=1)  # most items in it, the most popular ones: its size is their square
     neighbour_l2: float = Field(500.0, gt=0)  # its regularisation
+    neighbour_shrinkage: float = Field(5.0, gt=0)  # of the cosines that tell neighbours of all other items
     borrowing: bool = True  # items counted seldom or never take over counted scores of items with a like text
     # What is known of an item's text: what the encoder makes of it (meaning), its spelling, which needs no encoder that
     # knows the language, or both. auto: whichever ranks what users took next best on its own, on validation users.
@@ -137,7 +138,7 @@ class TrainConfig(Section):
     update_epochs: int = Field(2, ge=0)  # of `update` over the windows with new events; 0 = they are only counted
     # Popularity is damped in what is recommended, so that lists reach more of the catalogue, as far as that costs at
     # most this share of the validation NDCG without a cut-off; of NDCG@10, two standard errors more. 0 = no damping.
-    coverage_cost: float = Field(0.03, ge=0, le=1)
+    coverage_cost: float = Field(0.04, ge=0, le=1)
     # From this many items on the bundle holds an index (FAISS), so that an answer scores some thousand candidates in
     # place of all. It reads as little as still finds `ann_recall` of the ten best items that scoring all would find.
     ann_items: int = Field(1_000_000, ge=40)

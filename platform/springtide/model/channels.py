@@ -85,7 +85,7 @@ class Channels(nn.Module):
             if config.memory
             else None
         )
-        self.neighbours = Neighbours(catalogue) if config.neighbours else None
+        self.neighbours = Neighbours(catalogue, config.neighbour_shrinkage) if config.neighbours else None
         self.recent = RecentPopularity(catalogue) if config.recent_popularity else None
         counting = config.memory or config.neighbours or config.recent_popularity
         self.borrowing = Borrowing(popularity) if config.borrowing and counting and text.shape[1] > 0 else None

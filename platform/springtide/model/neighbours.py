@@ -1,5 +1,7 @@
 """Long-term neighbours: EASE (Steck 2019, arXiv 1905.03375), a linear item-item model in closed form.
 
+It holds the most popular items; pairs with one of the others are told by their cosine (cosines.py).
+
 With X [users, items] what each user took, weighed by how long ago, and P = (X'X + l2)^-1, item a speaks for item b by
 -P[a, b] / P[b, b]. A history is read twice: with most weight on its last events (short), and evenly (long).
 
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from springtide.model.cosines import Cosines, Pairs
+
 SHORT_DECAY = 0.8  # weight of an event k steps back: SHORT_DECAY^k
 
 
@@ -29,14 +33,18 @@ class Neighbours(nn.Module):
     unit: Tensor  # [] float32: what a best neighbour says on average
     half_life: Tensor  # [] float32 ms after which an event weighs half in X; inf = all alike
 
-    def __init__(self, catalogue: int) -> None:
+    def __init__(self, catalogue: int, shrinkage: float) -> None:
+        """shrinkage: of the cosines."""
         super().__init__()
         self.catalogue = catalogue
         self.log_scale = nn.Parameter(torch.zeros(2))
+        self.cosines = Cosines(catalogue, shrinkage)
         self.load(np.zeros((0, 0), np.float32), np.zeros(0, np.int64), 0, float("inf"))
 
-    def load(self, inverse: np.ndarray, items: np.ndarray, end: int, half_life: float) -> None:
-        """Take P [M, M] over catalogue rows `items` [M]."""
+    def load(
+        self, inverse: np.ndarray, items: np.ndarray, end: int, half_life: float, pairs: Pairs | None = None
+    ) -> None:
+        """Take P [M, M] over catalogue rows `items` [M], and the pairs that are not among them."""
         count = len(items)
         place = np.full(self.catalogue, count, np.int64)
         place[items] = np.arange(count)
@@ -53,9 +61,12 @@ class Neighbours(nn.Module):
         }
         for name, value in arrays.items():
             self.register_buffer(name, torch.from_numpy(value).to(self.log_scale.device), persistent=False)
+        if pairs is not None:
+            self.cosines.load(pairs)
 
     def grow(self, count: int) -> None:
         """Add `count` items that are not among the M."""
+        self.cosines.grow(count)
         self.place = F.pad(self.place, (0, count), value=len(self.items))
         self.catalogue += count
         self.whole = self.whole and not count
@@ -72,15 +83,31 @@ class Neighbours(nn.Module):
 
         items: [B, L] the histories; moments: [P, 2], ascending; weights: [P, 2] of the short and the long reading;
         owned: the owners' rows of X as distinct (items [B, K], -1 = none, times [B, K] ms), which are then left out;
-        columns: [N] catalogue rows to score, absent: all. Returns [P, I] or [P, N], zero for items that are not among
-        the M.
+        columns: [N] catalogue rows to score, absent: all. Returns [P, I] or [P, N].
         """
         asked, spread = self._asked(columns)  # which of the M are wanted, and where they go
         total = self.among(items, moments, weights, owned, asked)
-        if spread is None:
-            return total
-        width = self.catalogue if columns is None else len(columns)
-        return torch.zeros(len(moments), width, device=items.device).index_copy(1, spread, total)
+        if not len(self.cosines.items):  # no gradient, but one all the same: DDP waits for every one
+            total = total + 0 * self.cosines.log_scale.sum()
+        if spread is not None:
+            width = self.catalogue if columns is None else len(columns)
+            total = torch.zeros(len(moments), width, device=items.device).index_copy(1, spread, total)
+        if len(self.cosines.items):
+            total.view(-1).index_add_(0, *self.beyond(items, moments, weights, owned, columns))
+        return total
+
+    def beyond(
+        self,
+        items: Tensor,
+        moments: Tensor,
+        weights: Tensor,
+        owned: tuple[Tensor, Tensor] | None = None,
+        columns: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the pairs of which one is not among the M add to the flattened scores: (places [n], values [n])."""
+        reading = self._reading(moments[:, 1], weights, items.shape[1], self.cosines.scale())
+        left_out = None if owned is None else (owned[0], self.weight(owned[1]))
+        return self.cosines(items, moments, reading, left_out, columns)
 
     def among(
         self,
@@ -90,10 +117,10 @@ class Neighbours(nn.Module):
         owned: tuple[Tensor, Tensor] | None = None,
         asked: Tensor | None = None,
     ) -> Tensor:
-        """The scores of the M items, or of the places `asked` among them, in their order; the rest as in `forward`."""
+        """What P says of the M items, or of the places `asked` among them, in their order; the rest as in `forward`."""
         row, at = moments.unbind(1)
         places = self.place[items]  # [B, L]
-        reading = self._reading(at, weights, items.shape[1])
+        reading = self._reading(at, weights, items.shape[1], torch.exp(self.log_scale) / self.unit)
         if len(row) and (owned is not None or len(row) > len(items)):
             # Many moments share a history: what each of its events says is made once, for a matrix product to add up.
             first = torch.searchsorted(row.contiguous(), row.contiguous())  # of the moments of the same history
@@ -103,9 +130,8 @@ class Neighbours(nn.Module):
             return (each @ self._strength(places, owned, asked))[row, slot]
         return self._read(places[row], reading, asked)
 
-    def _reading(self, at: Tensor, weights: Tensor, length: int) -> Tensor:
-        """[P, L]: what every event of a history counts for at moments that are its events `at` [P]."""
-        scale = torch.exp(self.log_scale) / self.unit
+    def _reading(self, at: Tensor, weights: Tensor, length: int, scale: Tensor) -> Tensor:
+        """[P, L]: what every event of a history counts for at moments that are its events `at` [P]; scale: [2]."""
         age = at[:, None] - torch.arange(length, device=at.device)
         # A long history says more than a short one, but not as many times more.
         long = weights[:, 1:] * scale[1] * (at + 1).float()[:, None] ** -0.5
@@ -171,11 +197,11 @@ class Neighbours(nn.Module):
         items: [L]; weights: [2] of the short and the long reading. The sum over the events is what `forward` gives.
         """
         places, asked = self.place[items], self.place[columns]
-        age = torch.arange(len(items) - 1, -1, -1, device=items.device).float()
-        scale = torch.exp(self.log_scale) / self.unit * weights
-        weight = scale[0] * SHORT_DECAY**age + scale[1] * len(items) ** -0.5  # [L]
+        last = torch.tensor([len(items) - 1], device=items.device)
+        weight = self._reading(last, weights[None], len(items), torch.exp(self.log_scale) / self.unit)[0]  # [L]
+        beyond = self._reading(last, weights[None], len(items), self.cosines.scale())[0]
         there = asked < len(self.items)
         asked = asked.clamp(max=len(self.items) - 1)
         strength = self.inverse[places[:, None], asked] / -self.inverse.diagonal()[asked]  # [L, N]
         strength = (strength + (places[:, None] == asked)) * there  # no item is its own neighbour
-        return weight[:, None] * strength
+        return weight[:, None] * strength + beyond[:, None] * self.cosines.by_event(items, columns)

@@ -77,8 +77,11 @@ def _counted(
         if total is None:
             total = said.new_zeros(len(row), neighbours.catalogue)
         total.index_add_(1, neighbours.items, said)
-        for rows in touched:
+        if len(neighbours.cosines.items):
+            total.view(-1).index_add_(0, *neighbours.beyond(batch.items, moments, pair))
+        for place, rows in enumerate(touched):
             rows.append(neighbours.items.numpy())
+            rows.append(neighbours.cosines.heard(batch.items[row[place], : at[place] + 1]).numpy())
     return total, [np.concatenate(rows) for rows in touched]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.sparse as sp
 
+from springtide.model.cosines import Pairs
 from springtide.model.fusion import FusionModel
 
 
@@ -19,6 +20,7 @@ class Tables:
     transitions: sp.csr_matrix  # [I, I] float32, see memory.count_transitions
     inverse: np.ndarray  # [M, M] float32, see neighbours.Neighbours
     neighbour_items: np.ndarray  # [M] int64
+    pairs: Pairs  # that are not among the M
     end: int  # ms, time of the last event that may be predicted
     half_life: float  # ms, inf = every event weighs alike
     recent: np.ndarray  # [T, I] float32 decayed counts, see channels.RecentPopularity
@@ -33,7 +35,7 @@ class Tables:
         if channels.memory is not None:
             channels.memory.load_counts(self.transitions)
         if channels.neighbours is not None:
-            channels.neighbours.load(self.inverse, self.neighbour_items, self.end, self.half_life)
+            channels.neighbours.load(self.inverse, self.neighbour_items, self.end, self.half_life, self.pairs)
         if channels.recent is not None:
             channels.recent.load(self.recent, self.recent_edges, self.recent_half_life)
         if channels.borrowing is not None:
@@ -49,6 +51,10 @@ class Tables:
             "indptr": self.transitions.indptr.astype(np.int64),
             "inverse": np.ascontiguousarray(self.inverse, np.float32),
             "neighbour_items": self.neighbour_items.astype(np.int64),
+            "pairs": self.pairs.counts.data.astype(np.float32),
+            "pair_indices": self.pairs.counts.indices.astype(np.int32),
+            "pair_indptr": self.pairs.counts.indptr.astype(np.int64),
+            "pair_norms": np.stack([self.pairs.norms, self.pairs.heard_from, self.pairs.near_from]),
             "times": np.array([self.end, self.half_life, self.recent_half_life], np.float64),
             "recent": np.ascontiguousarray(self.recent, np.float32),
             "recent_edges": self.recent_edges.astype(np.int64),
@@ -62,12 +68,14 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Tables:
     size = len(arrays["popularity"])
     end, half_life, recent_half_life = arrays["times"].tolist()
     mean, deviation = arrays["rating_stats"].tolist()
+    pairs = sp.csr_matrix((arrays["pairs"], arrays["pair_indices"], arrays["pair_indptr"]), shape=(size, size))
     return Tables(
         arrays["popularity"],
         (mean, deviation),
         sp.csr_matrix((arrays["counts"], arrays["indices"], arrays["indptr"]), shape=(size, size)),
         arrays["inverse"],
         arrays["neighbour_items"],
+        Pairs(pairs, *arrays["pair_norms"]),
         int(end),
         half_life,
         arrays["recent"],

@@ -9,6 +9,7 @@ import torch
 from springtide.config import ModelConfig
 from springtide.model.batch import History, scoring_batch
 from springtide.model.borrowing import nearest_by_text
+from springtide.model.cosines import Pairs, count_pairs, no_pairs
 from springtide.model.counting.ease import regularised_inverse
 from springtide.model.neighbours import Neighbours
 from springtide.model.tables import Tables
@@ -43,6 +44,7 @@ def tabulate(
         statistics.transitions,
         inverse,
         items,
+        _pairs(statistics, config, items, half_life),
         end,
         half_life,
         recent,
@@ -71,10 +73,21 @@ def _neighbours(
     items = np.sort(ranked[statistics.popularity[ranked] > 0])
     if not len(items):
         return items, np.zeros((0, 0), np.float32), half_life
-    chosen = statistics.taken[:, items]
-    weight = 0.5 ** ((end + 1 - chosen.data) / half_life)
-    rows = sp.csr_array((weight, chosen.indices, chosen.indptr), shape=chosen.shape)
+    rows = _weighed(statistics.taken[:, items], end, half_life)
     return items, regularised_inverse(rows, config.neighbour_l2).astype(np.float32), half_life
+
+
+def _pairs(statistics: Statistics, config: ModelConfig, items: np.ndarray, half_life: float) -> Pairs:
+    """The pairs with one of the items that were taken, but are not among the M; as X weighs them."""
+    if not config.neighbours or len(items) == np.count_nonzero(statistics.popularity):
+        return no_pairs(len(statistics.popularity))
+    rows = _weighed(statistics.taken, _span(statistics)[1], half_life)
+    return count_pairs(rows, items, config.neighbour_shrinkage)
+
+
+def _weighed(taken: sp.csr_array, end: int, half_life: float) -> sp.csr_array:
+    """X of items that were last taken at `taken` - 1 ms."""
+    return sp.csr_array((0.5 ** ((end + 1 - taken.data) / half_life), taken.indices, taken.indptr), shape=taken.shape)
 
 
 def recent_popularity(
@@ -118,7 +131,7 @@ def _judge(
 ) -> float:
     """NDCG@10 of the better of the two readings."""
     items, inverse, half_life = _neighbours(statistics, config, share)
-    model = Neighbours(len(statistics.popularity))
+    model = Neighbours(len(statistics.popularity), config.neighbour_shrinkage)
     model.load(inverse, items, _span(statistics)[1], half_life)
     total = np.zeros(2)
     step = block_size(64, len(statistics.popularity))
