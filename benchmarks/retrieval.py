@@ -31,7 +31,7 @@ import torch
 from harness import describe, machine, table, write_result
 from springtide.bundle import Bundle
 from springtide.config import parse_settings
-from springtide.model.cosines import NEAREST, Pairs
+from springtide.model.cosines import HEARD, NEAREST, Pairs
 from springtide.model.fusion import FusionModel
 from springtide.model.indexing import make_index
 from springtide.model.recommender import Recommender
@@ -215,12 +215,16 @@ def make_tables(popularity: np.ndarray, successors: int, neighbours: int, rng: n
 
 
 def make_pairs(popularity: np.ndarray, dense: np.ndarray, rng: np.random.Generator) -> Pairs:
-    """At most NEAREST items that speak for each item that is not among `dense`."""
+    """At most NEAREST items that speak for each item that is not among `dense`, popular ones for HEARD of them."""
     items = len(popularity)
     tail = np.setdiff1d(np.arange(items), dense)
     candidate = np.repeat(tail, np.minimum(NEAREST, 3 * popularity[tail]))
-    speaks = rng.integers(0, items, len(candidate))
-    counts = sp.csr_matrix((rng.random(len(candidate), np.float32) + 0.5, (speaks, candidate)), shape=(items, items))
+    speaks = np.searchsorted(np.cumsum(popularity), rng.integers(0, popularity.sum(), len(candidate)), side="right")
+    order = np.argsort(speaks, kind="stable")
+    speaks, candidate = speaks[order], candidate[order]
+    kept = np.arange(len(speaks)) - np.searchsorted(speaks, speaks) < HEARD
+    values = rng.random(np.count_nonzero(kept), np.float32) + 0.5
+    counts = sp.csr_matrix((values, (speaks[kept], candidate[kept])), shape=(items, items))
     none = np.zeros(items, np.float32)
     return Pairs(counts, popularity.astype(np.float32), none, none)
 

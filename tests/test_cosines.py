@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ from toy import sequences_of
 torch.set_num_threads(1)
 ITEMS, SHRINKAGE = 8, 2.0
 HOUR = 3_600_000
-DAY = 24 * HOUR
 
 rows_of_items = st.lists(st.lists(st.integers(0, ITEMS - 1), min_size=2, max_size=9), min_size=2, max_size=5)
 
@@ -51,16 +51,18 @@ def similarity(x: np.ndarray, without: int | None = None) -> np.ndarray:
     return similar
 
 
-def scores_of(said: tuple[torch.Tensor, torch.Tensor], moments: int, items: int = ITEMS) -> torch.Tensor:
-    """[P, items] what was said, added up."""
-    return torch.zeros(moments * items).index_add(0, *said).view(moments, items)
-
-
-@given(rows_of_items, st.integers(0, ITEMS - 1), st.sampled_from([None, 0.4]), st.booleans())
+@given(rows_of_items, st.integers(0, ITEMS - 1), st.sampled_from([None, 0.4]), st.booleans(), st.sampled_from([0, 9]))
 @settings(max_examples=60, deadline=None)
 def test_an_owner_is_scored_as_if_the_pairs_had_been_counted_without_them(
-    rows: list[list[int]], dense: int, share: float | None, every_moment: bool
+    rows: list[list[int]], dense: int, share: float | None, every_moment: bool, sparse: float
 ) -> None:
+    """In either way of adding them up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cosines, "SPARSE", sparse)
+        _scored_without_their_owner(rows, dense, share, every_moment)
+
+
+def _scored_without_their_owner(rows: list[list[int]], dense: int, share: float | None, every_moment: bool) -> None:
     times = [[time_of(user, place) for place in range(len(row))] for user, row in enumerate(rows)]
     log = sequences_of(rows, timestamps=times)
     config = ModelConfig(neighbour_items=max(dense, 1), neighbour_shrinkage=SHRINKAGE)
@@ -73,10 +75,12 @@ def test_an_owner_is_scored_as_if_the_pairs_had_been_counted_without_them(
     weights = torch.rand(len(moments), 2, generator=torch.Generator().manual_seed(1))
     owned = (batch.owned, batch.owned_at)
     if every_moment:
-        found = scores_of(model.beyond(batch.items, moments, weights, owned), len(moments))
+        found = torch.zeros(len(moments), ITEMS)
+        model.add_beyond(found, batch.items, moments, weights, owned)
     else:
-        some = [(moments[n : n + 1], weights[n : n + 1]) for n in range(len(moments))]
-        found = torch.cat([scores_of(model.beyond(batch.items, *one, owned), 1) for one in some])
+        found = torch.zeros(len(moments), ITEMS)
+        for n in range(len(moments)):
+            model.add_beyond(found[n : n + 1], batch.items, moments[n : n + 1], weights[n : n + 1], owned)
     x = weights_of(rows, tables.half_life, tables.end)
     among = np.isin(np.arange(ITEMS), tables.neighbour_items)
     unit = float(model.cosines.unit)
@@ -110,8 +114,9 @@ def test_some_columns_are_those_of_all_and_events_add_up() -> None:
         each = model.by_event(histories[row, : place + 1], weights[number], columns)
         torch.testing.assert_close(each.sum(0), whole[number, columns])
     heard = model.cosines.heard(histories[0])
-    said = scores_of(model.beyond(histories[:1], torch.tensor([[0, 11]]), torch.ones(1, 2)), 1)[0]
-    assert set(said.nonzero()[:, 0].tolist()) == set(heard.tolist())
+    said = torch.zeros(1, ITEMS)
+    model.add_beyond(said, histories[:1], torch.tensor([[0, 11]]), torch.ones(1, 2))
+    assert set(said[0].nonzero()[:, 0].tolist()) == set(heard.tolist())
 
 
 def test_new_items_are_heard_of_by_nobody() -> None:
@@ -132,6 +137,13 @@ def test_without_a_tail_there_are_no_pairs() -> None:
     assert model.cosines.log_scale.grad is not None
 
 
+def said_by(model: Cosines, *asked: Any) -> torch.Tensor:
+    """[3] at one moment."""
+    scores = torch.zeros(1, 3)
+    model(scores, *asked)
+    return scores[0]
+
+
 def test_only_the_nearest_are_kept_and_a_place_owed_to_oneself_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cosines, "NEAREST", 1)
     # Two users took 0 with 2, two took 1 with 2, of whom one is asking: without them 1 is not the nearest of 2.
@@ -144,11 +156,37 @@ def test_only_the_nearest_are_kept_and_a_place_owed_to_oneself_is_forgotten(monk
     model.load(pairs)
     asked = (torch.tensor([[1]]), torch.tensor([[0, 0]]), torch.ones(1, 1))
     owner = (torch.tensor([[1, 2]]), torch.ones(1, 2))
-    assert scores_of(model(*asked), 1, 3)[0, 2] == pytest.approx(3 / (math.sqrt(15) + 2))
-    assert scores_of(model(*asked, owner), 1, 3)[0, 2] == 0  # 2 / (sqrt(12) + 2) is .366; what was left out says .387
+    assert said_by(model, *asked)[2] == pytest.approx(3 / (math.sqrt(15) + 2))
+    assert said_by(model, *asked, owner)[2] == 0  # 2 / (sqrt(12) + 2) is .366; what was left out says .387
     monkeypatch.setattr(cosines, "HEARD", 1)
     heard = count_pairs(sp.csr_array(np.eye(3)[[0, 0, 0]] + np.eye(3)[[1, 1, 2]]), np.zeros(0, np.int64), SHRINKAGE)
-    assert heard.counts[0, 1] == pytest.approx(2) and heard.counts[0, 2] == 0 and heard.heard_from[0] > 0
+    assert heard.counts[0, 1] == pytest.approx(2) and heard.counts[0, 2] == 0
+    assert heard.heard_from[0] == pytest.approx(1 / (math.sqrt(3) + 2))
+
+
+def test_a_place_owed_to_oneself_is_measured_without_oneself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without their owner 0 is nearer to 2 than 1 is, though what 0 said when the list was cut was less than 1 says."""
+    monkeypatch.setattr(cosines, "NEAREST", 1)
+    pairs = count_pairs(
+        sp.csr_array(np.array([[1, 1, 1], [1, 0, 0], [0, 1, 1], [0, 1, 0]], float)), np.zeros(0, np.int64), 5.0
+    )
+    model = Cosines(3, 5.0)
+    model.load(pairs)
+    asked = (torch.tensor([[1]]), torch.tensor([[0, 0]]), torch.ones(1, 1))
+    assert said_by(model, *asked)[2] and not said_by(model, *asked, (torch.tensor([[1, 2]]), torch.ones(1, 2)))[2]
+
+
+@pytest.mark.parametrize("counted", [1, 7])
+def test_pairs_are_the_same_in_whatever_blocks_they_are_counted(counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    x = sp.csr_array((rng.random((30, ITEMS)) < 0.4) * rng.random((30, ITEMS)))
+    whole = count_pairs(x, np.array([1, 4]), SHRINKAGE)
+    monkeypatch.setattr(cosines, "COUNTED", counted)
+    parts = count_pairs(x, np.array([1, 4]), SHRINKAGE)
+    np.testing.assert_array_equal(whole.counts.toarray(), parts.counts.toarray())
+    dense = np.isin(np.arange(ITEMS), [1, 4])
+    expected = (x.T @ x).toarray() * ~(dense[:, None] & dense) * ~np.eye(ITEMS, dtype=bool)
+    np.testing.assert_allclose(whole.counts.toarray(), expected, rtol=1e-5)
 
 
 def test_users_of_very_many_items_are_left_out_of_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,11 +198,13 @@ def test_users_of_very_many_items_are_left_out_of_the_pairs(monkeypatch: pytest.
     model.load(pairs)
     asked = (torch.tensor([[0]]), torch.tensor([[0, 0]]), torch.ones(1, 1))
     heavy, light = (torch.tensor([[0, 1, 2]]), torch.ones(1, 3)), (torch.tensor([[0, 1]]), torch.ones(1, 2))
-    torch.testing.assert_close(model(*asked, heavy), model(*asked))  # what they did was never counted
-    assert not scores_of(model(*asked, light), 1, 3)[0, 1]
+    torch.testing.assert_close(said_by(model, *asked, heavy), said_by(model, *asked))  # what they did was never counted
+    assert said_by(model, *asked)[1] and not said_by(model, *asked, light)[1]
 
 
-def test_on_noise_the_cosines_are_not_trusted() -> None:
+@pytest.mark.parametrize("nearest", [100, 5])
+def test_on_noise_the_cosines_are_not_trusted(nearest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cosines, "NEAREST", nearest)
     log = random_log(NOISE_ITEMS, users=64, length=20, repeats=False)
     both = ("neighbours", "popularity")
     untrained = math.log1p(math.exp(-1))

@@ -127,6 +127,11 @@ def test_whatever_channels_the_model_has(off: dict[str, Any], tmp_path: Path) ->
     for found, exact in zip(recommender.best(asked, 8), recommender.top_k(recommender.score(asked).logits, 8),
                             strict=True):  # fmt: skip
         np.testing.assert_allclose(found, exact, atol=2e-5)
+    for question in recommender.questions([history([1, 2, 3, 1, 2, 3]), history([39])], None)[0]:
+        # Each row that counts may speak for is named once: only so many of the best are looked at.
+        assert question is not None and (np.diff(question.touched) > 0).all()
+        others = np.setdiff1d(np.arange(ITEMS_IN_TOY), question.touched)
+        assert question.counted is None or not question.counted[others].any()
 
 
 def test_a_small_catalogue_has_no_index(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from springtide.model.memory import keep_best
 
 NEAREST, HEARD = 100, 1000
 MOST = 500  # items of a user beyond which their pairs say little, and are more than those of all others
-BLOCK = 1000  # candidates whose pairs are counted at once
+COUNTED = 5_000_000  # pairs that are counted at once
+SPARSE = 1 / 8  # what is said at many moments, as a share of all cells: up to so much, single places are added faster
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,41 @@ def count_pairs(rows: sp.csr_array, dense: np.ndarray, shrinkage: float) -> Pair
     catalogue = rows.shape[1]
     rows = rows[np.diff(rows.indptr) <= MOST]
     norms = np.asarray(rows.power(2).sum(axis=0)).ravel().astype(np.float32)
-    is_dense = np.zeros(catalogue, bool)
-    is_dense[dense] = True
-    columns, by_item = rows.tocsc(), sp.csr_array(rows.T)
-    kept, near_from = [], np.zeros(catalogue, np.float32)
-    for start in range(0, catalogue, BLOCK):
-        block = sp.coo_array(by_item[start : start + BLOCK] @ columns)  # candidates b in rows
-        b, a = block.row + start, block.col
-        wanted = (a != b) & ~(is_dense[a] & is_dense[b])
-        a, b, count = a[wanted], b[wanted], block.data[wanted].astype(np.float32)
-        similar = sp.csr_matrix((_similarity(count, norms[a], norms[b], shrinkage), (b - start, a)), block.shape)
-        best = keep_best(similar, NEAREST)
-        near_from[start : start + BLOCK] = best.cutoff
-        kept.append((best.successor.astype(np.int64), best.row + start, best.count))
-    a, b, similar = (np.concatenate(arrays) for arrays in zip(*kept, strict=True))
-    heard = keep_best(sp.csr_matrix((similar, (a, b)), shape=(catalogue, catalogue)), HEARD)
-    a, b = heard.row, heard.successor
+    tail = np.ones(catalogue, bool)
+    tail[dense] = False
+    parts, near_from = [_no_entries()], np.zeros(catalogue, np.float32)
+    # Candidates of the tail meet everything, the others the tail alone.
+    for candidates, speaking in ((np.flatnonzero(tail), np.arange(catalogue)), (dense, np.flatnonzero(tail))):
+        by_candidate, speakers = sp.csr_array(rows[:, candidates].T), sp.csr_array(rows[:, speaking])
+        work = (by_candidate != 0) @ np.diff(speakers.indptr)
+        cuts = np.flatnonzero(np.diff(np.cumsum(work) // COUNTED)) + 1
+        for block in np.split(np.arange(len(candidates)), cuts):
+            both = sp.coo_array(by_candidate[block] @ speakers)
+            place, a = both.row, speaking[both.col]
+            b = candidates[block][place]
+            similar = _similarity(both.data.astype(np.float32), norms[a], norms[b], shrinkage) * (a != b)
+            best = keep_best(sp.csr_matrix((similar, (place, a)), shape=(len(block), catalogue)), NEAREST)
+            near_from[candidates[block]] = best.cutoff
+            parts.append((best.successor.astype(np.int32), candidates[block][best.row].astype(np.int32), best.count))
+    a, b, similar = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    heard = sp.csr_matrix((similar, (a, b)), shape=(catalogue, catalogue))
+    heard.eliminate_zeros()
+    heard.sort_indices()
+    heard_from = np.zeros(catalogue, np.float32)
+    for row in np.flatnonzero(np.diff(heard.indptr) > HEARD):
+        cells = heard.data[heard.indptr[row] : heard.indptr[row + 1]]
+        left_out = np.argsort(-cells, kind="stable")[HEARD:]
+        heard_from[row] = cells[left_out[0]]
+        cells[left_out] = 0
+    heard.eliminate_zeros()
     # A similarity tells its count, so that the pairs of a large log need not be held twice.
-    counts = heard.count * (np.sqrt(norms[a] * norms[b]) + np.float32(shrinkage))
-    matrix = sp.csr_matrix((counts.astype(np.float32), (a, b)), shape=(catalogue, catalogue))
-    matrix.sort_indices()
-    return Pairs(matrix, norms, heard.cutoff, near_from)
+    a = np.repeat(np.arange(catalogue), np.diff(heard.indptr))
+    heard.data *= np.sqrt(norms[a] * norms[heard.indices]) + np.float32(shrinkage)
+    return Pairs(heard, norms, heard_from, near_from)
+
+
+def _no_entries() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
 
 
 class Cosines(nn.Module):
@@ -110,7 +125,7 @@ class Cosines(nn.Module):
 
     def grow(self, count: int) -> None:
         """Add `count` items that nothing speaks for."""
-        self.starts = F.pad(self.starts[None], (0, count), mode="replicate")[0] if count else self.starts
+        self.starts = torch.cat([self.starts, self.starts[-1:].expand(count)])
         self.norms, self.heard_from = F.pad(self.norms, (0, count)), F.pad(self.heard_from, (0, count))
         self.near_from = F.pad(self.near_from, (0, count))
 
@@ -120,20 +135,20 @@ class Cosines(nn.Module):
 
     def forward(
         self,
+        onto: Tensor,
         items: Tensor,
         moments: Tensor,
         reading: Tensor,
         owned: tuple[Tensor, Tensor] | None = None,
         columns: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What is added to scores [P, I], or [P, N] of `columns` [N], at P moments: (places in them [n], values [n]).
+    ) -> None:
+        """Add to scores `onto` [P, I], or [P, N] of `columns` [N], at P moments; in place.
 
-        A place is that in the flattened scores, and may be there more than once.
         items: [B, L] histories; moments: [P, 2], ascending; reading: [P, L] what each event counts for, 0 after the
         moment; owned: the owners' rows of X as distinct (items [B, K], -1 = none, weights [B, K]), to be taken out.
         """
         row, at = moments.unbind(1)
-        width, length = len(self.norms) if columns is None else len(columns), items.shape[1]
+        width, length = onto.shape[1], items.shape[1]
         # An event counts at the moments of its history that it does not come after: from `first` on, before `last`.
         key, event = row * length + at, torch.arange(items.numel(), device=items.device)
         first = torch.searchsorted(key, event)
@@ -149,10 +164,17 @@ class Cosines(nn.Module):
             event, entry, to = event[asked], entry[asked], to[asked]
         value = self.similar[entry] if owned is None else self._without_own(items, event, entry, *owned)
         times = (last - first)[event]
+        if int(times.sum()) > SPARSE * items.numel() * width:
+            said = value.new_zeros(items.numel() * width)
+            said[event * width + to] = value
+            each, place = by_history(reading, row, len(items))
+            onto += (each @ said.view(len(items), length, width))[row, place]
+            return
         pair = torch.repeat_interleave(times)
         since = torch.arange(len(pair), device=items.device) - (times.cumsum(0) - times)[pair]
         moment = first[event[pair]] + since
-        return moment * width + to[pair], reading[moment, event[pair] % length] * value[pair]
+        spoken = reading[moment, event[pair] % length] * value[pair]
+        onto.view(-1).index_add_(0, moment * width + to[pair], spoken)
 
     @torch.no_grad()
     def _without_own(self, items: Tensor, event: Tensor, entry: Tensor, owned: Tensor, weights: Tensor) -> Tensor:
@@ -178,8 +200,10 @@ class Cosines(nn.Module):
         left = left * (left > 1e-5 * count)  # what is left of rounding is no pair
         norm = (self.norms[b] - own**2).clamp(min=0)
         without = left / ((self.norms[a] * norm).sqrt() + self.shrinkage)
+        # What was left out of the list of b has the smaller norm of b as well: at most that many times nearer.
+        beaten = self.near_from[b] * (self.norms[b] / norm.clamp(min=1e-12)).sqrt()
         value = self.similar[entry]
-        value[mine] = without * (without > torch.maximum(self.heard_from[a], self.near_from[b]))
+        value[mine] = without * (without > torch.maximum(self.heard_from[a], beaten))
         return value
 
     def heard(self, items: Tensor) -> Tensor:
@@ -194,6 +218,17 @@ class Cosines(nn.Module):
         said = self.similar.new_zeros(len(items), len(columns) + 1)
         said[slot, column_of[self.items[entry].long()]] = self.similar[entry]
         return said[:, :-1]
+
+
+def by_history(reading: Tensor, row: Tensor, histories: int) -> tuple[Tensor, Tensor]:
+    """What events count for, by history, for a matrix product to add up: ([B, S, L], places among the S [P]).
+
+    reading: [P, L] at moments of the histories `row` [P], ascending; S is the most moments of one history.
+    """
+    first = torch.searchsorted(row.contiguous(), row.contiguous())  # of the moments of the same history
+    place = torch.arange(len(row), device=row.device) - first
+    shape = histories, int(place.max()) + 1, reading.shape[1]
+    return reading.new_zeros(shape).index_put((row, place), reading), place
 
 
 def _expand(starts: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from springtide.model.cosines import Cosines, Pairs
+from springtide.model.cosines import Cosines, Pairs, by_history
 
 SHORT_DECAY = 0.8  # weight of an event k steps back: SHORT_DECAY^k
 
@@ -87,27 +87,28 @@ class Neighbours(nn.Module):
         """
         asked, spread = self._asked(columns)  # which of the M are wanted, and where they go
         total = self.among(items, moments, weights, owned, asked)
-        if not len(self.cosines.items):  # no gradient, but one all the same: DDP waits for every one
+        if not len(self.cosines.items) and torch.is_grad_enabled():  # nothing to learn, but DDP waits for a gradient
             total = total + 0 * self.cosines.log_scale.sum()
         if spread is not None:
             width = self.catalogue if columns is None else len(columns)
             total = torch.zeros(len(moments), width, device=items.device).index_copy(1, spread, total)
         if len(self.cosines.items):
-            total.view(-1).index_add_(0, *self.beyond(items, moments, weights, owned, columns))
+            self.add_beyond(total, items, moments, weights, owned, columns)
         return total
 
-    def beyond(
+    def add_beyond(
         self,
+        onto: Tensor,
         items: Tensor,
         moments: Tensor,
         weights: Tensor,
         owned: tuple[Tensor, Tensor] | None = None,
         columns: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What the pairs of which one is not among the M add to the flattened scores: (places [n], values [n])."""
+    ) -> None:
+        """Add to scores `onto` of `forward`, in place, what the pairs say of which one is not among the M."""
         reading = self._reading(moments[:, 1], weights, items.shape[1], self.cosines.scale())
         left_out = None if owned is None else (owned[0], self.weight(owned[1]))
-        return self.cosines(items, moments, reading, left_out, columns)
+        self.cosines(onto, items, moments, reading, left_out, columns)
 
     def among(
         self,
@@ -122,12 +123,9 @@ class Neighbours(nn.Module):
         places = self.place[items]  # [B, L]
         reading = self._reading(at, weights, items.shape[1], torch.exp(self.log_scale) / self.unit)
         if len(row) and (owned is not None or len(row) > len(items)):
-            # Many moments share a history: what each of its events says is made once, for a matrix product to add up.
-            first = torch.searchsorted(row.contiguous(), row.contiguous())  # of the moments of the same history
-            slot = torch.arange(len(row), device=row.device) - first
-            shape = len(items), int(slot.max()) + 1, items.shape[1]
-            each = reading.new_zeros(shape).index_put((row, slot), reading)
-            return (each @ self._strength(places, owned, asked))[row, slot]
+            # Many moments share a history, so what each of its events says is made once.
+            each, place = by_history(reading, row, len(items))
+            return (each @ self._strength(places, owned, asked))[row, place]
         return self._read(places[row], reading, asked)
 
     def _reading(self, at: Tensor, weights: Tensor, length: int, scale: Tensor) -> Tensor:

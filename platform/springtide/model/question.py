@@ -25,7 +25,7 @@ class Question:
 
     products: dict[str, tuple[Tensor, Tensor]]  # part -> (query [K], keys [I, K]); see FusionModel.products
     counted: Tensor | None = None  # [I] of transitions and neighbours, 0 of most; None: of all
-    touched: np.ndarray = field(default_factory=lambda: NOTHING)  # [n] rows that those may speak for, with repeats
+    touched: np.ndarray = field(default_factory=lambda: NOTHING)  # [n] rows that those may speak for, ascending
     recent: float = 0.0  # weight of recent popularity,
     level: Tensor | None = None  # and that popularity at the time of the request, [I]
     text: np.ndarray | None = None  # [D] a free-text query times its weight
@@ -78,11 +78,19 @@ def _counted(
             total = said.new_zeros(len(row), neighbours.catalogue)
         total.index_add_(1, neighbours.items, said)
         if len(neighbours.cosines.items):
-            total.view(-1).index_add_(0, *neighbours.beyond(batch.items, moments, pair))
+            neighbours.add_beyond(total, batch.items, moments, pair)
         for place, rows in enumerate(touched):
             rows.append(neighbours.items.numpy())
             rows.append(neighbours.cosines.heard(batch.items[row[place], : at[place] + 1]).numpy())
-    return total, [np.concatenate(rows) for rows in touched]
+    return total, [_distinct(rows, model.channels.log_popularity.shape[0]) for rows in touched]
+
+
+def _distinct(rows: list[np.ndarray], catalogue: int) -> np.ndarray:
+    """Each of these catalogue rows once, ascending; by marks, as a long history names hundreds of thousands."""
+    there = np.zeros(catalogue, bool)
+    for some in rows:
+        there[some] = True
+    return np.flatnonzero(there)
 
 
 @torch.inference_mode()

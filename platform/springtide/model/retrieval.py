@@ -140,7 +140,7 @@ class Retrieval:
         return rows[rows >= 0]
 
     def _spoken_for(self, question: Question) -> np.ndarray:
-        """The rows of which transitions and neighbours say most: [n], with repeats, n <= SPOKEN_FOR."""
+        """The rows of which transitions and neighbours say most: [n], n <= SPOKEN_FOR."""
         if question.counted is None:
             return NOTHING
         return question.touched[_greatest(question.counted.numpy()[question.touched], SPOKEN_FOR)]

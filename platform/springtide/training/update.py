@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from springtide.config import Settings, with_values
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.model.carry import carry_over, rows_in
+from springtide.model.cosines import no_pairs
 from springtide.text.embed import load_vectors
 from springtide.training.job import Warm, count_events, fingerprint, publish, summarise, train
 from springtide.training.sampling import Since
@@ -115,6 +117,9 @@ def write_update(
         )
     text = feature_rows(settings, prepared, bundle.features)
     tables = tabulate(statistics, settings.model, _share(bundle, statistics), text)
+    neighbours = recommender.model.channels.neighbours
+    if neighbours is not None and not len(neighbours.cosines.items):  # a model of a catalogue that had no long tail
+        tables = replace(tables, pairs=no_pairs(len(prepared.items)))  # has not learned how far to trust its neighbours
     write_inputs(inputs, tables, text, bundle.features)
     model, _ = build_model(settings, len(prepared.actions), inputs)
     items = rows_in(recommender.item_ids, prepared.items["item_id"].to_pylist())
