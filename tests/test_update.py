@@ -41,9 +41,13 @@ def statistics_of(settings: Settings, prepared: Prepared) -> Statistics:
 
 @pytest.fixture
 def trained(tmp_path: Path) -> tuple[Settings, Bundle]:
+    return bundled(tmp_path)
+
+
+def bundled(tmp_path: Path, **values: Any) -> tuple[Settings, Bundle]:
     """A workspace with a bundle of its log, counts and all, whose weights are random."""
     workspace = write_workspace(tmp_path / "toy")
-    chosen = toy_settings(workspace, train__rating_weight=0.1)
+    chosen = toy_settings(workspace, train__rating_weight=0.1, **values)
     prepared = load_prepared(workspace)
     features = fit_texts(chosen, prepared, "both")
     text = feature_rows(chosen, prepared, features)
@@ -111,6 +115,18 @@ def test_new_events_are_counted_and_new_items_known_by_text(trained: tuple[Setti
         assert np.allclose(again.item_vectors[row], vectors.project(vectors.text[row]).detach().numpy())
     kept = [again.index[item] for item in old.item_ids]
     assert np.allclose(again.item_vectors[kept], old.item_vectors, atol=1e-5)
+
+
+@pytest.mark.parametrize("dense", [12, ITEMS_IN_TOY])
+def test_neighbours_of_a_long_tail_come_only_if_the_model_knew_some(dense: int, tmp_path: Path) -> None:
+    """How far to trust them is learned, and an update may learn nothing."""
+    chosen, bundle = bundled(tmp_path, model__neighbour_items=dense)
+    grow_workspace(Path(chosen.workspace))
+    again = updated(chosen, bundle, tmp_path).recommender
+    assert len(again.item_ids) > dense
+    before, after = (r.model.channels.neighbours for r in (bundle.recommender, again))
+    assert before is not None and after is not None
+    assert bool(len(after.cosines.items)) is bool(len(before.cosines.items)) is (dense == 12)
 
 
 def test_weights_of_another_shape_are_refused(trained: tuple[Settings, Bundle], tmp_path: Path) -> None:
