@@ -58,12 +58,46 @@ def test_a_list_of_ten_may_lose_what_chance_would_take(monkeypatch: pytest.Monke
         gains = np.full((len(TRIED), 2, 400), 0.3)
         gains[:, 0], gains[:, 0, :20], gains[1:, 0, :leaving], gains[1:, 1] = 0, 1, 0, elsewhere
         parts = iter(np.split(gains, range(damping.BATCH, 400, damping.BATCH), axis=2))
-        monkeypatch.setattr(damping, "_gains", lambda *_: next(parts))
+        never_enough = np.arange(len(TRIED) + 1)[:, None] == len(TRIED)
+        monkeypatch.setattr(damping, "_judge", lambda *_: (next(parts), never_enough))
         return choose_damping(model_of(), cases_of(*[0] * 400), None, False, 0.01)
 
     assert chosen(0) == chosen(1) == TRIED[-1]
     assert chosen(12) == 0
     assert chosen(0, elsewhere=0.29) == 0  # what all ranks tell is no chance
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "chosen"),
+    [
+        (0, 0.15),  # enough without any: what costs a quarter of the price is taken all the same
+        (7, 0.3),  # as many as are reached by a damping of 0.3
+        (99, 0.45),  # more than any that may be paid for
+    ],
+)
+def test_no_more_than_lets_lists_reach_what_neighbours_do(
+    neighbours: int, chosen: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each twentieth costs one of a hundred cases, up to four; and adds an item to the lists."""
+    gains, listed = np.ones((len(TRIED), 2, 100)), np.zeros((len(TRIED) + 1, 120), bool)
+    for number in range(len(TRIED)):
+        gains[number, :, : number // 2] = 0
+        listed[number, : number + 1] = True
+    listed[-1, :neighbours] = True
+    monkeypatch.setattr(damping, "BATCH", 100)
+    monkeypatch.setattr(damping, "_judge", lambda *_: (gains, listed))
+    assert choose_damping(model_of(), cases_of(*[0] * 100), None, False, 0.04) == chosen
+
+
+def test_what_the_neighbours_alone_would_list() -> None:
+    model = model_of(neighbours=True).eval()
+    neighbours = model.channels.neighbours
+    assert neighbours is not None
+    inverse = np.eye(ITEMS, dtype=np.float32)
+    inverse[-1, 20:-1] = inverse[20:-1, -1] = -np.arange(ITEMS - 21) / 100  # of the one item that the history holds
+    neighbours.load(inverse, np.arange(ITEMS), 1, float("inf"))
+    _, listed = damping._judge(model, cases_of(1), None, False)
+    assert listed[-1].nonzero()[0].tolist() == list(range(ITEMS - 11, ITEMS - 1))
 
 
 def test_items_that_nobody_took_yet_have_no_say() -> None:
@@ -78,7 +112,9 @@ def test_items_that_nobody_took_yet_have_no_say() -> None:
 def test_what_a_recommender_never_lists_is_no_competitor() -> None:
     model = model_of()
     model.item_vectors.known[0] = False  # neither trained nor described, though its score would be the best
-    assert damping._gains(model.eval(), cases_of(1), None, False)[0].tolist() == [[1.0], [1.0]]
+    gains, listed = damping._judge(model.eval(), cases_of(1), None, False)
+    assert gains[0].tolist() == [[1.0], [1.0]]
+    assert listed[0].nonzero()[0].tolist() == list(range(1, 11)) and listed[-1].all()
 
 
 def test_nothing_to_choose_by() -> None:
