@@ -71,7 +71,7 @@ def test_a_list_of_ten_may_lose_what_chance_would_take(monkeypatch: pytest.Monke
     ("neighbours", "chosen"),
     [
         (0, 0.15),  # enough without any: what costs a quarter of the price is taken all the same
-        (7, 0.3),  # as many as are reached by a damping of 0.3
+        (4, 0.25),  # half as many again are reached by a damping of 0.25
         (99, 0.45),  # more than any that may be paid for
     ],
 )

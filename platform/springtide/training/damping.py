@@ -15,6 +15,7 @@ from springtide.model.fusion import FusionModel
 from springtide.ranks import block_size, gains, hide, places, top_k
 
 TRIED = tuple(step / 20 for step in range(17))  # at 0.8 each of three logs lost 3 to 6 %
+ENOUGH = 1.5  # times as many items as the neighbours' own lists hold, which are narrow: they favour what is popular too
 FREE = 0.25  # share of the price that is paid for lists that reach enough of the catalogue already
 BATCH, LIST = 64, 10  # cases scored at once, fewer of a large catalogue
 
@@ -22,7 +23,7 @@ BATCH, LIST = 64, 10  # cases scored at once, fewer of a large catalogue
 def choose_damping(
     model: FusionModel, cases: list[tuple[History, int]], asked_at: int | None, exclude_seen: bool, cost: float
 ) -> float:
-    """How much of TRIED is taken off: as little as lets lists reach as many items as those of its neighbours alone do.
+    """How much of TRIED is taken off: as little as lets lists reach ENOUGH times what those of its neighbours alone do.
 
     That may cost a share `cost` of the validation NDCG, and is left at the strongest damping that does if it is not
     reached. What costs a quarter of it is taken in any case, and all of it by a model without that channel.
@@ -54,7 +55,7 @@ def choose_damping(
     def strongest(share: float) -> int:
         return int(np.flatnonzero((loss - chance <= share * base).all(1)).max())
 
-    enough = np.flatnonzero(reached[:-1] >= reached[-1]).min(initial=len(TRIED))
+    enough = np.flatnonzero(reached[:-1] >= ENOUGH * reached[-1]).min(initial=len(TRIED))
     return TRIED[max(strongest(FREE * cost), min(strongest(cost), enough))]
 
 
@@ -63,7 +64,10 @@ def _judge(
     model: FusionModel, cases: list[tuple[History, int]], asked_at: int | None, exclude_seen: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Of C cases: NDCG@10 and NDCG without a cut-off at every damping [len(TRIED), 2, C]; and which items their lists
-    hold then, and last those of the neighbours alone [len(TRIED) + 1, I], all where there is no such channel."""
+    hold then, and last those of the neighbours of the last events alone [len(TRIED) + 1, I].
+
+    The last are all items where there is no such channel.
+    """
     histories = [history for history, _ in cases]
     now = None if asked_at is None else np.full(len(cases), asked_at, np.int64)
     batch = scoring_batch(histories, model.config.long_window, now)
@@ -86,7 +90,8 @@ def _judge(
         damped = logits - np.float32(damping) * excess
         place[number], listed[number] = places(damped, targets), _listed(damped)
     if model.channels.neighbours is not None and len(model.channels.neighbours.items):
-        alone = model.channels.neighbours(batch.items, moments, torch.ones(len(cases), 2))
+        short = torch.tensor([1.0, 0.0]).expand(len(cases), 2)
+        alone = model.channels.neighbours(batch.items, moments, short)
         listed[-1] = _listed(candidates(alone.numpy()))
     gain = gains(place)
     return np.stack([gain * (place <= LIST), gain], 1), listed
