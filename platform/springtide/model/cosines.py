@@ -44,13 +44,16 @@ def no_pairs(catalogue: int) -> Pairs:
 
 
 def count_pairs(rows: sp.csr_array, dense: np.ndarray, shrinkage: float) -> Pairs:
-    """The Pairs of X [U, I] but for those of two items of `dense` [M], of which another model knows more."""
+    """The Pairs of X [U, I] but for those of two items of `dense` [M], of which another model knows more.
+
+    What is held at once follows the work: about COUNTED pairs, and those of one candidate at least.
+    """
     catalogue = rows.shape[1]
     rows = rows[np.diff(rows.indptr) <= MOST]
     norms = np.asarray(rows.power(2).sum(axis=0)).ravel().astype(np.float32)
     tail = np.ones(catalogue, bool)
     tail[dense] = False
-    parts, near_from = [_no_entries()], np.zeros(catalogue, np.float32)
+    parts, near_from = [], np.zeros(catalogue, np.float32)
     # Candidates of the tail meet everything, the others the tail alone.
     for candidates, speaking in ((np.flatnonzero(tail), np.arange(catalogue)), (dense, np.flatnonzero(tail))):
         by_candidate, speakers = sp.csr_array(rows[:, candidates].T), sp.csr_array(rows[:, speaking])
@@ -81,10 +84,6 @@ def count_pairs(rows: sp.csr_array, dense: np.ndarray, shrinkage: float) -> Pair
     return Pairs(heard, norms, heard_from, near_from)
 
 
-def _no_entries() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
-
-
 class Cosines(nn.Module):
     """Pairs as fixed buffers, and one learned scale for each way of reading a history."""
 
@@ -104,6 +103,7 @@ class Cosines(nn.Module):
         self.load(no_pairs(catalogue))
 
     def load(self, pairs: Pairs) -> None:
+        """Take other pairs, over as many items."""
         counts = pairs.counts
         source = np.repeat(np.arange(counts.shape[0]), np.diff(counts.indptr))
         norms = pairs.norms
