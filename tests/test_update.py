@@ -20,7 +20,7 @@ from springtide.errors import SpringtideError
 from springtide.files import write_json
 from springtide.model.carry import carry_over, rows_in
 from springtide.schemas import TEST
-from springtide.training import update
+from springtide.training import reach, update
 from springtide.training.job import publish
 from springtide.training.sampling import Sampling, Since
 from springtide.training.sequences import count_new, epoch_batches, from_table
@@ -31,7 +31,7 @@ from springtide.training.worker import build_model, write_inputs
 from toy import ITEMS_IN_TOY, sequences_of, toy_settings
 from write_workspace import grow_workspace, write_workspace
 
-METRICS = {"damping": 0.25, "epochs": [], "new_events": 7}  # as of an update before
+METRICS = {"damping": 0.25, "reach": 0.0, "epochs": [], "new_events": 7}  # as of an update before
 NEW = {"i40", "i41"}
 
 
@@ -65,12 +65,12 @@ def bundled(tmp_path: Path, **values: Any) -> tuple[Settings, Bundle]:
     return chosen, load_bundle(workspace / "bundle")
 
 
-def updated(chosen: Settings, bundle: Bundle, folder: Path) -> Bundle:
+def updated(chosen: Settings, bundle: Bundle, folder: Path, share: float = 0.0) -> Bundle:
     """The bundle of the prepared log as it is now, without training."""
     prepared = load_prepared(chosen.workspace)
     inputs = update.write_update(chosen, prepared, bundle, statistics_of(chosen, prepared), folder / "run")
     state = build_model(chosen, len(prepared.actions), inputs)[0].state_dict()
-    publish(chosen, prepared, inputs, state, METRICS, folder / "bundle")
+    publish(chosen, prepared, inputs, state, METRICS | {"reach": share}, folder / "bundle")
     return load_bundle(folder / "bundle")
 
 
@@ -97,6 +97,18 @@ def test_without_new_events_every_score_stays(trained: tuple[Settings, Bundle], 
     assert np.allclose(scores(again, EVENTS, items), scores(bundle, EVENTS, items), atol=2e-4)
     assert (again.recommender.item_ids == items) is not grown
     assert float(again.recommender.model.channels.damping) == 0.25
+
+
+def test_items_that_no_list_holds_are_lifted_again(
+    trained: tuple[Settings, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "WORK", 5 * (ITEMS_IN_TOY + len(NEW)))  # the lists of five users do not hold everything
+    chosen, bundle = trained
+    grow_workspace(Path(chosen.workspace))
+    lifts = [
+        updated(chosen, bundle, tmp_path / str(share), share).recommender.model.channels.lift for share in (0.0, 1.0)
+    ]
+    assert not lifts[0].any() and lifts[1].any() and len(lifts[1]) == ITEMS_IN_TOY + len(NEW)
 
 
 def test_new_events_are_counted_and_new_items_known_by_text(trained: tuple[Settings, Bundle], tmp_path: Path) -> None:

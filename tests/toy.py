@@ -12,6 +12,7 @@ import torch
 
 from springtide.bundle import write_bundle
 from springtide.config import ModelConfig, Settings, parse_settings
+from springtide.model.batch import History
 from springtide.model.fusion import FusionModel
 from springtide.model.tables import Tables
 from springtide.schemas import ITEMS, SEQUENCES, TRAIN
@@ -137,3 +138,24 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
     path = folder / "bundle"
     write_bundle(path, model, settings, items, ACTIONS, tables, text, {"validation": {"ndcg@10": 0.1}}, "toy", made)
     return path
+
+
+def popularity_model(**values: bool) -> FusionModel:
+    """Scores are the item's popularity alone, and it is the lower the later its row."""
+    off = dict.fromkeys(("memory", "neighbours", "borrowing", "text_neighbours", "recent_popularity"), False)
+    settings = toy_settings(Path("none"), **{f"model__{name}": value for name, value in (off | values).items()})
+    popularity = torch.arange(ITEMS_IN_TOY, 0, -1) * 10
+    torch.manual_seed(0)
+    model = FusionModel(settings.model, 2, torch.zeros(ITEMS_IN_TOY, 0), popularity > 0, popularity)
+    for parameter in model.item_vectors.parameters():
+        torch.nn.init.zeros_(parameter)
+    if model.channels.weigh is not None:
+        torch.nn.init.zeros_(model.channels.weigh.weight)
+        torch.nn.init.constant_(model.channels.weigh.bias, 0.42)
+    return model
+
+
+def cases_of(*targets: int) -> list[tuple[History, int]]:
+    """Users of one event, the last item, and what they took next."""
+    n = np.zeros(1, np.int64)
+    return [(History(n + ITEMS_IN_TOY - 1, n, n.astype(np.float32), n + 1), target) for target in targets]

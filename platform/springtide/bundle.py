@@ -35,7 +35,7 @@ from springtide.schemas import ITEMS, check_schema
 from springtide.text.features import TextFeatures
 from springtide.text.features import from_arrays as features_from_arrays
 
-FORMAT = 5
+FORMAT = 6
 FILES = (
     "model.safetensors",
     "config.json",

@@ -136,9 +136,9 @@ class TrainConfig(Section):
     # Train once more on training and validation events together, for as many epochs as were best.
     refit: bool = True
     update_epochs: int = Field(2, ge=0)  # of `update` over the windows with new events; 0 = they are only counted
-    # Popularity is damped in what is recommended until lists reach half as many items again as those of the neighbours
-    # alone, as far as that costs at most this share of the validation NDCG without a cut-off (of NDCG@10, two standard
-    # errors more), and in any case as far as it costs a quarter of that. 0 = no damping.
+    # What a wider reach of what is recommended may cost, as a share of validation NDCG. A quarter of it is spent on
+    # damping popularity (as strongly as it pays for; of NDCG@10, two standard errors more), and the rest, as far as it
+    # takes, on lifting items that are in nobody's list, until lists hold a quarter more than the neighbours' own do.
     coverage_cost: float = Field(0.04, ge=0, le=1)
     # From this many items on the bundle holds an index (FAISS), so that an answer scores some thousand candidates in
     # place of all. It reads as little as still finds `ann_recall` of the ten best items that scoring all would find.

@@ -73,6 +73,8 @@ class Channels(nn.Module):
     log_popularity: Tensor  # [I], centred
     damping: Tensor  # [] times this a trained model takes off every score:
     excess: Tensor  # [I] log popularity beyond the mean of the items that were taken at all, 0 of the others
+    lift: Tensor  # [I] what a trained model adds to the scores of items that would be in nobody's list,
+    lift_from: Tensor  # [] for histories of so many events or more; 0 = for none
     text: Tensor  # [I, text_dim] unit rows
 
     def __init__(self, config: ModelConfig, text: Tensor, popularity: Tensor) -> None:
@@ -110,6 +112,8 @@ class Channels(nn.Module):
         self.register_buffer("log_popularity", _centred_log(popularity))
         self.register_buffer("damping", torch.zeros(()))
         self.register_buffer("excess", _excess_log(popularity), persistent=False)
+        self.register_buffer("lift", torch.zeros(catalogue))
+        self.register_buffer("lift_from", torch.zeros((), dtype=torch.int64))
 
     def observe_popularity(self, popularity: np.ndarray) -> None:
         """Take new counts [I]."""
@@ -132,6 +136,7 @@ class Channels(nn.Module):
         if self.by_text:
             self.text = F.normalize(text, dim=1)
         self.log_popularity, self.excess = F.pad(self.log_popularity, (0, count)), F.pad(self.excess, (0, count))
+        self.lift = F.pad(self.lift, (0, count))
         self.observe_popularity(popularity)
 
     def weights(self, user: Tensor, context: Tensor) -> Tensor:
@@ -203,6 +208,8 @@ class Channels(nn.Module):
             out["popularity"] = weight["popularity"][:, None], level[:, None]
         if self.damping and not self.training:
             out["damping"] = (-self.damping).expand(len(row), 1), self.excess[:, None]
+        if self.lift_from and not self.training:
+            out["lift"] = (at + 1 >= self.lift_from).float()[:, None], self.lift[:, None]
         return out
 
 

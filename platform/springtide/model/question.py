@@ -136,6 +136,7 @@ def part_names(model: FusionModel) -> tuple[str, ...]:
         "text": channels.by_text,
         "popularity": True,  # policies may damp it in a model that has no such channel
         "damping": bool(channels.damping),
+        "lift": bool(channels.lift_from),
         "recent": channels.recent is not None,
     }
     return tuple(name for name, there in wanted.items() if there)
@@ -152,6 +153,7 @@ def key_parts(model: FusionModel, vectors: Tensor) -> list[np.ndarray]:
         "text": channels.text,
         "popularity": channels.log_popularity[:, None],
         "damping": channels.excess[:, None],
+        "lift": channels.lift[:, None],
     }
     if channels.recent is not None:
         level = channels.recent.table[-1]

@@ -27,6 +27,7 @@ from springtide.text.embed import load_vectors
 from springtide.training.damping import choose_damping
 from springtide.training.factors import item_factors
 from springtide.training.loop import Progress
+from springtide.training.reach import choose_reach, lift_until, users_read
 from springtide.training.sampling import Sampling, Since
 from springtide.training.sequences import epoch_batches, from_table, validation_cases
 from springtide.training.statistics import Statistics, collect_file, merge
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 # Events of a log below which a model is so wide and its long branch so deep.
 SIZES = ((20_000, 32, 1), (5_000_000, 64, 1), (float("inf"), 128, 2))
 DAMPED_USERS = 3000  # validation users that the damping of popularity is judged by
+DAMPED_FOR = 0.25  # share of the price of a wider reach that damping may take, and lifting the rest
 # A training worker keeps large arrays for its next step. To give them back to the system and have them cleared again is
 # up to a quarter of a step's CPU time. glibc reads these when a process starts; other C libraries ignore them.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
@@ -262,10 +264,11 @@ def write_trained(
         again = with_values(settings, {"train.epochs": progress.best_epoch + 1})
         log.info("fitting again on training and validation events, %d epochs", progress.best_epoch + 1)
         final = train(again, prepared, folder, time.time(), refit=True)
-    damping = _damping(settings, prepared, run_folder, progress) if validated else 0.0
+    damping, reach = _coverage(settings, prepared, run_folder, progress) if validated else (0.0, 0.0)
     metrics = summarise(progress)
     metrics |= {
         "damping": damping,
+        "reach": reach,
         "refit": final is not progress,
         "refit_epochs": final.epochs if final is not progress else [],
     }
@@ -280,10 +283,15 @@ def publish(
     metrics: dict[str, Any],
     bundle: Path,
 ) -> dict[str, Any]:
-    """Write the bundle of trained weights. metrics: of the run, its damping among them. Returns them completed."""
+    """Write the bundle of trained weights. metrics: of the run, damping and reach too. Returns them completed."""
     model, tables = build_model(settings, len(prepared.actions), inputs)
     model.load_state_dict(state)
     model.channels.damping.fill_(metrics["damping"])
+    if metrics["reach"]:
+        cuts, hide = prepared.report["split"]["cuts_ms"], settings.data.exclude_seen
+        histories = _latest_histories(settings, prepared, users_read(len(prepared.items)))
+        log.info("reading the lists of %d users, so that they hold more of the catalogue", len(histories))
+        lift_until(model, histories, cuts[-1] if cuts else None, hide, metrics["reach"])
     metrics = metrics | {"parameters": sum(p.numel() for p in model.parameters())}
     vectors, made = load_vectors(settings, prepared.items), load_features(inputs)
     asked = [history for history, _ in _some_cases(prepared, holdout_share(settings, prepared), ASKED_USERS)]
@@ -294,13 +302,34 @@ def publish(
     return metrics
 
 
-def _damping(settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress) -> float:
-    """How much of the popularity to take off, judged by the model that has not seen the validation events."""
+def _coverage(settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress) -> tuple[float, float]:
+    """How much of the popularity to take off, and the share of the catalogue that lists shall hold.
+
+    Both are judged by the model that has not seen the validation events.
+    """
     model, _ = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
     model.load_state_dict(progress.best_state)
     cuts, hide = prepared.report["split"]["cuts_ms"], settings.data.exclude_seen
-    cases = _some_cases(prepared, holdout_share(settings, prepared), DAMPED_USERS)
-    return choose_damping(model, cases, cuts[0] if cuts else None, hide, settings.train.coverage_cost)
+    asked_at, cost = cuts[0] if cuts else None, settings.train.coverage_cost
+    share = holdout_share(settings, prepared)
+    damping = choose_damping(model, _some_cases(prepared, share, DAMPED_USERS), asked_at, hide, DAMPED_FOR * cost)
+    model.channels.damping.fill_(damping)
+    cases = _some_cases(prepared, share, users_read(len(prepared.items)))
+    return damping, choose_reach(model, cases, asked_at, hide, (1 - DAMPED_FOR) * cost)
+
+
+def _latest_histories(settings: Settings, prepared: Prepared, limit: int) -> list[History]:
+    """What the users that the model was validated on have done by now, validation events included, at most `limit`."""
+    share = holdout_share(settings, prepared)
+    histories: list[History] = []
+    for file in prepared.sequence_files:
+        if len(histories) == limit:
+            break
+        table = pq.read_table(file)
+        validated, now = from_table(table, share), from_table(table, share, refit=True)
+        users = np.flatnonzero((validated.valid_target >= 0) & (validated.train_end > validated.start))
+        histories += [now.history(user, int(now.train_end[user])) for user in users[: limit - len(histories)]]
+    return histories
 
 
 def summarise(progress: Progress) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 Run `prepare` and `embed` on the grown log first. All that is counted is counted again, which takes seconds; the network
 starts from the bundle's weights and passes a few times over the windows that hold new events. How the items' texts
-become features stays as it was, and so does the damping of popularity. Rerun it to resume.
+become features stays as it was, and so do the damping of popularity and how much of the catalogue lists are to hold.
+Rerun it to resume.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def run(settings: Settings) -> dict[str, Any]:
         metrics, state = summarise(progress), progress.best_state
     metrics |= {
         "damping": float(bundle.recommender.model.channels.damping),
+        "reach": bundle.metrics["reach"],
         "refit": True,  # it has learned from the validation events
         "refit_epochs": [],
         "updated_from": bundle.version,
