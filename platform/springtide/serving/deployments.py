@@ -11,10 +11,10 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from fastapi import FastAPI
@@ -26,6 +26,7 @@ from ray.serve.handle import DeploymentHandle
 
 from springtide.errors import SpringtideError
 from springtide.serving.app import Edge, create_app
+from springtide.serving.batching import Batches, Seen, in_thread
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.exposures import FOLDER, ExposureLog
 from springtide.serving.live import Live, NoLogHere
@@ -42,6 +43,23 @@ from springtide.serving.tokens import open_tokens
 
 log = logging.getLogger("ray.serve")
 STORE_PATIENCE_S = 0.25  # of a Scorer, which goes on with what it knows
+# A call to another process costs about as much as scoring a request in a batch. So an Ingress has so many calls of a
+# replica under way, and what comes meanwhile shares the next one; the autoscaler's target must be below that.
+CALLS_PER_REPLICA = 4
+REQUESTS_IN_A_CALL, QUERIES_IN_A_CALL = 32, 16
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Answered(Generic[Found]):
+    """An answer, and the replica that gave it."""
+
+    replica: str
+    answer: Found
+
+
+def _replica() -> str:
+    return serve.get_replica_context().replica_id.unique_id
 
 
 def _padded_tokens(items: list[tuple[str, int]]) -> int:
@@ -58,6 +76,8 @@ class TextEncoder:
         self._options: EncoderOptions | None = None  # of the encoder in use
         self._metrics = RayMetrics()
         self._thread = ThreadPoolExecutor(1)  # tokenizers of Hugging Face refuse two threads at once
+        most = EncoderOptions().max_batch_tokens
+        self._batches = Batches(in_thread(self._thread, self._encode), most, _padded_tokens)
 
     async def reconfigure(self, config: Json) -> None:
         """Load the encoder that `config` (EncoderOptions) names beside the old one, warm it, then swap.
@@ -74,26 +94,23 @@ class TextEncoder:
             log.exception("TextEncoder keeps its old encoder, the new one failed to load")
             return
         self._encoder, self._options = encoder, options
-        self._batch.set_max_batch_size(options.max_batch_tokens)
-        self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
+        self._batches.most, self._batches.wait_s = options.max_batch_tokens, options.batch_wait_ms / 1000
 
-    async def encode(self, texts: list[str]) -> Encoded:
+    async def encode(self, texts: list[str]) -> Answered[Encoded]:
         """[n, D] float32, all of one encoder."""
         assert self._options is not None  # Serve sends nothing before the first configuration is in place
         lengths, most = await self._run(self._encoder.token_lengths, texts), self._options.max_tokens
         sized = [(text, min(n, most)) for text, n in zip(texts, lengths, strict=True)]
         while True:
-            found = await asyncio.gather(*(self._batch(item) for item in sized))
+            found = await asyncio.gather(*(self._batches(item) for item in sized))
             encoders = {one.encoder for one in found}
             if len(encoders) == 1:  # else it was swapped in between
-                return Encoded(np.stack([one.vectors for one in found]), encoders.pop())
+                return Answered(_replica(), Encoded(np.stack([one.vectors for one in found]), encoders.pop()))
 
-    @serve.batch(max_batch_size=2048, batch_wait_timeout_s=0.002, batch_size_fn=_padded_tokens)
-    async def _batch(self, items: list[tuple[str, int]]) -> list[Encoded]:
+    def _encode(self, items: list[tuple[str, int]]) -> list[Encoded]:
         self._metrics.observe("springtide_batch_size", len(items), part="encoder")
         encoder = self._encoder
-        vectors = await self._run(encoder.encode, [text for text, _ in items])
-        return [Encoded(vector, encoder.identity) for vector in vectors]
+        return [Encoded(vector, encoder.identity) for vector in encoder.encode([text for text, _ in items])]
 
     async def _run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
@@ -109,7 +126,8 @@ class Scorer:
         self._observe_every_s = 0.0
         self._reconfigured = threading.Event()
         threading.Thread(target=self._follow, daemon=True).start()
-        self._scoring = ThreadPoolExecutor(1, "score")  # batches come one at a time
+        most = ScorerOptions.model_fields["max_batch"].default
+        self._batches = Batches(in_thread(ThreadPoolExecutor(1, "score"), self._score), most)
         self._lookups = ThreadPoolExecutor(2, "lookups")  # similar items and interests never wait in that one's way
         self._apart = ThreadPoolExecutor(1)  # copies for comparison: one at a time, never in a batch that is awaited
         self._metrics = RayMetrics()
@@ -135,21 +153,15 @@ class Scorer:
         self._models = models
         self._observe_every_s = options.observe_every_s
         self._reconfigured.set()
-        self._batch.set_max_batch_size(options.max_batch)
-        self._batch.set_batch_wait_timeout_s(options.batch_wait_ms / 1000)
+        self._batches.most, self._batches.wait_s = options.max_batch, options.batch_wait_ms / 1000
         log.info("Scorer serves %s", ", ".join(engine.label for engine in models.engines.values()))
 
-    async def score(self, request: ScoreRequest) -> Json | Refusal:
-        answer: Json | Refusal = await self._batch(request)
-        return answer
-
-    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.002)
-    async def _batch(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
-        self._metrics.observe("springtide_batch_size", len(requests), part="scorer")
-        return await asyncio.get_running_loop().run_in_executor(self._scoring, self._score, requests)
+    async def score(self, requests: list[ScoreRequest]) -> Answered[list[Json | Refusal]]:
+        return Answered(_replica(), list(await asyncio.gather(*map(self._batches, requests))))
 
     def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
         """Answers with every item that was added until now, or degraded ones where the store does not tell."""
+        self._metrics.observe("springtide_batch_size", len(requests), part="scorer")
         models = self._ready_models()
         current = self._live.add_items(models.engines.values())
         answers = models.score(requests)
@@ -220,10 +232,35 @@ class Ingress:
     """
 
     def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
+        encoders, scorers = Seen(), Seen()
+
+        async def encode_all(texts: list[str]) -> Encoded:
+            found: Answered[Encoded] = await _again_if_died(lambda: encoder.encode.remote(texts))
+            encoders.note(found.replica)
+            return found.answer
+
+        async def encode_each(texts: list[str]) -> list[Encoded]:
+            found = await asyncio.wait_for(encode_all(texts), options.encoder_timeout_s)
+            return [Encoded(vector, found.encoder) for vector in found.vectors]
+
+        async def score(requests: list[ScoreRequest]) -> list[Json | Refusal]:
+            sent = _again_if_died(lambda: scorer.score.remote(requests))
+            found: Answered[list[Json | Refusal]] = await asyncio.wait_for(sent, options.scorer_timeout_s)
+            scorers.note(found.replica)
+            return found.answer
+
+        queries = Batches(encode_each, QUERIES_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * encoders.count())
+        scores = Batches(score, REQUESTS_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * scorers.count())
+
         async def encode(texts: list[str]) -> Encoded:
-            return await _again_if_died(lambda: encoder.encode.remote(texts))
+            if len(texts) > 1:
+                return await encode_all(texts)
+            one = await queries(texts[0])
+            return Encoded(one.vectors[None], one.encoder)
 
         async def call(method: str, *arguments: Any) -> Any:
+            if method == "score":
+                return await scores(*arguments)
             return await _again_if_died(lambda: getattr(scorer, method).remote(*arguments))
 
         async def everywhere(method: str) -> list[Any]:

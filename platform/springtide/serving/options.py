@@ -121,8 +121,8 @@ class ScorerOptions(Options):
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     threads: int = Field(1, ge=1)
     policies: Policies = Policies()  # of every model
-    max_batch: int = Field(32, ge=1, le=1024)  # requests scored at once
-    batch_wait_ms: float = Field(2.0, ge=0, le=1000)
+    max_batch: int = Field(32, ge=1, le=1024)  # requests scored at once: those that came while others were scored
+    batch_wait_ms: float = Field(0.0, ge=0, le=1000)  # for more to come, before that
     observe_every_s: float = Field(5.0, ge=0, le=86_400)  # then popularity and transitions know new events; 0 = never
     observe_at_most: int = Field(200_000, ge=0, le=100_000_000)  # of the latest events, by a model that was just loaded
     models: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")], ModelOptions] = Field({}, max_length=16)  # by name
@@ -141,8 +141,8 @@ class EncoderOptions(Options):
     max_tokens: int = Field(64, ge=4, le=512)
     device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     threads: int = Field(1, ge=1)
-    max_batch_tokens: int = Field(2048, ge=4)  # padded tokens encoded at once
-    batch_wait_ms: float = Field(2.0, ge=0, le=1000)
+    max_batch_tokens: int = Field(2048, ge=4)  # padded tokens encoded at once, as above
+    batch_wait_ms: float = Field(0.0, ge=0, le=1000)
     # onnx-int8 keeps a cosine of 0.99 to torch, or stays in float; auto: onnx-int8 on a CPU, torch on a GPU
     runtime: Runtime = "auto"
 

@@ -1,0 +1,106 @@
+"""What waits while something is busy goes together when it is free: requests into batches, batches into calls.
+
+Serve's own batches are closed when their time to fill is over, though the one before still runs: under load they hold
+one request each. Here a batch is made only when it can be taken, so it grows with the load and nobody waits idly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+
+class Batches(Generic[Item, Answer]):
+    """`await batches(item)` is that item's answer from `work`, which maps a batch of items to as many answers."""
+
+    def __init__(
+        self,
+        work: Callable[[list[Item]], Awaitable[Sequence[Answer]]],
+        most: int,
+        size: Callable[[list[Item]], int] = len,
+        at_once: Callable[[], int] = lambda: 1,
+    ) -> None:
+        """most: the `size` of a batch, which grows with its items; an item that is larger is a batch of its own.
+        at_once: batches under way; what comes while there are as many waits for the first of them to end."""
+        self.most, self.wait_s = most, 0.0  # wait_s: for others to come, before a batch is made
+        self._work, self._size, self._at_once = work, size, at_once
+        self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
+        self._workers: set[asyncio.Task[None]] = set()
+
+    async def __call__(self, item: Item) -> Answer:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Answer] = loop.create_future()
+        self._waiting.append((item, answer))
+        if len(self._workers) < self._at_once():
+            # In a context of its own: it goes on for others after the request that starts it.
+            worker = loop.create_task(self._drain(), context=contextvars.Context())
+            self._workers.add(worker)
+            worker.add_done_callback(self._workers.discard)
+        return await answer
+
+    async def _drain(self) -> None:
+        while self._waiting and len(self._workers) <= max(1, self._at_once()):
+            if self.wait_s:
+                await asyncio.sleep(self.wait_s)
+            items, answers = self._next()
+            if not items:
+                continue
+            try:
+                found = await self._work(items)
+                for answer, one in zip(answers, found, strict=True):
+                    if not answer.done():  # its caller may have gone
+                        answer.set_result(one)
+            except Exception as error:
+                for answer in answers:
+                    if not answer.done():
+                        answer.set_exception(error)
+
+    def _next(self) -> tuple[list[Item], list[asyncio.Future[Answer]]]:
+        """As many as fit, in the order in which they came; without those whose callers have gone."""
+        items: list[Item] = []
+        answers: list[asyncio.Future[Answer]] = []
+        while self._waiting:
+            item, answer = self._waiting[0]
+            if not answer.done():
+                if items and self._size([*items, item]) > self.most:
+                    break
+                items.append(item)
+                answers.append(answer)
+            self._waiting.popleft()
+        return items, answers
+
+
+def in_thread(
+    thread: ThreadPoolExecutor, work: Callable[[list[Item]], list[Answer]]
+) -> Callable[[list[Item]], Awaitable[list[Answer]]]:
+    """The work of Batches, in a thread."""
+
+    async def run(items: list[Item]) -> list[Answer]:
+        return await asyncio.get_running_loop().run_in_executor(thread, work, items)
+
+    return run
+
+
+class Seen:
+    """How many different replicas have answered lately."""
+
+    def __init__(self, forget_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._forget_s, self._clock = forget_s, clock
+        self._last: dict[str, float] = {}
+
+    def note(self, replica: str) -> None:
+        self._last[replica] = self._clock()
+
+    def count(self) -> int:
+        """At least 1."""
+        now = self._clock()
+        self._last = {replica: when for replica, when in self._last.items() if now - when < self._forget_s}
+        return max(1, len(self._last))
