@@ -90,6 +90,8 @@ CASES: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("autoscaling policy", put("@Scorer", "autoscaling_config", value={**AUTO, "policy": {"polcy_function": "a:b"}}),
      "did you mean policy_function?"),
     ("deprecated", put("@Scorer", "autoscaling_config", value={**AUTO, "smoothing_factor": 1.0}), "deprecated in Ray"),
+    ("autoscaling target", put("@Scorer", "autoscaling_config", value={**AUTO, "target_ongoing_requests": 16}),
+     "target_ongoing_requests (16) is never passed"),
     ("router", put("@Scorer", "request_router_config", value={"request_router_clas": "x"}), "request_router_class?"),
     ("deployment name", put("@Scorer", "name", value="Scorr"), "there is no deployment 'Scorr'; did you mean Scorer?"),
     ("deployment twice", put("@Ingress", "name", value="Scorer"), "Scorer appears twice"),

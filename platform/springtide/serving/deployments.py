@@ -32,7 +32,14 @@ from springtide.serving.exposures import FOLDER, ExposureLog
 from springtide.serving.live import Live, NoLogHere
 from springtide.serving.metrics_ray import RayMetrics
 from springtide.serving.models import Models, load_models
-from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
+from springtide.serving.options import (
+    CALLS_PER_REPLICA,
+    AppOptions,
+    EncoderOptions,
+    ExposureOptions,
+    IngressOptions,
+    ScorerOptions,
+)
 from springtide.serving.popular import load_popular
 from springtide.serving.query_cache import Encoded
 from springtide.serving.seeding import seed_until_done
@@ -43,9 +50,6 @@ from springtide.serving.tokens import open_tokens
 
 log = logging.getLogger("ray.serve")
 STORE_PATIENCE_S = 0.25  # of a Scorer, which goes on with what it knows
-# A call to another process costs about as much as scoring a request in a batch. So an Ingress has so many calls of a
-# replica under way, and what comes meanwhile shares the next one; the autoscaler's target must be below that.
-CALLS_PER_REPLICA = 4
 REQUESTS_IN_A_CALL, QUERIES_IN_A_CALL = 32, 16
 Found = TypeVar("Found")
 

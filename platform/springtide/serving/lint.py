@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from springtide.errors import SpringtideError
-from springtide.serving.options import IMPORT_PATH, USER_CONFIG, AppOptions, ScorerOptions
+from springtide.serving.options import CALLS_PER_REPLICA, IMPORT_PATH, USER_CONFIG, AppOptions, ScorerOptions
 
 Json = dict[str, Any]
 
@@ -143,9 +143,29 @@ def _application(app: Json, where: str) -> Iterator[str]:
             yield f"{path}.name: {name} appears twice"
         found.add(name)
         yield from _deployment(deployment, name, path)
+    yield from _targets(_dicts(app.get("deployments")), where)
     for name in USER_CONFIG:
         if name not in found:
             yield f"{where}.deployments: {name} is missing, and its user_config says what it serves"
+
+
+def _targets(deployments: list[Json], where: str) -> Iterator[str]:
+    """Targets of autoscaling that no load would reach."""
+    fewest = 1
+    for deployment in deployments:
+        if deployment.get("name") == "Ingress":
+            auto = deployment.get("autoscaling_config")
+            fewest = auto.get("min_replicas", 1) if isinstance(auto, dict) else deployment.get("num_replicas", 1)
+    most = CALLS_PER_REPLICA * (fewest if isinstance(fewest, int) and fewest > 0 else 1)
+    for number, deployment in enumerate(deployments):
+        auto = deployment.get("autoscaling_config")
+        target = auto.get("target_ongoing_requests") if isinstance(auto, dict) else None
+        if deployment.get("name") in ("TextEncoder", "Scorer") and isinstance(target, int | float) and target >= most:
+            yield (
+                f"{where}.deployments.{number}.autoscaling_config.target_ongoing_requests ({target:g}) is never passed: "
+                f"an Ingress has at most {CALLS_PER_REPLICA} calls of a replica under way, and what waits shares the "
+                f"next; set it below {most}"
+            )
 
 
 def _deployment(deployment: Json, name: str, where: str) -> Iterator[str]:

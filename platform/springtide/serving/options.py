@@ -14,6 +14,10 @@ from springtide.text.encoder import Runtime
 
 IMPORT_PATH = "springtide.serving.deployments:build"
 
+# A call to another process costs about as much as scoring a request in a batch. So an Ingress has so many calls of a
+# replica under way, and what comes meanwhile shares the next one.
+CALLS_PER_REPLICA = 4
+
 
 class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
