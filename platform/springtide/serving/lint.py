@@ -162,9 +162,8 @@ def _targets(deployments: list[Json], where: str) -> Iterator[str]:
         target = auto.get("target_ongoing_requests") if isinstance(auto, dict) else None
         if deployment.get("name") in ("TextEncoder", "Scorer") and isinstance(target, int | float) and target >= most:
             yield (
-                f"{where}.deployments.{number}.autoscaling_config.target_ongoing_requests ({target:g}) is never passed: "
-                f"an Ingress has at most {CALLS_PER_REPLICA} calls of a replica under way, and what waits shares the "
-                f"next; set it below {most}"
+                f"{where}.deployments.{number}.autoscaling_config.target_ongoing_requests ({target:g}) is never passed, "
+                f"as an Ingress has at most {CALLS_PER_REPLICA} calls of a replica under way; set it below {most}"
             )
 
 
