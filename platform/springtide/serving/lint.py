@@ -150,7 +150,7 @@ def _application(app: Json, where: str) -> Iterator[str]:
 
 
 def _targets(deployments: list[Json], where: str) -> Iterator[str]:
-    """Targets of autoscaling that no load would reach."""
+    """Targets of autoscaling that no load would pass."""
     fewest = 1
     for deployment in deployments:
         if deployment.get("name") == "Ingress":
@@ -158,11 +158,11 @@ def _targets(deployments: list[Json], where: str) -> Iterator[str]:
             fewest = auto.get("min_replicas", 1) if isinstance(auto, dict) else deployment.get("num_replicas", 1)
     most = CALLS_PER_REPLICA * (fewest if isinstance(fewest, int) and fewest > 0 else 1)
     for number, deployment in enumerate(deployments):
-        auto = deployment.get("autoscaling_config")
+        auto, path = deployment.get("autoscaling_config"), f"{where}.deployments.{number}.autoscaling_config"
         target = auto.get("target_ongoing_requests") if isinstance(auto, dict) else None
         if deployment.get("name") in ("TextEncoder", "Scorer") and isinstance(target, int | float) and target >= most:
             yield (
-                f"{where}.deployments.{number}.autoscaling_config.target_ongoing_requests ({target:g}) is never passed, "
+                f"{path}.target_ongoing_requests ({target:g}) is never passed, "
                 f"as an Ingress has at most {CALLS_PER_REPLICA} calls of a replica under way; set it below {most}"
             )
 
