@@ -237,9 +237,7 @@ class Answers(BaseHTTPRequestHandler):
         if self.path == "/v1/models" and len(self.script) > 1:
             self.script.pop(0)
         body = (
-            {"ready": status == 200, "checks": {"scorer": "loading"}}
-            if self.path == "/readyz"
-            else {"models": models, "encoder": self.read_by[0]}
+            {"ready": status == 200, "checks": {"scorer": "loading"}} if self.path == "/readyz" else {"models": models}
         )
         self.send_response(status)
         self.end_headers()
@@ -250,7 +248,7 @@ class Answers(BaseHTTPRequestHandler):
         self.read_by[:] = self.read_by[1:] or self.read_by
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(b"{}")
+        self.wfile.write(json.dumps({"encoder": self.read_by[0]}).encode())
 
     def log_message(self, *_: Any) -> None:
         pass

@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from springtide.serving.app import Edge, create_app
-from springtide.serving.large_bodies import parsed
+from springtide.serving.bodies import parsed
 from springtide.serving.limits import MAX_COMMAS, MAX_DEPTH, MAX_OPENERS, Bodies, Crowd, is_utf8, too_deep
 from springtide.serving.metrics import NoMetrics, PrometheusMetrics
 from springtide.serving.replies import error_reply

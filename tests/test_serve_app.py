@@ -17,17 +17,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
 from springtide.errors import SpringtideError
-from springtide.serving import large_bodies, limits
+from springtide.serving import bodies, limits
 from springtide.serving import service as service_module
 from springtide.serving.app import create_app
+from springtide.serving.bodies import AT_ONCE, BodyRoute
 from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
 from springtide.serving.given import recent_events
-from springtide.serving.large_bodies import AT_ONCE
 from springtide.serving.options import ExposureOptions, TrafficOptions
 from springtide.serving.policies import Policies
 from springtide.serving.popular import PopularItems
@@ -39,6 +43,8 @@ from springtide.serving.schemas import (
     MAX_HISTORY,
     ApiError,
     HistoryEvent,
+    Identifier,
+    ItemBody,
     RecommendRequest,
 )
 from springtide.serving.service import Service
@@ -380,7 +386,9 @@ def test_similar(client: TestClient) -> None:
 
 
 def test_encode(client: TestClient) -> None:
-    assert client.post("/v1/encode", json={"text": "a"}).json() == {"dim": WIDTH, "vector": [0.5] * WIDTH}
+    assert client.post("/v1/encode", json={"text": "a"}).json() == {
+        "dim": WIDTH, "vector": [0.5] * WIDTH, "encoder": "bert@1",
+    }  # fmt: skip
     assert client.post("/v1/encode", json={"texts": ["a", "b"]}).json()["vectors"] == [[0.5] * WIDTH] * 2
 
 
@@ -524,10 +532,39 @@ def test_bad_bodies(client: TestClient, body: bytes, status: int, code: str, pad
     assert "Traceback" not in answer.text
 
 
+@pytest.mark.parametrize(
+    "body",
+    ["", "null", "{", "[]", "3", '"a"', '{"title": 3}', '{"title": "t", "x": 1}', '{"title": "t"} 1', '{"title": NaN}',
+     '{"title": "t", "title": 3}', '{"title": "t", "categories": ["a", 1, null]}', '{"categories": 5}',
+     '{"title": "t"}', "[" * 100_000],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["application/json", "application/ld+json; charset=utf-8", "text/plain", None])
+def test_bodies_are_read_and_refused_as_fastapi_does(body: str, kind: str | None) -> None:
+    async def put(item_id: Identifier, item: ItemBody) -> Any:
+        return JSONResponse({"item_id": item_id, **item.model_dump()})
+
+    async def told(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return JSONResponse([[one["type"], one["loc"], one["msg"]] for one in error.errors()], 422)
+
+    def answered(route_class: type[APIRoute], item_id: str) -> tuple[int, Any]:
+        router = APIRouter(route_class=route_class)
+        router.put("/items/{item_id:path}")(put)
+        app = FastAPI()
+        app.include_router(router)
+        app.add_exception_handler(RequestValidationError, told)
+        answer = TestClient(app).put(f"/items/{item_id}", content=body, headers={"Content-Type": kind} if kind else {})
+        return answer.status_code, answer.json() if answer.status_code != 400 else "in the application's own words"
+
+    assert answered(BodyRoute, "a/b") == answered(APIRoute, "a/b")
+    if body == '{"title": "t"}':  # a wrong path beside a good body
+        assert answered(BodyRoute, "x" * 513) == answered(APIRoute, "x" * 513)
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_sentences_name_the_field(client: TestClient, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if large:
-        monkeypatch.setattr(large_bodies, "AT_ONCE", 1)
+        monkeypatch.setattr(bodies, "AT_ONCE", 1)
 
     def message(**body: Any) -> str:
         return str(recommend(client, **body).json()["error"]["message"])
@@ -550,22 +587,22 @@ def test_a_large_body_is_read_apart_from_the_event_loop(
     client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where: list[str] = []
-    for module, name in ((large_bodies, "parsed"), (limits, "too_deep")):
+    for module, name in ((bodies, "parsed"), (limits, "too_deep")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, real=real: [where.append(threading.current_thread().name),
                                                                  real(*a)][1])  # fmt: skip
     long = [{"item_id": f"i{n % 3}", "timestamp": n + 1} for n in range(6000)]
     small, large = recommend(client, history=long[-3:]), recommend(client, history=long)
     assert large.status_code == small.status_code == 200
-    assert len(where) == 3 and [name.startswith("large-bodies") for name in where] == [False, True, True]
+    assert [name.startswith("large-bodies") for name in where] == [False, False, True, True]
     stored = client.post("/v1/events", json=[{"user_id": "u" * 150, "item_id": "i1"} for _ in range(1000)])
     assert stored.status_code == 202 and parts.store.count() == 1000
 
 
 def test_the_largest_texts_are_read_apart_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     where: list[str] = []
-    real = large_bodies.parsed
-    monkeypatch.setattr(large_bodies, "parsed", lambda *a: [where.append(threading.current_thread().name), real(*a)][1])
+    real = bodies.parsed
+    monkeypatch.setattr(bodies, "parsed", lambda *a: [where.append(threading.current_thread().name), real(*a)][1])
     as_json = {"Content-Type": "application/json"}
     texts = json.dumps({"texts": ["ü" * 2000] * 64})  # six bytes a character
     assert len(client.post("/v1/encode", content=texts, headers=as_json).json()["vectors"]) == 64
@@ -573,6 +610,7 @@ def test_the_largest_texts_are_read_apart_too(client: TestClient, monkeypatch: p
     put = client.put("/v1/items/new/one", content=item, headers=as_json)
     assert (put.status_code, put.json()["item_id"]) == (200, "new/one")
     assert len(where) == 2 and all(name.startswith("large-bodies") for name in where)
+    where.clear()
     refused = [client.put(f"/v1/items/{'x' * 513}", content=c, headers=as_json) for c in (item, '{"title": "t"}')]
     assert [answer.status_code for answer in refused] == [422, 422]
     assert refused[0].json() == refused[1].json()  # as for a small body
@@ -626,7 +664,7 @@ def test_what_another_encoder_read_is_no_query_of_this_model(client: TestClient,
     assert recommend(client, query="love", history=[{"item_id": "i4"}]).json() == whole  # from the memory
     mixed = recommend(client, query="hate", history=[{"item_id": "i4"}]).json()
     assert (mixed["source"], mixed["degraded"], mixed["items"][0]["item_id"]) == ("history", True, "i5")
-    assert client.get("/v1/models").json()["encoder"] == "gpt@9"
+    assert client.post("/v1/encode", json={"text": "red"}).json()["encoder"] == "gpt@9"
     parts.read_by = "bert@1"
     assert recommend(client, query="love", history=[{"item_id": "i4"}]).json() == whole
     client.put("/v1/items/a", json={"text": "red"})

@@ -14,8 +14,8 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from springtide.serving.bodies import BodyRoute
 from springtide.serving.haproxy_config import MAX_CONCURRENT
-from springtide.serving.large_bodies import LargeBodyRoute
 from springtide.serving.limits import Bodies, Crowd
 from springtide.serving.metrics import Metrics, PrometheusMetrics, SeveralMetrics
 from springtide.serving.observe import Observed, start_access_log
@@ -118,7 +118,7 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
 
 
 def _add_recommending(app: FastAPI, backend: Backend) -> None:
-    router = APIRouter(route_class=LargeBodyRoute)
+    router = APIRouter(route_class=BodyRoute)
 
     @router.post("/v1/recommend", response_model=RecommendResponse, tags=["recommend"])
     async def recommend(request: RecommendRequest) -> Any:

@@ -244,12 +244,13 @@ class Ingress:
             return found.answer
 
         async def encode_each(texts: list[str]) -> list[Encoded]:
-            found = await asyncio.wait_for(encode_all(texts), options.encoder_timeout_s)
+            async with asyncio.timeout(options.encoder_timeout_s):
+                found = await encode_all(texts)
             return [Encoded(vector, found.encoder) for vector in found.vectors]
 
         async def score(requests: list[ScoreRequest]) -> list[Json | Refusal]:
-            sent = _again_if_died(lambda: scorer.score.remote(requests))
-            found: Answered[list[Json | Refusal]] = await asyncio.wait_for(sent, options.scorer_timeout_s)
+            async with asyncio.timeout(options.scorer_timeout_s):
+                found: Answered[list[Json | Refusal]] = await _again_if_died(lambda: scorer.score.remote(requests))
             scorers.note(found.replica)
             return found.answer
 

@@ -94,7 +94,8 @@ class Guard:
         succeeded, began = None, time.perf_counter()
         self._inside += 1
         try:
-            answer = await asyncio.wait_for(call(*arguments), timeout_s or self.timeout_s)
+            async with asyncio.timeout(timeout_s or self.timeout_s):  # wait_for would make a task of each call
+                answer = await call(*arguments)
             succeeded = True
             return answer
         except Exception as error:  # a cancelled caller says nothing of the part and passes by

@@ -11,7 +11,7 @@ import numpy as np
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from springtide.serving.large_bodies import read_apart
+from springtide.serving.bodies import read_apart
 from springtide.serving.metrics import Metrics
 from springtide.serving.replies import error_reply
 from springtide.serving.schemas import MAX_BODY_BYTES, MAX_HISTORY

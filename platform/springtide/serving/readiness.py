@@ -110,9 +110,8 @@ def _reads(url: str, models: Json, encoder: str | None) -> bool:
     """Whether a text asked now is read by this encoder: one that failed to load leaves the one before in place."""
     if encoder is None or not any(model.get("text") for model in models["models"]):
         return True
-    if get(f"{url}/v1/encode", {"text": "ready"})[0] != 200:
-        return False
-    return name_in(str(get(f"{url}/v1/models")[1].get("encoder"))) == encoder
+    status, answer = get(f"{url}/v1/encode", {"text": "ready"})
+    return status == 200 and name_in(answer["encoder"]) == encoder
 
 
 def versions(config: Json) -> dict[str, str | None]:

@@ -306,6 +306,7 @@ class EncodeResponse(Response):
     dim: int
     vectors: list[list[float]] | None = None
     vector: list[float] | None = None
+    encoder: str = Field(description="name@weights of the text encoder")
 
 
 class LiveInfo(Response):
@@ -365,7 +366,6 @@ class ModelsResponse(Response):
     split: dict[str, float] | None = Field(None, description="share of the users that each model answers")
     shadows: list[ShadowInfo] | None = None
     exposures: ExposureInfo | None = None
-    encoder: str | None = Field(None, description="name@weights of the text encoder that answered this replica last")
 
 
 class Readiness(Response):

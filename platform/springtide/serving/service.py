@@ -98,8 +98,7 @@ class Service:
         self.histories = HistoryCache(store, HISTORY_USED, history_cache_events, metrics)
         self.seeding = "ok"  # or why the stored histories are not complete yet
         self.popular: PopularItems | None = None  # the answer while the scorer is down
-        self._encode, self._call = self._noted(encode), call
-        self._read_by: str | None = None  # the encoder that answered last
+        self._encode, self._call = encode, call
         self._everywhere = everywhere or self._one
         self._other_timeout_s, self._max_added_items = other_timeout_s, max_added_items
         self._metrics = metrics or NoMetrics()
@@ -147,9 +146,12 @@ class Service:
         # A caller names the request, and must not choose by that what exploration shows: so does the nonce.
         request_id, nonce = current_note().request_id, secrets.token_hex(8)
         choice = self.traffic.choose(request.model, request.user_id, request_id)
-        (events, history_lost), (query, query_lost) = await asyncio.gather(
-            self._history_of(request), self._vector_of(request.query)
-        )
+        if request.query is None:
+            (events, history_lost), query, query_lost = await self._history_of(request), None, False
+        else:
+            (events, history_lost), (query, query_lost) = await asyncio.gather(
+                self._history_of(request), self._vector_of(request.query)
+            )
         now = int(time.time() * 1000)
         wanted = ScoreRequest(
             events=events,
@@ -214,9 +216,10 @@ class Service:
 
     async def encode(self, request: EncodeRequest) -> Json:
         texts = [request.text] if request.text is not None else list(request.texts or [])
-        rows = np.asarray((await self._encoded(texts)).vectors, np.float64).round(7).tolist()
+        found = await self._encoded(texts)
+        rows = np.asarray(found.vectors, np.float64).round(7).tolist()
         one = {"vector": rows[0]} if request.text is not None else {"vectors": rows}
-        return {"dim": len(rows[0]), **one}
+        return {"dim": len(rows[0]), **one, "encoder": found.encoder}
 
     async def put_item(self, item_id: str, item: ItemBody) -> Json:
         """Raises ApiError 422 if the model reads no texts, 503 if this one cannot be encoded or stored; nothing is half
@@ -266,8 +269,6 @@ class Service:
             answer["shadows"] = self.traffic.report()
         if self.exposures is not None:
             answer["exposures"] = self.exposures.told()
-        if self._read_by is not None:
-            answer["encoder"] = self._read_by
         return answer
 
     async def ready(self) -> Json:
@@ -287,10 +288,8 @@ class Service:
             log_failure("history not read, answering from what was read last", error)
             return self.histories.last(request.user_id), True
 
-    async def _vector_of(self, query: str | None) -> tuple[Encoded | None, bool]:
+    async def _vector_of(self, query: str) -> tuple[Encoded | None, bool]:
         """The query's vector, and whether it could not be had."""
-        if query is None:
-            return None, False
         try:
             return await self.queries(query), False
         except Exception as error:  # a dead replica, a full queue, a time-out: the answer does without the query
@@ -330,14 +329,6 @@ class Service:
         if isinstance(answer, Refusal):
             raise ApiError(answer.status, answer.code, answer.message)
         return dict(answer)
-
-    def _noted(self, encode: Encode) -> Encode:
-        async def noted(texts: list[str]) -> Encoded:
-            found = await encode(texts)
-            self._read_by = found.encoder
-            return found
-
-        return noted
 
     async def _one(self, method: str) -> list[Any]:
         return [await self._call(method)]
