@@ -136,3 +136,96 @@ def test_replicas_count_while_they_answer() -> None:
     seen.note("b")
     now = 11.0
     assert seen.count() == 1
+
+
+class Ends:
+    """Work that lasts until its future is set; the number of the batch is every item's answer."""
+
+    def __init__(self) -> None:
+        self.futures: list[asyncio.Future[None]] = []
+
+    async def __call__(self, items: list[int]) -> list[int]:
+        self.futures.append(asyncio.get_running_loop().create_future())
+        number = len(self.futures)
+        await self.futures[-1]
+        return [number] * len(items)
+
+
+async def ticks(count: int = 5) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_who_comes_in_the_moment_in_which_a_worker_leaves_is_not_forgotten() -> None:
+    async def run(ticks_between: int) -> int:
+        ends = Ends()
+        batches: Batches[int, int] = Batches(ends, 4)
+        first = asyncio.create_task(batches(1))
+        await ticks()
+        ends.futures[0].set_result(None)
+        await ticks(ticks_between)
+        second = asyncio.create_task(batches(2))
+        await ticks()
+        ends.futures[1].set_result(None)
+        async with asyncio.timeout(5):
+            await first
+            return await second
+
+    for between in range(6):
+        assert asyncio.run(run(between)) == 2
+
+
+def test_some_workers_stay_when_fewer_are_allowed() -> None:
+    async def run() -> list[int]:
+        ends, allowed = Ends(), [8]
+        batches: Batches[int, int] = Batches(ends, 1, at_once=lambda: allowed[0])
+        calls = []
+        for item in range(12):
+            calls.append(asyncio.create_task(batches(item)))
+            await ticks()
+        assert len(ends.futures) == 8
+        allowed[0] = 3
+        for future in ends.futures[:8]:
+            future.set_result(None)
+        await ticks(20)
+        assert len(ends.futures) == 11
+        while len(ends.futures) < 12 or not all(future.done() for future in ends.futures):
+            for future in ends.futures:
+                if not future.done():
+                    future.set_result(None)
+            await ticks()
+        async with asyncio.timeout(5):
+            return await asyncio.gather(*calls)
+
+    assert asyncio.run(run()) == list(range(1, 13))
+
+
+def test_work_that_is_cancelled_leaves_nobody_waiting() -> None:
+    """Ray raises that where a call was cancelled at the other end."""
+
+    async def run() -> list[object]:
+        async def work(items: list[int]) -> list[int]:
+            await asyncio.sleep(0)
+            if items[0] == 1:
+                raise asyncio.CancelledError("by the replica")
+            return items
+
+        batches: Batches[int, int] = Batches(work, 1)
+        async with asyncio.timeout(5):
+            return list(await asyncio.gather(batches(1), batches(2), return_exceptions=True))
+
+    first, second = asyncio.run(run())
+    assert isinstance(first, RuntimeError) and "by the replica" in str(first)
+    assert second == 2
+
+
+def test_answers_of_another_number_are_nobodys() -> None:
+    async def run() -> int:
+        async def work(_: list[int]) -> list[int]:
+            return []
+
+        async with asyncio.timeout(5):
+            return await Batches(work, 4)(1)
+
+    with pytest.raises(RuntimeError, match="0 answers to 1 items"):
+        asyncio.run(run())

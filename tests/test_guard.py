@@ -120,3 +120,20 @@ def test_a_longer_limit_for_one_call() -> None:
         return value
 
     assert asyncio.run(Guard("part", 0.01, Breaker(2, 60.0)).run(echo, 7, timeout_s=10)) == 7
+
+
+def test_what_fails_for_all_that_share_a_call_is_one_failure() -> None:
+    async def run(errors: list[Exception]) -> bool:
+        guard = Guard("scorer", 1.0, Breaker(3, 10.0, Clock()))
+
+        async def fail(error: Exception) -> None:
+            raise error
+
+        for error in errors:
+            with pytest.raises(ValueError):
+                await guard.run(fail, error)
+        return guard.breaker.is_open
+
+    one = ValueError("of a call")
+    assert not asyncio.run(run([one] * 9))
+    assert asyncio.run(run([one, one, ValueError("of the next"), ValueError("and of another")]))

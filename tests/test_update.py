@@ -31,7 +31,7 @@ from springtide.training.worker import build_model, write_inputs
 from toy import ITEMS_IN_TOY, sequences_of, toy_settings
 from write_workspace import grow_workspace, write_workspace
 
-METRICS = {"damping": 0.25, "reach": 0.0, "epochs": [], "new_events": 7}  # as of an update before
+METRICS = {"damping": 0.25, "reach": 0.0, "lifted": 0.0, "epochs": [], "new_events": 7}  # as of an update before
 NEW = {"i40", "i41"}
 
 
@@ -70,7 +70,7 @@ def updated(chosen: Settings, bundle: Bundle, folder: Path, share: float = 0.0) 
     prepared = load_prepared(chosen.workspace)
     inputs = update.write_update(chosen, prepared, bundle, statistics_of(chosen, prepared), folder / "run")
     state = build_model(chosen, len(prepared.actions), inputs)[0].state_dict()
-    publish(chosen, prepared, inputs, state, METRICS | {"reach": share}, folder / "bundle")
+    publish(chosen, prepared, inputs, state, METRICS | {"reach": share, "lifted": share}, folder / "bundle")
     return load_bundle(folder / "bundle")
 
 

@@ -138,7 +138,8 @@ class TrainConfig(Section):
     update_epochs: int = Field(2, ge=0)  # of `update` over the windows with new events; 0 = they are only counted
     # What a wider reach of what is recommended may cost, as a share of validation NDCG. A quarter of it is spent on
     # damping popularity (as strongly as it pays for; of NDCG@10, two standard errors more), and the rest, as far as it
-    # takes, on lifting items that are in nobody's list, until lists hold a quarter more than the neighbours' own do.
+    # takes, on lifting items that are in nobody's list, until lists hold a quarter more than the neighbours' own do (a
+    # model without neighbours lifts none).
     coverage_cost: float = Field(0.04, ge=0, le=1)
     # From this many items on the bundle holds an index (FAISS), so that an answer scores some thousand candidates in
     # place of all. It reads as little as still finds `ann_recall` of the ten best items that scoring all would find.

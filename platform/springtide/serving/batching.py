@@ -41,27 +41,43 @@ class Batches(Generic[Item, Answer]):
         self._waiting.append((item, answer))
         if len(self._workers) < self._at_once():
             # In a context of its own: it goes on for others after the request that starts it.
-            worker = loop.create_task(self._drain(), context=contextvars.Context())
-            self._workers.add(worker)
-            worker.add_done_callback(self._workers.discard)
+            self._workers.add(loop.create_task(self._drain(), context=contextvars.Context()))
         return await answer
 
     async def _drain(self) -> None:
-        while self._waiting and len(self._workers) <= max(1, self._at_once()):
+        me = asyncio.current_task()
+        assert me is not None
+        try:
             if self.wait_s:
                 await asyncio.sleep(self.wait_s)
-            items, answers = self._next()
-            if not items:
-                continue
-            try:
-                found = await self._work(items)
-                for answer, one in zip(answers, found, strict=True):
-                    if not answer.done():  # its caller may have gone
-                        answer.set_result(one)
-            except Exception as error:
-                for answer in answers:
-                    if not answer.done():
-                        answer.set_exception(error)
+            while self._waiting and len(self._workers) <= max(1, self._at_once()):
+                items, answers = self._next()
+                if items:
+                    await self._answer(items, answers, me)
+        finally:
+            self._workers.discard(me)  # in the step that saw nobody waiting: whoever comes next starts another
+
+    async def _answer(self, items: list[Item], answers: list[asyncio.Future[Answer]], me: asyncio.Task[None]) -> None:
+        failure: BaseException | None = None
+        found: Sequence[Answer] = ()
+        try:
+            found = await self._work(items)
+            if len(found) != len(items):
+                failure = RuntimeError(f"{len(found)} answers to {len(items)} items")
+        except asyncio.CancelledError as error:
+            failure = RuntimeError(f"it was cancelled: {error}")  # the work, or this worker: no caller was
+            if me.cancelling():
+                raise
+        except Exception as error:
+            failure = error
+        finally:
+            for place, answer in enumerate(answers):
+                if answer.done():  # its caller has gone
+                    continue
+                if failure is None:
+                    answer.set_result(found[place])
+                else:
+                    answer.set_exception(failure)
 
     def _next(self) -> tuple[list[Item], list[asyncio.Future[Answer]]]:
         """As many as fit, in the order in which they came; without those whose callers have gone."""

@@ -50,7 +50,8 @@ from springtide.serving.tokens import open_tokens
 
 log = logging.getLogger("ray.serve")
 STORE_PATIENCE_S = 0.25  # of a Scorer, which goes on with what it knows
-REQUESTS_IN_A_CALL, QUERIES_IN_A_CALL = 32, 16
+EVENTS_IN_A_CALL, QUERIES_IN_A_CALL = 2048, 16
+LEAST_EVENTS = 64  # that a request counts for: 32 requests share a call, and fewer with long histories
 Found = TypeVar("Found")
 
 
@@ -60,6 +61,21 @@ class Answered(Generic[Found]):
 
     replica: str
     answer: Found
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one of the requests of a call has no answer."""
+
+    message: str
+
+
+def _told(found: Json | Refusal | BaseException) -> Json | Refusal | Failure:
+    return Failure(f"{type(found).__name__}: {found}") if isinstance(found, BaseException) else found
+
+
+def _events(requests: list[ScoreRequest]) -> int:
+    return sum(max(LEAST_EVENTS, len(request.events)) for request in requests)
 
 
 def _replica() -> str:
@@ -160,8 +176,9 @@ class Scorer:
         self._batches.most, self._batches.wait_s = options.max_batch, options.batch_wait_ms / 1000
         log.info("Scorer serves %s", ", ".join(engine.label for engine in models.engines.values()))
 
-    async def score(self, requests: list[ScoreRequest]) -> Answered[list[Json | Refusal]]:
-        return Answered(_replica(), list(await asyncio.gather(*map(self._batches, requests))))
+    async def score(self, requests: list[ScoreRequest]) -> Answered[list[Json | Refusal | Failure]]:
+        found = await asyncio.gather(*map(self._batches, requests), return_exceptions=True)
+        return Answered(_replica(), [_told(one) for one in found])
 
     def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
         """Answers with every item that was added until now, or degraded ones where the store does not tell."""
@@ -244,18 +261,19 @@ class Ingress:
             return found.answer
 
         async def encode_each(texts: list[str]) -> list[Encoded]:
-            async with asyncio.timeout(options.encoder_timeout_s):
+            async with asyncio.timeout(max(options.encoder_timeout_s, options.other_timeout_s)):  # who asks has its own
                 found = await encode_all(texts)
             return [Encoded(vector, found.encoder) for vector in found.vectors]
 
-        async def score(requests: list[ScoreRequest]) -> list[Json | Refusal]:
+        async def score(requests: list[ScoreRequest]) -> list[Json | Refusal | Failure]:
             async with asyncio.timeout(options.scorer_timeout_s):
-                found: Answered[list[Json | Refusal]] = await _again_if_died(lambda: scorer.score.remote(requests))
+                found: Answered[list[Json | Refusal | Failure]]
+                found = await _again_if_died(lambda: scorer.score.remote(requests))
             scorers.note(found.replica)
             return found.answer
 
         queries = Batches(encode_each, QUERIES_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * encoders.count())
-        scores = Batches(score, REQUESTS_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * scorers.count())
+        scores = Batches(score, EVENTS_IN_A_CALL, _events, at_once=lambda: CALLS_PER_REPLICA * scorers.count())
 
         async def encode(texts: list[str]) -> Encoded:
             if len(texts) > 1:
@@ -265,7 +283,10 @@ class Ingress:
 
         async def call(method: str, *arguments: Any) -> Any:
             if method == "score":
-                return await scores(*arguments)
+                answer = await scores(*arguments)
+                if isinstance(answer, Failure):
+                    raise SpringtideError(answer.message)
+                return answer
             return await _again_if_died(lambda: getattr(scorer, method).remote(*arguments))
 
         async def everywhere(method: str) -> list[Any]:

@@ -77,6 +77,7 @@ class Guard:
         self.timeout_s, self.breaker = timeout_s, breaker
         self._name, self._metrics = name, metrics or NoMetrics()
         self._at_once, self._inside = at_once, 0
+        self._last: Exception | None = None  # what one failed call raised for all that shared it is one failure
 
     async def run(
         self, call: Callable[..., Awaitable[Result]], *arguments: Any, timeout_s: float | None = None
@@ -99,7 +100,8 @@ class Guard:
             succeeded = True
             return answer
         except Exception as error:  # a cancelled caller says nothing of the part and passes by
-            succeeded = False
+            succeeded = None if error is self._last else False
+            self._last = error
             self._failed("timeout" if isinstance(error, TimeoutError) else "error")
             raise
         finally:

@@ -14,7 +14,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from springtide.errors import SpringtideError
-from springtide.serving.options import CALLS_PER_REPLICA, IMPORT_PATH, USER_CONFIG, AppOptions, ScorerOptions
+from springtide.serving.options import CALLS_PER_REPLICA, IMPORT_PATH, USER_CONFIG, AppOptions
 
 Json = dict[str, Any]
 
@@ -162,7 +162,7 @@ def _targets(deployments: list[Json], where: str) -> Iterator[str]:
         target = auto.get("target_ongoing_requests") if isinstance(auto, dict) else None
         if deployment.get("name") in ("TextEncoder", "Scorer") and isinstance(target, int | float) and target >= most:
             yield (
-                f"{path}.target_ongoing_requests ({target:g}) is never passed, "
+                f"{path}.target_ongoing_requests ({target:g}) may never be passed, "
                 f"as an Ingress has at most {CALLS_PER_REPLICA} calls of a replica under way; set it below {most}"
             )
 
@@ -173,10 +173,6 @@ def _deployment(deployment: Json, name: str, where: str) -> Iterator[str]:
         yield f"{where}.user_config is missing: {name} takes {', '.join(options.model_fields)}"
         return
     yield from _options(options, user_config, f"{where}.user_config")
-    ongoing = deployment.get("max_ongoing_requests", 128)
-    batch = user_config.get("max_batch", ScorerOptions.model_fields["max_batch"].default)
-    if options is ScorerOptions and isinstance(ongoing, int) and isinstance(batch, int) and ongoing < batch:
-        yield f"{where}.max_ongoing_requests ({ongoing}) is below max_batch ({batch}), so no batch can ever fill"
 
 
 def _options(options: type[BaseModel], value: Any, where: str) -> Iterator[str]:

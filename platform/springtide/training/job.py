@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from springtide.bundle import write_bundle
+from springtide.bundle import FORMAT, write_bundle
 from springtide.cluster import connect
 from springtide.config import ModelConfig, Settings, with_values
 from springtide.data.prepared import Prepared, load_prepared
@@ -101,7 +101,7 @@ def fingerprint(settings: Settings, prepared: Prepared) -> str:
     for harmless in HARMLESS:
         del said["train"][harmless]
     vectors = Path(settings.workspace) / "vectors" / "manifest.json"
-    said |= {"log": prepared.content_hash, "vectors": vectors.read_text() if vectors.exists() else ""}
+    said |= {"format": FORMAT, "log": prepared.content_hash, "vectors": vectors.read_text() if vectors.exists() else ""}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -264,11 +264,12 @@ def write_trained(
         again = with_values(settings, {"train.epochs": progress.best_epoch + 1})
         log.info("fitting again on training and validation events, %d epochs", progress.best_epoch + 1)
         final = train(again, prepared, folder, time.time(), refit=True)
-    damping, reach = _coverage(settings, prepared, run_folder, progress) if validated else (0.0, 0.0)
+    coverage = {"damping": 0.0, "reach": 0.0, "lifted": 0.0}
+    if validated and settings.train.coverage_cost:
+        coverage = _coverage(settings, prepared, run_folder, progress)
     metrics = summarise(progress)
     metrics |= {
-        "damping": damping,
-        "reach": reach,
+        **coverage,
         "refit": final is not progress,
         "refit_epochs": final.epochs if final is not progress else [],
     }
@@ -283,15 +284,17 @@ def publish(
     metrics: dict[str, Any],
     bundle: Path,
 ) -> dict[str, Any]:
-    """Write the bundle of trained weights. metrics: of the run, damping and reach too. Returns them completed."""
+    """Write the bundle of trained weights. metrics: of the run, those of _coverage too. Returns them completed."""
     model, tables = build_model(settings, len(prepared.actions), inputs)
     model.load_state_dict(state)
     model.channels.damping.fill_(metrics["damping"])
-    if metrics["reach"]:
+    if metrics["lifted"]:
         cuts, hide = prepared.report["split"]["cuts_ms"], settings.data.exclude_seen
         histories = _latest_histories(settings, prepared, users_read(len(prepared.items)))
         log.info("reading the lists of %d users, so that they hold more of the catalogue", len(histories))
-        lift_until(model, histories, cuts[-1] if cuts else None, hide, metrics["reach"])
+        if histories:
+            share, lifted = metrics["reach"], metrics["lifted"]
+            lift_until(model, histories, cuts[-1] if cuts else None, hide, share, lifted)
     metrics = metrics | {"parameters": sum(p.numel() for p in model.parameters())}
     vectors, made = load_vectors(settings, prepared.items), load_features(inputs)
     asked = [history for history, _ in _some_cases(prepared, holdout_share(settings, prepared), ASKED_USERS)]
@@ -302,10 +305,11 @@ def publish(
     return metrics
 
 
-def _coverage(settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress) -> tuple[float, float]:
-    """How much of the popularity to take off, and the share of the catalogue that lists shall hold.
+def _coverage(settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress) -> dict[str, float]:
+    """`damping`, how much of the popularity to take off, `reach`, the share of the catalogue that lists shall hold, and
+    `lifted`, the items per user that were lifted for it.
 
-    Both are judged by the model that has not seen the validation events.
+    All are judged by the model that has not seen the validation events.
     """
     model, _ = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
     model.load_state_dict(progress.best_state)
@@ -315,11 +319,12 @@ def _coverage(settings: Settings, prepared: Prepared, run_folder: Path, progress
     damping = choose_damping(model, _some_cases(prepared, share, DAMPED_USERS), asked_at, hide, DAMPED_FOR * cost)
     model.channels.damping.fill_(damping)
     cases = _some_cases(prepared, share, users_read(len(prepared.items)))
-    return damping, choose_reach(model, cases, asked_at, hide, (1 - DAMPED_FOR) * cost)
+    reach, lifted = choose_reach(model, cases, asked_at, hide, (1 - DAMPED_FOR) * cost)
+    return {"damping": damping, "reach": reach, "lifted": lifted}
 
 
 def _latest_histories(settings: Settings, prepared: Prepared, limit: int) -> list[History]:
-    """What the users that the model was validated on have done by now, validation events included, at most `limit`."""
+    """What users that a model of this log is validated on have done by now, validation events included."""
     share = holdout_share(settings, prepared)
     histories: list[History] = []
     for file in prepared.sequence_files:

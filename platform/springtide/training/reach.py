@@ -1,5 +1,7 @@
 """Lists that reach more of the catalogue: an item in nobody's list is lifted until the user it comes nearest sees it.
 
+"Nobody" is none of the users whose lists are read: those that a model is validated on, and of a large log a part.
+
 One number is added to the item's score, for all users. That is a cheap way to a wider reach: each lifted item takes the
 last place of a list or two, where little is lost, while damping popularity changes every list. Where the best user is
 far, the lift would be large, and some request that is like nobody's history might get a list full of such items. So the
@@ -8,6 +10,7 @@ nearest come first, and histories shorter than nearly all that the lists are of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,7 +28,7 @@ ENOUGH = (
 NEAREST = 8  # users that are remembered of each item, in case the lists of the first are taken
 MARGIN = 1e-3  # in logits, above the score that is to be passed: a product of another shape rounds otherwise
 SHORT = 0.1  # share of the histories, the shortest, that get no lift, nor any that is as short
-WORK = 10**9  # scores: of a large catalogue fewer users are read
+WORK, USERS = 10**9, 50_000  # most scores and users that are read
 
 
 @dataclass
@@ -91,7 +94,7 @@ def read_lists(
 
 def users_read(catalogue: int) -> int:
     """How many users' lists are looked at, of a catalogue of so many items."""
-    return max(1, WORK // max(catalogue, 1))
+    return max(1, min(USERS, WORK // max(catalogue, 1)))
 
 
 @torch.inference_mode()
@@ -109,16 +112,21 @@ def _listed_by_neighbours(
 
 
 def lift_items(
-    lists: Lists, enough: int, targets: np.ndarray | None = None, may_lose: float = 0.0
+    lists: Lists, enough: int, most: int, targets: np.ndarray | None = None, may_lose: float = 0.0
 ) -> tuple[np.ndarray, int]:
     """Lift items that are in no list, the nearest first, until lists hold `enough` of them: (lifts [I], items held).
 
-    An item takes a place only from one that is in another list as well. targets: [N] what each user took next; then it
-    ends before the NDCG@10, summed over the users, has lost more than `may_lose`. Changes `lists`.
+    At most so many are lifted. An item takes a place only from one that is in another list as well, and none that would
+    come into lists of users beyond its NEAREST, who are not counted here. targets: [N] what each user took next; then
+    it ends before the NDCG@10, summed over the users, has lost more than `may_lose`. Changes `lists`.
     """
     items, scores = lists.items, lists.scores
     held = np.bincount(items[items >= 0], minlength=lists.own.shape[1])
     reached, lost, lift = int((held > 0).sum()), 0.0, np.zeros(lists.own.shape[1], np.float32)
+    enough = min(enough, reached + most)
+    beyond = np.full(lists.own.shape[1], np.inf)  # a lift that users who were not remembered may see
+    if len(lists.own) == NEAREST:
+        beyond = np.where(lists.own[-1] > -np.inf, scores[lists.users[-1], -1] - lists.own[-1], np.inf)
     waiting = np.flatnonzero((held == 0) & (lists.own[0] > -np.inf))
     for item in waiting[np.argsort((scores[lists.users[0], -1] - lists.own[0])[waiting], kind="stable")]:
         if reached >= enough:
@@ -129,6 +137,8 @@ def lift_items(
         if not free.any():
             continue
         needed = max(0.0, float((last - own)[free].min())) + MARGIN
+        if needed >= beyond[item]:
+            continue
         enters = own + needed > last
         taken, lifted = users[enters], (own + needed)[enters]
         dropped, times = np.unique(items[taken, -1], return_counts=True)
@@ -159,33 +169,41 @@ def _gain(items: np.ndarray, target: int) -> float:
 
 def choose_reach(
     model: FusionModel, cases: list[tuple[History, int]], asked_at: int | None, exclude_seen: bool, cost: float
-) -> float:
+) -> tuple[float, float]:
     """The share of the catalogue that lists shall hold: ENOUGH times what those of the neighbours alone hold.
 
-    Less, if lifting so far costs more than a share `cost` of the validation NDCG@10. cases: (history, item that came
-    next), of users as many as will be read of the trained model; asked_at: ms at which all of them are asked, None =
-    with their last event. 0 = as it is: without cases or neighbours, and where no case is in its list of ten.
+    Less, if lifting so far costs more than a share `cost` of the validation NDCG@10. And the items that were lifted
+    for it, per user. cases: (history, item that came next), of users as many as will be read of the trained model;
+    asked_at: ms at which all of them are asked, None = with their last event. 0, 0 = lists stay as they are: without
+    cases or neighbours, and where no case is in its list of ten.
     """
     if not cases or not cost:
-        return 0.0
+        return 0.0, 0.0
     lists = read_lists(model, [history for history, _ in cases], asked_at, exclude_seen, neighbours=True)
     targets = np.array([target for _, target in cases[: len(lists.items)]])
     gained = sum(_gain(items, target) for items, target in zip(lists.items, targets, strict=True))
     if lists.neighbours is None or not gained:
-        return 0.0
+        return 0.0, 0.0
     enough = int(np.ceil(ENOUGH * lists.neighbours))
-    _, reached = lift_items(lists, enough, targets, cost * gained)
-    return min(reached, enough) / lists.own.shape[1]
+    lift, reached = lift_items(lists, enough, lists.own.shape[1], targets, cost * gained)
+    return min(reached, enough) / lists.own.shape[1], np.count_nonzero(lift) / len(lists.items)
 
 
 def lift_until(
-    model: FusionModel, histories: Sequence[History], asked_at: int | None, exclude_seen: bool, share: float
+    model: FusionModel,
+    histories: Sequence[History],
+    asked_at: int | None,
+    exclude_seen: bool,
+    share: float,
+    lifted: float,
 ) -> int:
-    """Have a model lift items until lists of these histories hold a share of the catalogue: of so many items now."""
-    if not len(histories):
-        return 0
+    """Have a model lift items until lists of these histories hold a share of the catalogue: of so many items now.
+
+    lifted: items per history for which that was worth its price; twice as many may be lifted.
+    """
     lists = read_lists(model, histories, asked_at, exclude_seen)
-    lift, reached = lift_items(lists, int(np.ceil(share * lists.own.shape[1])))
+    most = math.ceil(2 * lifted * len(lists.items))
+    lift, reached = lift_items(lists, round(share * lists.own.shape[1]), most)
     if lift.any():
         model.channels.lift.copy_(torch.from_numpy(lift))
         model.channels.lift_from.fill_(lists.lift_from)

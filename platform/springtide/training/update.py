@@ -69,6 +69,7 @@ def run(settings: Settings) -> dict[str, Any]:
     metrics |= {
         "damping": float(bundle.recommender.model.channels.damping),
         "reach": bundle.metrics["reach"],
+        "lifted": bundle.metrics["lifted"],
         "refit": True,  # it has learned from the validation events
         "refit_epochs": [],
         "updated_from": bundle.version,
