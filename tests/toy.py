@@ -135,6 +135,10 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
         settings.train.heads,
     )
     tables.fill(model)
+    with torch.no_grad():  # a trained model damps what is popular, and lifts what nobody's list holds
+        model.channels.damping.fill_(0.1)
+        model.channels.lift[::7] = 0.5
+        model.channels.lift_from.fill_(3)
     path = folder / "bundle"
     write_bundle(path, model, settings, items, ACTIONS, tables, text, {"validation": {"ndcg@10": 0.1}}, "toy", made)
     return path
