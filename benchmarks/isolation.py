@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import time
 import urllib.error
@@ -105,6 +106,7 @@ class Place:
 @contextmanager
 def isolated_place() -> Iterator[Place]:
     """A network namespace with only `lo`, if this is root and `ip` works; else the machine's own loopback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or the servers would outlive this process
     name = f"springtide-{secrets.token_hex(4)}"
     if os.geteuid() == 0 and shutil.which("ip") and _quiet("ip", "netns", "add", name):
         place = Place(["ip", "netns", "exec", name])
