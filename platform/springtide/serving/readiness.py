@@ -111,7 +111,7 @@ def _reads(url: str, models: Json, encoder: str | None) -> bool:
     if encoder is None or not any(model.get("text") for model in models["models"]):
         return True
     status, answer = get(f"{url}/v1/encode", {"text": "ready"})
-    return status == 200 and name_in(answer["encoder"]) == encoder
+    return status == 200 and name_in(str(answer.get("encoder"))) == encoder
 
 
 def versions(config: Json) -> dict[str, str | None]:

@@ -306,7 +306,7 @@ class EncodeResponse(Response):
     dim: int
     vectors: list[list[float]] | None = None
     vector: list[float] | None = None
-    encoder: str = Field(description="name@weights of the text encoder")
+    encoder: str | None = Field(None, description="name@weights of the text encoder")
 
 
 class LiveInfo(Response):

@@ -25,7 +25,7 @@ from springtide.training.listing import LIST, catalogue_scores, exclude
 ENOUGH = (
     1.25  # times as many items as the neighbours' own lists hold, which are narrow: they favour what is popular too
 )
-NEAREST = 8  # users that are remembered of each item, in case the lists of the first are taken
+NEAREST = 16  # users that are remembered of each item, in case the lists of the first are taken
 MARGIN = 1e-3  # in logits, above the score that is to be passed: a product of another shape rounds otherwise
 SHORT = 0.1  # share of the histories, the shortest, that get no lift, nor any that is as short
 WORK, USERS = 10**9, 50_000  # most scores and users that are read
