@@ -182,7 +182,7 @@ def test_a_quarter_more_than_neighbours_reach_as_far_as_it_pays(monkeypatch: pyt
         cases = [(history, int(best[place])) for history, best in zip(some, lists, strict=True)]
         return choose_reach(of, cases, None, False, cost)
 
-    assert chosen(0, 0.5) == ((before + 2) / ITEMS, 2 / 12)
+    assert chosen(0, 0.5) == ((before + 2) / ITEMS, 3 / 12)  # one took the place of an item that is nowhere else
     assert chosen(LIST - 1, 0.01) == (before / ITEMS, 0)  # each lift costs somebody's last place
     assert chosen(LIST - 1, 0.5) == chosen(0, 0.5)
     assert chosen(0, 0.0) == chosen(0, 0.5, spread()) == choose_reach(model, [], None, False, 0.5) == (0, 0)
