@@ -9,37 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 
 from springtide.errors import SpringtideError
 from springtide.serving.app import Edge, create_app
-from springtide.serving.batching import Batches, Seen, in_thread
+from springtide.serving.batching import Batches, in_thread
+from springtide.serving.calls import Answered, Encoders, Failure, Scorers, or_failure
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.exposures import FOLDER, ExposureLog
 from springtide.serving.live import Live, NoLogHere
 from springtide.serving.metrics_ray import RayMetrics
 from springtide.serving.models import Models, load_models
-from springtide.serving.options import (
-    CALLS_PER_REPLICA,
-    AppOptions,
-    EncoderOptions,
-    ExposureOptions,
-    IngressOptions,
-    ScorerOptions,
-)
+from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
 from springtide.serving.popular import load_popular
 from springtide.serving.query_cache import Encoded
 from springtide.serving.seeding import seed_until_done
@@ -50,32 +43,6 @@ from springtide.serving.tokens import open_tokens
 
 log = logging.getLogger("ray.serve")
 STORE_PATIENCE_S = 0.25  # of a Scorer, which goes on with what it knows
-EVENTS_IN_A_CALL, QUERIES_IN_A_CALL = 2048, 16
-LEAST_EVENTS = 64  # that a request counts for: 32 requests share a call, and fewer with long histories
-Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Answered(Generic[Found]):
-    """An answer, and the replica that gave it."""
-
-    replica: str
-    answer: Found
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why one of the requests of a call has no answer."""
-
-    message: str
-
-
-def _told(found: Json | Refusal | BaseException) -> Json | Refusal | Failure:
-    return Failure(f"{type(found).__name__}: {found}") if isinstance(found, BaseException) else found
-
-
-def _events(requests: list[ScoreRequest]) -> int:
-    return sum(max(LEAST_EVENTS, len(request.events)) for request in requests)
 
 
 def _replica() -> str:
@@ -178,7 +145,7 @@ class Scorer:
 
     async def score(self, requests: list[ScoreRequest]) -> Answered[list[Json | Refusal | Failure]]:
         found = await asyncio.gather(*map(self._batches, requests), return_exceptions=True)
-        return Answered(_replica(), [_told(one) for one in found])
+        return Answered(_replica(), [or_failure(one) for one in found])
 
     def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
         """Answers with every item that was added until now, or degraded ones where the store does not tell."""
@@ -253,52 +220,9 @@ class Ingress:
     """
 
     def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
-        encoders, scorers = Seen(), Seen()
-
-        async def encode_all(texts: list[str]) -> Encoded:
-            found: Answered[Encoded] = await _again_if_died(lambda: encoder.encode.remote(texts))
-            encoders.note(found.replica)
-            return found.answer
-
-        async def encode_each(texts: list[str]) -> list[Encoded]:
-            async with asyncio.timeout(max(options.encoder_timeout_s, options.other_timeout_s)):  # who asks has its own
-                found = await encode_all(texts)
-            return [Encoded(vector, found.encoder) for vector in found.vectors]
-
-        async def score(requests: list[ScoreRequest]) -> list[Json | Refusal | Failure]:
-            async with asyncio.timeout(options.scorer_timeout_s):
-                found: Answered[list[Json | Refusal | Failure]]
-                found = await _again_if_died(lambda: scorer.score.remote(requests))
-            scorers.note(found.replica)
-            return found.answer
-
-        queries = Batches(encode_each, QUERIES_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * encoders.count())
-        scores = Batches(score, EVENTS_IN_A_CALL, _events, at_once=lambda: CALLS_PER_REPLICA * scorers.count())
-
-        async def encode(texts: list[str]) -> Encoded:
-            if len(texts) > 1:
-                return await encode_all(texts)
-            one = await queries(texts[0])
-            return Encoded(one.vectors[None], one.encoder)
-
-        async def call(method: str, *arguments: Any) -> Any:
-            if method == "score":
-                answer = await scores(*arguments)
-                if isinstance(answer, Failure):
-                    raise SpringtideError(answer.message)
-                return answer
-            return await _again_if_died(lambda: getattr(scorer, method).remote(*arguments))
-
-        async def everywhere(method: str) -> list[Any]:
-            """Of every replica; of one, where a single one of them does not answer in half the time there is."""
-            try:
-                sent = scorer.broadcast(method)
-                found = await sent.results_async(timeout_s=options.other_timeout_s / 2, return_exceptions=True)
-            except Exception as error:
-                log.warning("one Scorer is asked for all of them: %r", error)
-                found = []
-            return [one for one in found if not isinstance(one, BaseException)] or [await call(method)]
-
+        other_timeout_s = options.other_timeout_s
+        encoders = Encoders(encoder, max(options.encoder_timeout_s, other_timeout_s))
+        scorers = Scorers(scorer, options.scorer_timeout_s, other_timeout_s)
         self._edge = Edge(
             tokens=open_tokens(options.auth.tokens_file, options.auth.tokens_env) if options.auth else None,
             hosts=tuple(options.allowed_hosts),
@@ -308,8 +232,8 @@ class Ingress:
         )
         self._service = Service(
             _open_store(options),
-            encode,
-            call,
+            encoders.encode,
+            scorers.call,
             encoder_timeout_s=options.encoder_timeout_s,
             scorer_timeout_s=options.scorer_timeout_s,
             store_timeout_s=options.store_timeout_s,
@@ -321,7 +245,7 @@ class Ingress:
             query_cache_s=options.query_cache_s,
             history_cache_events=options.history_cache_events,
             max_added_items=options.max_added_items,
-            everywhere=everywhere,
+            everywhere=scorers.everywhere,
         )
         self._workspace = options.workspace
         self._log: str | None = None
@@ -384,14 +308,6 @@ def build(args: dict[str, Any]) -> Application:
     """The application builder that Serve configurations name in `import_path`; `args` are AppOptions."""
     options = AppOptions.model_validate(args)
     return Ingress.bind(TextEncoder.bind(), Scorer.bind(options), options)  # type: ignore[attr-defined]
-
-
-async def _again_if_died(send: Callable[[], Awaitable[Any]]) -> Any:
-    """Ask again, once, when the replica asked died meanwhile: Serve then sends to another one. All calls are reads."""
-    try:
-        return await send()
-    except RayActorError:
-        return await send()
 
 
 def _open_store(options: AppOptions) -> HistoryStore:

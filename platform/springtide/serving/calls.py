@@ -1,0 +1,115 @@
+"""How an Ingress reaches the other deployments: few calls, shared by the requests that wait, and each tried twice."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ray.exceptions import RayActorError
+
+from springtide.errors import SpringtideError
+from springtide.serving.batching import Batches, Seen
+from springtide.serving.engine import Json, Refusal, ScoreRequest
+from springtide.serving.options import CALLS_PER_REPLICA
+from springtide.serving.query_cache import Encoded
+
+log = logging.getLogger("ray.serve")
+EVENTS_IN_A_CALL, QUERIES_IN_A_CALL = 2048, 16
+LEAST_EVENTS = 64  # that a request counts for: 32 requests share a call, and fewer with long histories
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Answered(Generic[Found]):
+    """An answer, and the replica that gave it."""
+
+    replica: str
+    answer: Found
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one of the requests of a call has no answer."""
+
+    message: str
+
+
+def or_failure(found: Json | Refusal | BaseException) -> Json | Refusal | Failure:
+    """What a call brings back of one of its requests: an exception might not survive the way."""
+    return Failure(f"{type(found).__name__}: {found}") if isinstance(found, BaseException) else found
+
+
+class Encoders:
+    """The TextEncoder behind its handle. timeout_s: of a call that queries share; who asks has a limit of its own."""
+
+    def __init__(self, handle: Any, timeout_s: float) -> None:
+        self._handle, self._timeout_s, self._seen = handle, timeout_s, Seen()
+        self._queries = Batches(self._each, QUERIES_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * self._seen.count())
+
+    async def encode(self, texts: list[str]) -> Encoded:
+        """[n, D]"""
+        if len(texts) > 1:
+            return await self._all(texts)
+        one = await self._queries(texts[0])
+        return Encoded(one.vectors[None], one.encoder)
+
+    async def _all(self, texts: list[str]) -> Encoded:
+        found: Answered[Encoded] = await again_if_died(lambda: self._handle.encode.remote(texts))
+        self._seen.note(found.replica)
+        return found.answer
+
+    async def _each(self, texts: list[str]) -> list[Encoded]:
+        async with asyncio.timeout(self._timeout_s):
+            found = await self._all(texts)
+        return [Encoded(vector, found.encoder) for vector in found.vectors]
+
+
+class Scorers:
+    """The Scorer behind its handle. timeout_s: of a call with requests to score; other_timeout_s: of all others."""
+
+    def __init__(self, handle: Any, timeout_s: float, other_timeout_s: float) -> None:
+        self._handle, self._timeout_s, self._other_timeout_s, self._seen = handle, timeout_s, other_timeout_s, Seen()
+        self._requests = Batches(
+            self._score, EVENTS_IN_A_CALL, _events, at_once=lambda: CALLS_PER_REPLICA * self._seen.count()
+        )
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """A method of one replica. Raises SpringtideError where a request to score failed there."""
+        if method == "score":
+            answer = await self._requests(*arguments)
+            if isinstance(answer, Failure):
+                raise SpringtideError(answer.message)
+            return answer
+        return await again_if_died(lambda: getattr(self._handle, method).remote(*arguments))
+
+    async def everywhere(self, method: str) -> list[Any]:
+        """Of every replica; of one, where a single one of them does not answer in half the time there is."""
+        try:
+            sent = self._handle.broadcast(method)
+            found = await sent.results_async(timeout_s=self._other_timeout_s / 2, return_exceptions=True)
+        except Exception as error:
+            log.warning("one Scorer is asked for all of them: %r", error)
+            found = []
+        return [one for one in found if not isinstance(one, BaseException)] or [await self.call(method)]
+
+    async def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal | Failure]:
+        async with asyncio.timeout(self._timeout_s):
+            found: Answered[list[Json | Refusal | Failure]]
+            found = await again_if_died(lambda: self._handle.score.remote(requests))
+        self._seen.note(found.replica)
+        return found.answer
+
+
+def _events(requests: list[ScoreRequest]) -> int:
+    return sum(max(LEAST_EVENTS, len(request.events)) for request in requests)
+
+
+async def again_if_died(send: Callable[[], Awaitable[Any]]) -> Any:
+    """Ask again, once, when the replica asked died meanwhile: Serve then sends to another one. All calls are reads."""
+    try:
+        return await send()
+    except RayActorError:
+        return await send()

@@ -1,0 +1,119 @@
+"""An Ingress' calls of other deployments, which are played here: who shares one, what a death or a failure costs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError
+
+from springtide.errors import SpringtideError
+from springtide.serving.calls import Answered, Encoders, Failure, Scorers, or_failure
+from springtide.serving.engine import ScoreRequest
+from springtide.serving.options import CALLS_PER_REPLICA
+from springtide.serving.query_cache import Encoded
+
+
+class Replica:
+    """A deployment of one replica whose methods answer after a while; the first `dies` calls end with its death."""
+
+    def __init__(self, answer: Callable[[Any], Any], takes: float = 0.01, dies: int = 0) -> None:
+        self.calls: list[Any] = []
+        self.score = self.encode = self.similar = SimpleNamespace(remote=self._remote)
+        self._answer, self._takes, self._dies = answer, takes, dies
+
+    async def _remote(self, asked: Any) -> Any:
+        self.calls.append(asked)
+        if len(self.calls) <= self._dies:
+            raise RayActorError
+        await asyncio.sleep(self._takes)
+        return self._answer(asked)
+
+
+def scored(requests: list[ScoreRequest]) -> Answered[list[Any]]:
+    """The k that was asked for, or a failure where that is 13."""
+    return Answered("a", [or_failure(ValueError("unlucky")) if r.k == 13 else {"k": r.k} for r in requests])
+
+
+def request(k: int, events: int = 0) -> ScoreRequest:
+    return ScoreRequest([{"item_id": "i"}] * events, k=k)
+
+
+def run(calls: Callable[[], Awaitable[list[Any]]]) -> list[Any]:
+    async def limited() -> list[Any]:
+        async with asyncio.timeout(10):
+            return await calls()
+
+    return asyncio.run(limited())
+
+
+def test_requests_that_wait_share_calls_and_each_has_its_own_answer() -> None:
+    replica = Replica(scored)
+
+    async def calls() -> list[Any]:
+        scorers = Scorers(replica, 5, 5)
+        return await asyncio.gather(*(scorers.call("score", request(k)) for k in range(40)), return_exceptions=True)
+
+    found = run(calls)
+    assert [one for k, one in enumerate(found) if k != 13] == [{"k": k} for k in range(40) if k != 13]
+    assert isinstance(found[13], SpringtideError) and "ValueError: unlucky" in str(found[13])
+    assert len(replica.calls) <= CALLS_PER_REPLICA and max(map(len, replica.calls)) == 32
+
+
+def test_long_histories_fill_a_call_sooner() -> None:
+    replica = Replica(scored)
+
+    async def calls() -> list[Any]:
+        scorers = Scorers(replica, 5, 5)
+        return await asyncio.gather(*(scorers.call("score", request(k, 1000)) for k in range(8)))
+
+    assert run(calls) == [{"k": k} for k in range(8)]
+    assert max(map(len, replica.calls)) == 2
+
+
+def test_a_replica_that_died_is_asked_again_once() -> None:
+    async def calls(dies: int) -> list[Any]:
+        return [await Scorers(Replica(scored, dies=dies), 5, 5).call("score", request(3))]
+
+    assert run(lambda: calls(1)) == [{"k": 3}]
+    with pytest.raises(RayActorError):
+        run(lambda: calls(2))
+
+
+def test_a_call_that_hangs_is_given_up() -> None:
+    async def calls() -> list[Any]:
+        scorers = Scorers(Replica(scored, takes=60), 0.1, 5)
+        return await asyncio.gather(*(scorers.call("score", request(k)) for k in range(6)), return_exceptions=True)
+
+    assert all(isinstance(one, TimeoutError) for one in run(calls))
+
+
+def test_other_methods_go_alone() -> None:
+    replica = Replica(lambda item: f"like {item}")
+    assert run(lambda: asyncio.gather(*(Scorers(replica, 5, 5).call("similar", i) for i in "ab"))) == [
+        "like a",
+        "like b",
+    ]
+    assert replica.calls == ["a", "b"]
+
+
+def test_queries_share_calls_and_lists_of_texts_go_alone() -> None:
+    replica = Replica(lambda texts: Answered("a", Encoded(np.array([[len(t)] for t in texts], np.float32), "bert@1")))
+
+    async def calls() -> list[Any]:
+        encoders = Encoders(replica, 5)
+        return await asyncio.gather(*(encoders.encode(["x" * n]) for n in range(9)), encoders.encode(["a", "bcd"]))
+
+    *single, both = run(calls)
+    assert [one.vectors.tolist() for one in single] == [[[n]] for n in range(9)]
+    assert both.vectors.tolist() == [[1], [3]] and {one.encoder for one in [*single, both]} == {"bert@1"}
+    assert ["a", "bcd"] in replica.calls and len(replica.calls) < 9
+
+
+def test_a_failure_is_told_in_words() -> None:
+    assert or_failure({"items": []}) == {"items": []}
+    assert or_failure(KeyError("a")) == Failure("KeyError: 'a'")
