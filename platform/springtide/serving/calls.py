@@ -50,7 +50,7 @@ class Encoders:
         self._queries = Batches(self._each, QUERIES_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * self._seen.count())
 
     async def encode(self, texts: list[str]) -> Encoded:
-        """[n, D]"""
+        """[n, D] float32 of n texts."""
         if len(texts) > 1:
             return await self._all(texts)
         one = await self._queries(texts[0])
