@@ -131,10 +131,12 @@ def test_a_loaded_bundle_goes_on_counting(tmp_path: Path) -> None:
     assert added == pytest.approx(1 + live.model.config.memory_decay, abs=1e-2)  # from the view and from before it
 
 
-def test_a_model_that_is_told_the_time_is_asked_when_its_log_ended(tmp_path: Path) -> None:
+def test_a_model_that_is_told_the_time_is_asked_right_after_its_log_ended(tmp_path: Path) -> None:
     live = load_bundle(toy_bundle(tmp_path, data__split="temporal")).recommender
     past, end = history_of([(1, 1), (2, 1)]), live.log_end
     assert live.model.config.request_time and end is not None and end > past.timestamps[-1]
     plain = live.score([past]).logits
-    np.testing.assert_array_equal(plain, live.score([past], now=np.array([end])).logits)
+    np.testing.assert_array_equal(plain, live.score([past], now=np.array([end + 1])).logits)
+    recent = live.model.channels.recent
+    assert recent is not None and recent.bucket(torch.tensor([end + 1]))[0] == len(recent.edges) - 1  # all counts
     assert not np.array_equal(plain, live.score([past], now=past.timestamps[-1:]).logits)

@@ -73,7 +73,7 @@ COUNTS = [3, 2, 2, 1, 0, 0]  # of the training part, with others' events
 
 def test_everybodys_events_help_at_once_and_ranks_are_those_worked_by_hand() -> None:
     plan = plan_of(FASHION)
-    assert FASHION.timestamps[plan.asked].tolist() == [100, 101, 102, 104, 105, 106] and plan.cut == 3
+    assert FASHION.timestamps[plan.asked].tolist() == [100, 101, 102, 104, 105, 106] and plan.cut == 4
     # Frozen: candidates 1 2 3 4 5 by counts 2 2 1 0 0, so item 5 is fifth and item 4 fourth.
     assert p.replay_frozen(plan, Popular(COUNTS).score).tolist() == [5, 5, 5, 4, 4, 4]
     # Own events: by the time of item 4, item 5 is no candidate any more, but it ranked below anyway.
@@ -124,7 +124,7 @@ def test_a_fashion_that_begins_after_the_cut_is_missed_by_a_frozen_model() -> No
 def test_requests_come_at_the_event_or_at_the_cut() -> None:
     plan, frozen, history = plan_of(FASHION), Popular(COUNTS), Popular(COUNTS)
     p.replay_frozen(plan, frozen.score)
-    assert frozen.asked == [([0], 3)] * 3  # once for each user
+    assert frozen.asked == [([0], 4)] * 3  # once for each user, after the last event before the cut
     p.replay_history(plan, history.score, batch_size=2)
     assert history.asked == [([0], 100), ([0], 101), ([0], 102), ([0, 5], 104), ([0, 5], 105), ([0, 5], 106)]
 
@@ -153,7 +153,7 @@ def test_users_without_a_past_are_asked_with_an_empty_history() -> None:
     events = log_of({"a": [(0, 1, True), (1, 10, True)], "new": [(1, 11, True), (0, 12, True)]}, 10, 2)
     asked = Popular([1, 0])
     assert p.replay_frozen(plan_of(events), asked.score).tolist() == [1, 2, 1]
-    assert asked.asked == [([0], 1), ([], 1)]
+    assert asked.asked == [([0], 2), ([], 2)]
 
 
 def test_above_the_limit_whole_users_are_drawn_and_all_events_are_revealed() -> None:

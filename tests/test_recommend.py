@@ -97,7 +97,7 @@ def test_it_is_asked_for_now_and_not_for_when_each_user_was_there(bundle: str) -
     assert channels.weigh is not None and recommender.log_end is not None
     with torch.no_grad():
         channels.weigh.bias[channels.names.index("recent_popularity")] = 2.0
-    seen, now = [history.items for history in histories], np.full(len(histories), recommender.log_end)
+    seen, now = [history.items for history in histories], np.full(len(histories), recommender.log_end + 1)
     assert all(history.timestamps[-1] <= recommender.log_end for history in histories)
     of_now, of_then = recommender.best(histories, 7, seen, now)[1], recommender.best(histories, 7, seen)[1]
     np.testing.assert_allclose(batch(sequences())["score"].to_numpy().reshape(of_now.shape), of_now, rtol=1e-5)

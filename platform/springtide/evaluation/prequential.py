@@ -47,7 +47,7 @@ class Plan:
     asked: np.ndarray  # [T] those that are predicted
     users: np.ndarray  # [T] their users
     begins: np.ndarray  # [U] a user's first row in the part; the next user's first row, if there is none
-    cut: int  # int64 ms, the last moment before the part; its first moment, if there is nothing before
+    cut: int  # int64 ms, the first moment after all before the part; the part's own, if there is nothing before
     skipped: int  # events of the users asked about that repeat an item of their history, which is no candidate
     eligible: int  # events of all users that could have been asked about
     exclude_seen: bool
@@ -80,7 +80,7 @@ def make_plan(events: FlatSequences, part: int, limit: int, exclude_seen: bool, 
     chosen = _draw_users(users[eligible], len(events.user_ids), limit, seed)
     asked = eligible[chosen[users[eligible]]]
     before = events.timestamps[events.parts < part]
-    cut = int(before.max() if before.size else events.timestamps[revealed[0]])
+    cut = int(before.max() + 1 if before.size else events.timestamps[revealed[0]])
     skipped = int(chosen[users[wanted[repeats]]].sum())
     return Plan(events, revealed, asked, users[asked], begins, cut, skipped, len(eligible), exclude_seen)
 

@@ -41,9 +41,7 @@ class RecommendBatch:
         histories = histories_of(batch)
         seen = [history.items for history in histories] if self.exclude_seen else None
         # Asked for now, as over HTTP: at the end of the log, and not when each user was last there.
-        end = self.recommender.log_end or 0
-        now = np.array([max([end, *history.timestamps[-1:]]) for history in histories], np.int64)
-        rows, values = self.recommender.best(histories, self.k, seen, now)
+        rows, values = self.recommender.best(histories, self.k, seen, self.recommender.after_all(histories))
         found = rows >= 0
         ids = np.array(self.recommender.item_ids, dtype=object)
         return pa.table(
