@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,14 +70,14 @@ def test_novelty_is_in_bits_of_the_share_of_training_events() -> None:
 
 
 def test_diversity_of_categories() -> None:
-    categories = np.zeros((5, 20), dtype=bool)  # more than a byte of them
+    categories = np.zeros((5, 20), dtype=bool)
     for item, own in enumerate([(0, 1), (1, 2), (0, 1), (19,), ()]):
         categories[item, list(own)] = True
-    bits = np.packbits(categories, axis=1)
+    table = sp.csr_array(categories.astype(np.int64))
     # Jaccard: 0 and 1 share one of three, 0 and 2 all, 1 and 2 one of three, 3 nothing; 4 has none and does not count.
     lists = np.array([[0, 1, 2, -1], [0, 3, -1, -1], [0, 4, 2, -1], [3, 4, -1, -1]])
-    assert m.category_diversity(lists, bits, 4) == pytest.approx([1 - 5 / 9, 1, 0, np.nan], nan_ok=True)
-    assert m.category_diversity(lists, bits, 2) == pytest.approx([2 / 3, 1, np.nan, np.nan], nan_ok=True)
+    assert m.category_diversity(lists, table, 4) == pytest.approx([1 - 5 / 9, 1, 0, np.nan], nan_ok=True)
+    assert m.category_diversity(lists, table, 2) == pytest.approx([2 / 3, 1, np.nan, np.nan], nan_ok=True)
 
 
 def test_diversity_of_vectors() -> None:
@@ -92,7 +93,7 @@ def test_diversities_agree_where_sets_are_vectors() -> None:
     table = np.eye(6, dtype=bool)[rng.integers(0, 6, 50)]
     lists = np.array([rng.permutation(50)[:12] for _ in range(30)])
     by_set, by_vector = (
-        m.category_diversity(lists, np.packbits(table, axis=1), 10),
+        m.category_diversity(lists, sp.csr_array(table.astype(np.int64)), 10),
         m.vector_diversity(lists, table, 10),
     )
     assert by_set == pytest.approx(by_vector) and 0 < by_set.min() < by_set.max() <= 1
@@ -134,6 +135,15 @@ def test_pairing_narrows_the_ratio() -> None:
 def test_a_ratio_to_nothing_is_none() -> None:
     zeros, ones = np.zeros(5), np.ones(5)
     assert m.paired_ratio(zeros, ones, np.zeros(10), np.ones(10)) is None
+
+
+def test_resamples_without_a_hit_to_divide_by_say_nothing_of_a_ratio() -> None:
+    a = np.zeros(500)
+    a[:5] = 1.0
+    few, fewer = (m.resampled_means(np.column_stack([a[n:], 2 * a[n:]]), 2000) for n in (0, 4))
+    ratio = m.paired_ratio(a, 2 * a, few[:, 0], few[:, 1])  # five hits: some 0.7 % of the resamples have none
+    assert not few[:, 0].all() and ratio is not None and (ratio.low, ratio.high) == (2, 2)
+    assert m.paired_ratio(a[4:], 2 * a[4:], fewer[:, 0], fewer[:, 1]) is None  # one hit: more than a third have none
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=50))

@@ -89,6 +89,18 @@ def test_offline_scores_equal_those_behind_serve(bundle: str) -> None:
         np.testing.assert_allclose([item["score"] for item in answer["items"]], own["score"].to_numpy(), atol=2e-5)
 
 
+def test_a_log_that_numbers_its_actions_anew_gets_the_same_lists(bundle: str) -> None:
+    known = RecommendBatch(bundle, RecommendConfig(k=7), exclude_seen=True)
+    names = ["", "cart", *known.recommender.actions[1:]]  # every number but that of the unknown is one higher
+    table = sequences()
+    numbers = [[n + 1 if n else 0 for n in row] for row in table["actions"].to_pylist()]
+    column = pa.array(numbers, SEQUENCES.field("actions").type)
+    other = table.set_column(table.column_names.index("actions"), "actions", column)
+    grown = RecommendBatch(bundle, RecommendConfig(k=7), exclude_seen=True, actions=names)
+    assert max(map(max, numbers)) >= len(known.recommender.actions)  # out of range as they are
+    assert grown(other).equals(known(table))
+
+
 def test_it_is_asked_for_now_and_not_for_when_each_user_was_there(bundle: str) -> None:
     """As over HTTP: what was popular years ago, when a user was last there, is not what is popular."""
     batch = RecommendBatch(bundle, RecommendConfig(k=7), exclude_seen=True)

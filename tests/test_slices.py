@@ -116,13 +116,11 @@ def test_without_new_targets_there_is_nothing_to_tell() -> None:
 
 
 def test_lists_are_judged_by_categories_or_else_by_vectors() -> None:
-    packed = comparison.pack_categories([["a", "b"], ["b", "c"], [], ["b", "a"]])
-    assert packed is not None and np.unpackbits(packed, axis=1)[:, :3].tolist() == [
-        [1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 1, 0]
-    ]  # fmt: skip
-    assert comparison.pack_categories([[], []]) is None
+    table = comparison.category_table([["a", "b", "a"], ["b", "c"], [], ["b", "a"]])
+    assert table is not None and table.toarray().tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 1, 0]]
+    assert comparison.category_table([[], []]) is None
     lists, popularity, vectors = np.array([[0, 1], [0, 3]]), np.array([2, 1, 0, 1]), np.eye(4)
-    by_sets = comparison.beyond_accuracy(lists, comparison.Catalogue(popularity, packed, vectors))
+    by_sets = comparison.beyond_accuracy(lists, comparison.Catalogue(popularity, table, vectors))
     assert by_sets["diversity@10"]["value"] == pytest.approx((2 / 3 + 0) / 2)
     assert by_sets["novelty@10"]["value"] == pytest.approx((1 + 2) / 2)
     by_vectors = comparison.beyond_accuracy(lists, comparison.Catalogue(popularity, None, vectors))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,11 +21,11 @@ from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json
 from springtide.model.carry import carry_over, rows_in
-from springtide.schemas import TEST
+from springtide.schemas import SEQUENCES, TEST, TRAIN, VALID
 from springtide.training import reach, update
-from springtide.training.job import publish
+from springtide.training.job import holdout_share, publish
 from springtide.training.sampling import Sampling, Since
-from springtide.training.sequences import count_new, epoch_batches, from_table
+from springtide.training.sequences import count_new, epoch_batches, from_table, validation_cases
 from springtide.training.statistics import Statistics, collect
 from springtide.training.tabulate import tabulate
 from springtide.training.texts import feature_rows, fit_texts
@@ -185,6 +187,21 @@ def test_a_known_log_changes_nothing_and_no_bundle_is_told(trained: tuple[Settin
     assert load_bundle(bundle.path).version == bundle.version
     with pytest.raises(SpringtideError, match="bundle"):
         update.run(toy_settings(write_workspace(tmp_path / "untrained")))
+
+
+def test_users_are_held_out_where_the_validation_part_asks_nobody(tmp_path: Path) -> None:
+    """As where each user is one session: the cut falls between sessions, and nobody asked has a past."""
+    chosen = toy_settings(write_workspace(tmp_path))
+    prepared = load_prepared(chosen.workspace)
+    assert holdout_share(chosen, prepared) == 0
+    for number, file in enumerate(prepared.sequence_files):
+        table = pq.read_table(file)
+        part = VALID if number == 3 else TRAIN
+        parts = pa.array([[part] * len(row) for row in table["parts"].to_pylist()], SEQUENCES.field("parts").type)
+        pq.write_table(table.set_column(table.column_names.index("parts"), "parts", parts), file)
+    assert holdout_share(chosen, prepared) == chosen.train.validation_share
+    held = [from_table(pq.read_table(file), 0.5) for file in prepared.sequence_files]
+    assert sum(len(validation_cases(part, 100)) for part in held) > 0
 
 
 def test_a_bundle_that_saw_the_test_part_is_refused(trained: tuple[Settings, Bundle]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from springtide.evaluation import metrics as measure
 from springtide.evaluation.ranking import (
@@ -28,7 +29,7 @@ class Catalogue:
     """What novelty and diversity need to know of the items."""
 
     popularity: np.ndarray  # [I] training events
-    categories: np.ndarray | None  # [I, C / 8] uint8, see pack_categories; None: diversity is that of the vectors
+    categories: sp.csr_array | None  # [I, C], see category_table; None: diversity is that of the vectors
     vectors: np.ndarray | None  # [I, D]
 
 
@@ -105,16 +106,18 @@ def beyond_accuracy(lists: np.ndarray, catalogue: Catalogue) -> dict[str, dict[s
     return {name: {"value": value} for name, value in out.items() if np.isfinite(value)}
 
 
-def pack_categories(categories: Sequence[Sequence[str]]) -> np.ndarray | None:
-    """[I, C / 8] uint8: one bit for each category of each item, as np.packbits; None if no item has a category."""
-    columns = {name: column for column, name in enumerate(sorted({c for own in categories for c in own}))}
+def category_table(categories: Sequence[Sequence[str]]) -> sp.csr_array | None:
+    """[I, C] with a one for each category of each item; None if no item has a category.
+
+    Sparse, because a column that is a brand or a tag has nearly as many values as the catalogue has items.
+    """
+    sets = [set(own) for own in categories]
+    columns = {name: column for column, name in enumerate(sorted(set().union(*sets)))}
     if not columns:
         return None
-    packed = np.zeros((len(categories), -(-len(columns) // 8)), dtype=np.uint8)
-    rows = np.repeat(np.arange(len(categories)), [len(own) for own in categories])
-    bits = np.array([columns[name] for own in categories for name in own])
-    np.bitwise_or.at(packed, (rows, bits // 8), (128 >> (bits % 8)).astype(np.uint8))
-    return packed
+    rows = np.repeat(np.arange(len(sets)), [len(own) for own in sets])
+    taken = np.array([columns[name] for own in sets for name in own])
+    return sp.csr_array((np.ones(len(rows), np.int64), (rows, taken)), shape=(len(sets), len(columns)))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -21,7 +21,7 @@ from springtide.errors import SpringtideError
 from springtide.evaluation import leakage, prequential, report, slices, ties
 from springtide.evaluation import metrics as measure
 from springtide.evaluation.baselines import Fitted, fit_baselines
-from springtide.evaluation.comparison import Catalogue, beyond_accuracy, compare, gate_histogram, pack_categories
+from springtide.evaluation.comparison import Catalogue, beyond_accuracy, category_table, compare, gate_histogram
 from springtide.evaluation.notes import notes_on
 from springtide.evaluation.ranking import (
     Cases,
@@ -121,7 +121,7 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
     body = compare(cases, rankings, ks, config.bootstrap, split)
     catalogue = Catalogue(
         events.fitted(TRAIN),
-        pack_categories(prepared.items["categories"].to_pylist()),
+        category_table(prepared.items["categories"].to_pylist()),
         getattr(recommender, "item_vectors", None),
     )
     for name, figures in from_best(body).items():

@@ -1,4 +1,4 @@
-"""Ranking metrics and their bootstrap intervals. Pure numpy: arrays in, arrays out; no files, no Ray, no HTTP.
+"""Ranking metrics and their bootstrap intervals. Arrays in, arrays out; no files, no Ray, no HTTP.
 
 A *rank* is the place of a user's one target in the list recommended to them, from 1; 0 means that it is not there.
 With one target of rank r: HR@k = [r <= k], NDCG@k = [r <= k] / log2(r + 1), MRR@k = [r <= k] / r, recall@k = HR@k and
@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.sparse as sp
 
 MRR_AT = 20
 SEED = 20240607  # of every bootstrap: the same users are drawn for every scorer, which is what makes it paired
 _CELLS = 4_000_000  # users times resamples drawn at once
+_LISTS = 10_000  # whose diversity is looked at together
 
 
 @dataclass(frozen=True)
@@ -96,26 +98,24 @@ def novelty(lists: np.ndarray, popularity: np.ndarray, k: int) -> np.ndarray:
     return _share(total, shown.sum(axis=1))
 
 
-def category_diversity(lists: np.ndarray, categories: np.ndarray, k: int) -> np.ndarray:
+def category_diversity(lists: np.ndarray, categories: sp.csr_array, k: int) -> np.ndarray:
     """1 - mean Jaccard similarity of the category sets over all pairs in each user's first k items. [U] float64.
 
-    lists: [U, K] catalogue rows, -1 = no more; categories: [I, C / 8] uint8, the bits of an [I, C] table as np.packbits
-    packs them, so that a pair costs few bytes. A pair with an item without categories says nothing and is left out; NaN
-    where no pair is left (Ziegler et al. 2005).
+    lists: [U, K] catalogue rows, -1 = no more; categories: [I, C] ones and nothing else. A pair with an item without
+    categories says nothing and is left out; NaN where no pair is left (Ziegler et al. 2005).
     """
-    sizes = np.bitwise_count(categories).sum(axis=1, dtype=np.int64)
+    sizes = np.diff(categories.indptr)
     first = np.asarray(lists)[:, :k]
     out = np.empty(len(first))
-    step = max(1, _CELLS // max(1, categories.shape[1] * k))
-    for start in range(0, len(first), step):
-        block = first[start : start + step]
+    for start in range(0, len(first), _LISTS):
+        block = first[start : start + _LISTS]
         usable = (block >= 0) & (sizes[block] > 0)
         alike, pairs = np.zeros(len(block)), np.zeros(len(block))
         for a in range(block.shape[1]):
             for b in range(a):
                 both = usable[:, a] & usable[:, b]
                 left, right = block[both, a], block[both, b]
-                shared = np.bitwise_count(categories[left] & categories[right]).sum(axis=1, dtype=np.int64)
+                shared = categories[left].multiply(categories[right]).sum(axis=1)
                 alike[both] += shared / (sizes[left] + sizes[right] - shared)
                 pairs += both
         out[start : start + len(block)] = 1 - _share(alike, pairs)
@@ -197,8 +197,15 @@ def paired_difference(a: np.ndarray, b: np.ndarray, a_samples: np.ndarray, b_sam
 
 
 def paired_ratio(a: np.ndarray, b: np.ndarray, a_samples: np.ndarray, b_samples: np.ndarray) -> Estimate | None:
-    """mean(b) / mean(a) over the same users [U], from paired resampled means [n]; None if a is zero everywhere."""
-    if a.mean() == 0:
-        return None
-    samples = b_samples / np.maximum(a_samples, 1e-12)
-    return Estimate(float(b.mean() / a.mean()), *interval(samples))
+    """mean(b) / mean(a) over the same users [U], from paired resampled means [n]; None as in `ratio_interval`."""
+    bounds = ratio_interval(a_samples, b_samples) if a.mean() else None
+    return Estimate(float(b.mean() / a.mean()), *bounds) if bounds else None
+
+
+def ratio_interval(below: np.ndarray, above: np.ndarray) -> tuple[float, float] | None:
+    """The interval of above / below from paired samples [n]; None if too many have nothing below to divide by.
+
+    A few such samples are left out; with more of them than an interval leaves outside on one side it has no upper end.
+    """
+    defined = below > 0
+    return interval(above[defined] / below[defined]) if defined.mean() >= 0.975 else None

@@ -20,8 +20,8 @@ def notes_on(body: Mapping[str, Any]) -> list[str]:
         "scores rank in catalogue order.",
         f"The baselines are fitted on {fitted}, as the model is, and all scorers are asked with the same histories: "
         f"{asked}.",
-        "Baseline settings are chosen on the validation part (NDCG@10). The best baseline is the one with the highest "
-        f"NDCG@10 on the {part} part itself, which favours the baselines.",
+        f"{_on_tuning(body)} The best baseline is the one with the highest NDCG@10 on the {part} part itself, which "
+        "favours the baselines.",
         f"Intervals are percentile bootstraps over users with {body['bootstrap']:,} resamples; ratios and differences "
         "are paired, that is, resampled over the same users.",
         "With one target per user, recall@K equals HR@K and precision@K is HR@K / K.",
@@ -53,6 +53,12 @@ def notes_on(body: Mapping[str, Any]) -> list[str]:
             told = ", ".join(f"{k} {'endless' if v is None else v}" for k, v in fit["settings"].items())
             notes.append(f"{label_of(name)} settings: {told}.".replace("_", " "))
     return notes
+
+
+def _on_tuning(body: Mapping[str, Any]) -> str:
+    if any(fit["validation_ndcg@10"] is not None for fit in body["baseline_settings"].values()):
+        return "Baseline settings are chosen on the validation part (NDCG@10)."
+    return "The validation part asks no user with a history, so the baselines have the settings they begin with."
 
 
 def _on_lists(body: Mapping[str, Any]) -> list[str]:

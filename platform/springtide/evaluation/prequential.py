@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from springtide.evaluation.metrics import SEED, Estimate, interval, resampled_means, user_metrics
+from springtide.evaluation.metrics import SEED, Estimate, interval, ratio_interval, resampled_means, user_metrics
 from springtide.evaluation.ranking import FlatSequences, candidates, refuse_nan
 from springtide.model.batch import History
 from springtide.ranks import block_size, places
@@ -235,9 +235,8 @@ def _draw_users(owners: np.ndarray, users: int, limit: int, seed: int) -> np.nda
 
 
 def _ratio(a: np.ndarray, b: np.ndarray, samples: np.ndarray) -> dict[str, float] | None:
-    if not a.sum():
-        return None
-    return _json(Estimate(float(b.sum() / a.sum()), *interval(samples[:, 1] / np.maximum(samples[:, 0], 1e-12))))
+    bounds = ratio_interval(samples[:, 0], samples[:, 1]) if a.sum() else None
+    return _json(Estimate(float(b.sum() / a.sum()), *bounds)) if bounds else None
 
 
 def _json(estimate: Estimate) -> dict[str, float]:

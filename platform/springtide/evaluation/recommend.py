@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import publish_directory
 from springtide.model.batch import History
+from springtide.model.carry import rows_in
 from springtide.ranks import block_size
 from springtide.schemas import RECOMMENDATIONS, check_schema
 
@@ -26,11 +28,17 @@ log = logging.getLogger(__name__)
 class RecommendBatch:
     """One actor of the pool: a loaded bundle that ranks blocks of SEQUENCES."""
 
-    def __init__(self, bundle: str, config: RecommendConfig, exclude_seen: bool) -> None:
+    def __init__(
+        self, bundle: str, config: RecommendConfig, exclude_seen: bool, actions: list[str] | None = None
+    ) -> None:
+        """actions: names of the sequences' action numbers; absent: those that the bundle was trained on."""
         import torch
 
         torch.set_num_threads(max(1, int(config.cpus_per_actor)))
         self.recommender = load_bundle(bundle).recommender
+        known = self.recommender.actions
+        # Those of the bundle's numbers, 0 = unknown to it: a log that has grown may number its actions anew.
+        self.actions = np.maximum(rows_in(known, known if actions is None else actions), 0)
         self.k, self.exclude_seen = config.k, exclude_seen
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -38,7 +46,7 @@ class RecommendBatch:
         return pa.concat_tables([self._rank(batch.slice(start, step)) for start in range(0, max(1, len(batch)), step)])
 
     def _rank(self, batch: pa.Table) -> pa.Table:
-        histories = histories_of(batch)
+        histories = [replace(history, actions=self.actions[history.actions]) for history in histories_of(batch)]
         seen = [history.items for history in histories] if self.exclude_seen else None
         # Asked for now, as over HTTP: at the end of the log, and not when each user was last there.
         rows, values = self.recommender.best(histories, self.k, seen, self.recommender.after_all(histories))
@@ -92,7 +100,7 @@ def run(settings: Settings) -> dict[str, Any]:
         ray.data.read_parquet([str(file) for file in prepared.sequence_files])
         .map_batches(
             RecommendBatch,
-            fn_constructor_args=(str(path), config, settings.data.exclude_seen),
+            fn_constructor_args=(str(path), config, settings.data.exclude_seen, prepared.actions),
             batch_size=config.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=config.actors),

@@ -180,8 +180,9 @@ def train(
 
 
 def holdout_share(settings: Settings, prepared: Prepared) -> float:
-    """The share of users to hold out, if the split has no validation part of its own."""
-    return 0.0 if prepared.report["split"]["valid"] else settings.train.validation_share
+    """The share of users to hold out, if the split's own validation part asks nobody with a history."""
+    asked = prepared.report["split"]["valid"] and _some_cases(prepared, 0.0, limit=1)
+    return 0.0 if asked else settings.train.validation_share
 
 
 def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, refit: bool = False) -> Path:
@@ -259,7 +260,7 @@ def write_trained(
     """
     final, folder = progress, run_folder
     validated = any(record["users"] for record in progress.epochs)
-    if settings.train.refit and validated:
+    if settings.train.refit and (validated or prepared.report["split"]["valid"]):
         folder = run_folder / "refit"
         again = with_values(settings, {"train.epochs": progress.best_epoch + 1})
         log.info("fitting again on training and validation events, %d epochs", progress.best_epoch + 1)

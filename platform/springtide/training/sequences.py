@@ -54,8 +54,9 @@ class Sequences:
 def from_table(table: pa.Table, holdout_share: float, refit: bool = False) -> Sequences:
     """Flatten a SEQUENCES table, users in user_id order so that the order of arrival does not matter.
 
-    holdout_share: in a log without a validation part, this share of the users with 3 targets or more (chosen by a hash
-    of the id) has its last target held out. 0 = none. refit: validation events are training events too.
+    holdout_share: where the validation part asks nobody with a history, this share of the users with 3 targets or more
+    (chosen by a hash of the id) has its last training target held out. 0 = none. refit: validation events are training
+    events too, and nothing is held out.
     """
     table = table.combine_chunks().sort_by("user_id")
     lengths = pa.compute.list_value_length(table["items"]).to_numpy().astype(np.int64)
