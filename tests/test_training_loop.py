@@ -21,7 +21,7 @@ from springtide.model.batch import Batch, History
 from springtide.model.fusion import FusionModel
 from springtide.model.recommender import Recommender
 from springtide.schemas import SEQUENCES, TRAIN, VALID
-from springtide.training import loop
+from springtide.training import listing, loop
 from springtide.training.loop import Progress, averaged, fit, make_optimizer, seed_of, validate
 from springtide.training.sampling import Sampling
 from springtide.training.sequences import (
@@ -388,14 +388,14 @@ def test_scores_that_are_no_numbers_find_nothing() -> None:
     model = build(sequences)
     with torch.no_grad():
         model.log_temperature.fill_(torch.nan)
-    found = validate(model, validation_cases(sequences, 100), True, torch.device("cpu"))
+    found = validate(model, validation_cases(sequences, 100), True)
     assert found["ndcg"] == found["ndcg@10"] == found["hr@10"] == 0 and found["users"] > 0
 
 
 # ---------------------------------------------------------------- validation
 @pytest.mark.parametrize("exclude_seen", [False, True])
 def test_validation_ranks_like_the_recommender(exclude_seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "RANK_BATCH", 5)
+    monkeypatch.setattr(listing, "BATCH", 5)
     sequences = from_table(table(), 0)
     model = build(sequences, text_dim=0)
     known = model.item_vectors.known
@@ -418,7 +418,7 @@ def test_validation_ranks_like_the_recommender(exclude_seen: bool, monkeypatch: 
         1 / np.log2(list(row).index(target) + 2) if target in row else 0.0
         for row, (_, target) in zip(everything, cases, strict=True)
     ]
-    measured = validate(model, cases, exclude_seen, CPU)
+    measured = validate(model, cases, exclude_seen)
     assert measured["ndcg"] == pytest.approx(np.mean(full), abs=1e-9) and measured["ndcg"] > measured["ndcg@10"]
     assert measured["users"] == len(cases) == USERS + 1
     assert measured["ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-9)
@@ -434,7 +434,7 @@ def test_ties_are_broken_by_catalogue_row() -> None:
         torch.nn.init.zeros_(parameter)  # every item has the same score
     history = validation_cases(sequences, 1)[0][0]
     cases = [(history, target) for target in (0, 9, 10)]
-    measured = validate(model, cases, False, CPU)
+    measured = validate(model, cases, False)
     assert measured["hr@10"] == pytest.approx(2 / 3)
     assert measured["ndcg@10"] == pytest.approx((1 + 1 / np.log2(11)) / 3)
 
@@ -485,8 +485,8 @@ def test_validation_asks_at_the_time_it_is_told() -> None:
     interest = model.interest
     model.interest = lambda batch, vectors: asked.append(batch.now) or interest(batch, vectors)  # type: ignore
     cases = validation_cases(sequences, 5)
-    validate(model, cases, True, CPU, 10**15)
-    validate(model, cases, True, CPU)
+    validate(model, cases, True, 10**15)
+    validate(model, cases, True)
     assert (asked[0] == 10**15).all()
     shortest_first = sorted(cases, key=lambda case: len(case[0]))
     assert asked[1][:, 0].tolist() == [int(history.timestamps[-1]) for history, _ in shortest_first]

@@ -150,7 +150,8 @@ class TrainConfig(Section):
     rating_weight: float = Field(0.0, ge=0)
     click_weight: float = Field(0.0, ge=0)
     clip_norm: float = Field(5.0, gt=0)
-    # Where no validation part asks a user with a history (split: none), this share of users has its last event held out.
+    # Where no validation part asks a user with a history (split: none), the last event of this share of users is held
+    # out.
     validation_share: float = Field(0.1, gt=0, le=0.5)
     validation_users: int = Field(5000, ge=1)  # at most this many users are ranked after each epoch
     # A worker keeps its shard in memory after the first epoch if it fits; else every epoch streams it again.

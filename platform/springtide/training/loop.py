@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from springtide.config import TrainConfig
 from springtide.errors import SpringtideError
-from springtide.model.batch import Batch, History, scoring_batch
+from springtide.model.batch import Batch, History
 from springtide.model.fusion import FusionModel
-from springtide.ranks import block_size, gains, hide, places
+from springtide.ranks import gains, places
+from springtide.training.listing import catalogue_scores
 
-RANK_BATCH = 128  # validation cases scored at once, fewer of a large catalogue
 LEAST_GAIN = 0.005  # share by which validation must rise to be waited for: less is mostly chance, epoch after epoch
 ADVICE = "lower train.learning_rate or look for extreme ratings in the log (the last checkpoint is kept)"
 STEPS = "steps"  # how many steps are in the average, beside the weights in it
@@ -110,7 +110,7 @@ def fit(
         record = train_epoch(model, optimizer, batches, config, exclude_seen, progress.epoch, device, progress.average)
         trained = time.perf_counter()
         with averaged(inner, progress.average):
-            record |= validate(inner, feed.cases(), exclude_seen, device, feed.asked_at())
+            record |= validate(inner, feed.cases(), exclude_seen, feed.asked_at())
             state = {name: value.detach().cpu().clone() for name, value in inner.state_dict().items()}
         record["validate_seconds"] = time.perf_counter() - trained
         record["seconds"] = time.perf_counter() - started
@@ -240,33 +240,21 @@ def validate(
     model: FusionModel,
     cases: list[tuple[History, int]],
     exclude_seen: bool,
-    device: torch.device,
     asked_at: int | None = None,
 ) -> dict[str, float]:
     """NDCG without a cut-off, NDCG@10 and HR@10 over the whole catalogue, of all workers' cases together.
 
     asked_at: ms when all of them are asked; None = with the last event of each.
     """
-    model.eval()
-    vectors = model.item_vectors()
-    # As in Recommender, an item that was neither trained nor described is no candidate.
-    nameless = ~(model.item_vectors.known | model.item_vectors.text.any(1)).cpu().numpy()
     sums = torch.zeros(4, dtype=torch.float64)  # NDCG@10, hits, cases, NDCG
     cases = sorted(cases, key=lambda case: len(case[0]))  # like lengths together: padding costs as much as events do
-    step = block_size(RANK_BATCH, len(nameless))
-    for begin in range(0, len(cases), step):
-        some = cases[begin : begin + step]
-        histories = [history for history, _ in some]
-        now = None if asked_at is None else np.full(len(some), asked_at, np.int64)
-        batch = scoring_batch(histories, model.config.long_window, now).to(device)
-        last = torch.stack([torch.arange(len(some), device=device), batch.mask.sum(1) - 1], 1)
-        logits = model.logits_at(batch, model.interest(batch, vectors), vectors, last).cpu().numpy()
-        logits[:, nameless] = -np.inf
-        if exclude_seen:
-            hide(logits, [history.items for history in histories])
-        place = places(logits, np.array([target for _, target in some]))
+    histories, targets = [history for history, _ in cases], np.array([target for _, target in cases])
+    done = 0
+    for scores, _, _ in catalogue_scores(model, histories, asked_at, exclude_seen):
+        place = places(scores, targets[done : done + len(scores)])
         gain, hit = gains(place), (place > 0) & (place <= 10)
-        sums += torch.tensor([gain[hit].sum(), hit.sum(), len(some), gain.sum()], dtype=torch.float64)
+        sums += torch.tensor([gain[hit].sum(), hit.sum(), len(scores), gain.sum()], dtype=torch.float64)
+        done += len(scores)
     all_sum(sums)
     count = max(1.0, float(sums[2]))
     means = {"ndcg@10": float(sums[0]), "hr@10": float(sums[1]), "ndcg": float(sums[3])}
