@@ -267,6 +267,16 @@ def test_a_relative_path_opens_from_any_folder(tmp_path: Path, monkeypatch: pyte
     assert [len(chunk.table) for chunk in read_chunks(file, ["u"])] == [1]
 
 
+def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.csv", b"u,i\n1,2\n")
+    (file,) = list_files(["~/a.csv"], None, 0, 0)
+    assert (file.path, file.uri) == (str(tmp_path / "a.csv"),) * 2
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "~log.csv", b"u,i\n1,2\n")  # no user's home
+    assert [file.path for file in list_files(["~log.csv"], None, 0, 0)] == ["~log.csv"]
+
+
 @pytest.mark.parametrize("path", ["/nowhere/a.csv", "nowhere", "foo://bucket/a.csv"])
 def test_a_path_to_nowhere_is_one_sentence(path: str) -> None:
     with pytest.raises(SpringtideError) as caught:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def _as_list(value: Any) -> Any:
@@ -18,7 +18,15 @@ def _as_strings(value: Any) -> Any:
     return [str(v) if type(v) is int else v for v in values] if isinstance(values, list) else values
 
 
-Strings = Annotated[list[str], BeforeValidator(_as_strings)]
+def _some_text(values: list[str]) -> list[str]:
+    if not values:
+        raise ValueError("the list is empty; write something into it, or leave the setting out")
+    if not all(value.strip() for value in values):
+        raise ValueError("a value is empty; write something there, or leave it out")
+    return values
+
+
+Strings = Annotated[list[str], BeforeValidator(_as_strings), AfterValidator(_some_text)]
 Column = str | int  # a name, or the position (from 0) in a file that has no header line
 FileFormat = Literal["csv", "tsv", "jsonl", "parquet"]
 
@@ -66,7 +74,7 @@ class ActionRule(ColumnRule):
 
 
 class EventSource(Section):
-    paths: Strings = Field(min_length=1)  # files or folders, local or a URI that pyarrow can open
+    paths: Strings  # files or folders, local (~ is your home) or a URI that pyarrow can open
     format: FileFormat | None = None  # guessed from the file name if absent
     columns: EventColumns = EventColumns()
     action: str | None = None  # a constant, for a source without the column
@@ -87,7 +95,7 @@ class ItemColumns(Section):
 
 
 class ItemSource(Section):
-    paths: Strings = Field(min_length=1)
+    paths: Strings
     format: FileFormat | None = None
     columns: ItemColumns = ItemColumns()
     # Source columns whose values are joined with ". ", or one template such as "{title} by {author}".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -38,7 +39,8 @@ def list_files(paths: list[str], format: FileFormat | None, source: int, first_i
     Raises SpringtideError for a path that does not exist, a folder without data files or a name that tells no format.
     """
     found: list[SourceFile] = []
-    for path in paths:
+    for given in paths:
+        path = given if "://" in given else os.path.expanduser(given)
         filesystem, inner = open_filesystem(path)
         try:
             info = filesystem.get_file_info(inner)
