@@ -22,7 +22,7 @@ COLUMNS = {"item_id": "id", "title": "name", "categories": "kind"}
 
 def read(path: Path, **values: Any) -> RawItems:
     source = ItemSource.model_validate({"paths": str(path), "columns": COLUMNS, **values})
-    raw = read_items(source, list_files(source.paths, source.format, -1, 0))
+    raw = read_items(source, list_files(source.paths, source.format, -1, 0)[0])
     for entry in raw.files:
         assert entry["rows"] == entry["kept"] + entry["deduplicated"] + entry["quarantined"]  # type: ignore[operator]
     assert sum(entry["quarantined"] for entry in raw.files) == len(raw.quarantine)  # type: ignore[misc]

@@ -19,6 +19,7 @@ from springtide.data import readers
 from springtide.data.readers import read_chunks
 from springtide.data.sources import guess_format, list_files, open_filesystem
 from springtide.errors import SpringtideError
+from without_ray import prepare_without_ray, read_report, settings_for
 
 
 def read(
@@ -28,7 +29,7 @@ def read(
     good: dict[int, list[Any]] = {}
     bad: dict[int, str] = {}
     columns = columns or ["u", "i"]
-    for chunk in read_chunks(list_files([str(path)], format, 0, 0)[0], columns):
+    for chunk in read_chunks(list_files([str(path)], format, 0, 0)[0][0], columns):
         assert chunk.table.column_names == [readers.column_name(c) for c in columns]
         assert len(chunk.rows) == len(chunk.table)
         rows = zip(*(column.to_pylist() for column in chunk.table.columns), strict=True)
@@ -227,7 +228,8 @@ def test_folders_are_read_in_order_without_strangers(tmp_path: Path) -> None:
     for name in ("b.csv", "a.csv.gz", "sub/c.jsonl", "README.md", "_SUCCESS", ".hidden.csv", "_temporary/d.csv"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = list_files([str(tmp_path)], None, 2, 5)
+    found, skipped = list_files([str(tmp_path)], None, 2, 5)
+    assert skipped == [str(tmp_path / "README.md")]
     assert [file.path.removeprefix(f"{tmp_path}/") for file in found] == ["a.csv.gz", "b.csv", "sub/c.jsonl"]
     assert [file.index for file in found] == [5, 6, 7]
     assert {file.source for file in found} == {2}
@@ -239,10 +241,37 @@ def test_a_file_that_is_named_is_read_whatever_its_name(tmp_path: Path) -> None:
         assert read(tmp_path / name, format="csv")[0] == {1: ["1", "2"]}
 
 
-def test_files_without_suffix_are_read_if_the_format_is_set(tmp_path: Path) -> None:
+def test_of_a_folder_every_file_is_read_if_the_format_is_set(tmp_path: Path) -> None:
+    """A file whose name tells a format does not hide those beside it."""
+    for name in ("part-00000", "part-00001.gz", "events.csv", "events.csv.1", "x.json", "_SUCCESS", ".part-00000.crc"):
+        write(tmp_path / name, b"u,i\n1,2\n")
+    files, skipped = list_files([str(tmp_path)], "csv", 0, 0)
+    names = ["events.csv", "events.csv.1", "part-00000", "part-00001.gz", "x.json"]
+    assert [Path(file.path).name for file in files] == names
+    assert {file.format for file in files} == {"csv"}
+    assert [file.compression for file in files] == [None, None, None, "gzip", None]
+    assert skipped == []
+
+
+def test_files_that_are_not_read_are_told(tmp_path: Path) -> None:
+    log = b"user_id,item_id,timestamp\nu,i,1\nu,j,2\nu,k,3\n"
+    for name in ("log/a.csv", "log/a.csv.1", "log/_SUCCESS", "items/b.csv", "items/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, log)
+    prepare_without_ray(
+        settings_for(tmp_path / "w", {"paths": str(tmp_path / "log")}, items={"paths": str(tmp_path / "items")})
+    )
+    assert read_report(tmp_path / "w")["skipped_files"] == [
+        str(tmp_path / "items" / "b.txt"),
+        str(tmp_path / "log" / "a.csv.1"),
+    ]
+
+
+def test_a_folder_or_file_of_no_format_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SpringtideError, match="holds no csv, tsv, jsonl or parquet file; correct"):
+        list_files([str(tmp_path)], None, 0, 0)
     write(tmp_path / "part-00000", b"u,i\n1,2\n")
-    assert [f.format for f in list_files([str(tmp_path)], "csv", 0, 0)] == ["csv"]
-    with pytest.raises(SpringtideError, match="holds no csv"):
+    with pytest.raises(SpringtideError, match="holds no csv.* but .*part-00000: set format"):
         list_files([str(tmp_path)], None, 0, 0)
     with pytest.raises(SpringtideError, match="set format"):
         list_files([str(tmp_path / "part-00000")], None, 0, 0)
@@ -252,7 +281,7 @@ def test_files_without_suffix_are_read_if_the_format_is_set(tmp_path: Path) -> N
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_odd_names_are_found_and_opened_again(tmp_path: Path, name: str, scheme: str) -> None:
     write(tmp_path / name, b"u,i\n1,2\n")
-    (file,) = list_files([scheme + str(tmp_path)], None, 0, 0)
+    ((file,), _) = list_files([scheme + str(tmp_path)], None, 0, 0)
     filesystem, path = open_filesystem(file.uri)
     with filesystem.open_input_stream(path) as stream:
         assert stream.read() == b"u,i\n1,2\n"
@@ -261,7 +290,7 @@ def test_odd_names_are_found_and_opened_again(tmp_path: Path, name: str, scheme:
 def test_a_relative_path_opens_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a.csv", b"u,i\n1,2\n")
     monkeypatch.chdir(tmp_path)
-    (file,) = list_files(["a.csv"], None, 0, 0)
+    ((file,), _) = list_files(["a.csv"], None, 0, 0)
     monkeypatch.chdir("/")
     assert file.path == "a.csv"
     assert [len(chunk.table) for chunk in read_chunks(file, ["u"])] == [1]
@@ -270,11 +299,11 @@ def test_a_relative_path_opens_from_any_folder(tmp_path: Path, monkeypatch: pyte
 def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "a.csv", b"u,i\n1,2\n")
-    (file,) = list_files(["~/a.csv"], None, 0, 0)
+    ((file,), _) = list_files(["~/a.csv"], None, 0, 0)
     assert (file.path, file.uri) == (str(tmp_path / "a.csv"),) * 2
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "~log.csv", b"u,i\n1,2\n")  # no user's home
-    assert [file.path for file in list_files(["~log.csv"], None, 0, 0)] == ["~log.csv"]
+    assert [file.path for file in list_files(["~log.csv"], None, 0, 0)[0]] == ["~log.csv"]
 
 
 @pytest.mark.parametrize("path", ["/nowhere/a.csv", "nowhere", "foo://bucket/a.csv"])

@@ -54,9 +54,7 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises SpringtideError for input that cannot be used; the prepared data of an earlier run then stays as it was.
     """
     config = settings.data
-    files = _event_files(config)
-    item_files = list_files(config.items.paths, config.items.format, -1, 0) if config.items else []
-    log.info("%d event files, %d item files", len(files), len(item_files))
+    files, item_files, skipped = _files_of(config)
     _look_into(files, config)
     connect()
     final = Path(settings.workspace) / "prepared"
@@ -75,7 +73,7 @@ def run(settings: Settings) -> dict[str, Any]:
         cuts = _time_cuts(partitions, alive, config) if config.split == "temporal" else None
         catalogue = _catalogue(logged, alive, described.items)
         written = _write(partitions, out, config, files, catalogue, actions, cuts)
-        report = build_report(config, files, written, described, catalogue, rounds, cuts)
+        report = build_report(config, files, skipped, written, described, catalogue, rounds, cuts)
         if config.split != "none" and not report["split"]["test"]:
             raise SpringtideError(_no_test(config, report))
         _write_items(out, catalogue, written)
@@ -97,11 +95,23 @@ def run(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _event_files(config: DataConfig) -> list[SourceFile]:
+def _files_of(config: DataConfig) -> tuple[list[SourceFile], list[SourceFile], list[str]]:
+    """Event files, item files, and the paths of files beside them that no name or setting says the format of."""
     files: list[SourceFile] = []
+    skipped: list[str] = []
     for position, source in enumerate(config.events):
-        files += list_files(source.paths, source.format, position, len(files))
-    return files
+        found, others = list_files(source.paths, source.format, position, len(files))
+        files += found
+        skipped += others
+    items, others = list_files(config.items.paths, config.items.format, -1, 0) if config.items else ([], [])
+    skipped = sorted({*skipped, *others})
+    log.info("%d event files, %d item files", len(files), len(items))
+    if skipped:
+        log.warning(
+            "%d files, such as %s, are not read, because their names tell no format; set format, if they are logs",
+            len(skipped), skipped[0],
+        )  # fmt: skip
+    return files, items, skipped
 
 
 def _look_into(files: list[SourceFile], config: DataConfig) -> None:

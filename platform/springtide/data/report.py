@@ -16,13 +16,16 @@ from springtide.data.sources import SourceFile
 def build_report(
     config: DataConfig,
     files: list[SourceFile],
+    skipped: list[str],
     written: list[Written],
     described: RawItems,
     catalogue: pl.DataFrame,
     rounds: int,
     cuts: tuple[int, int] | None,
 ) -> dict[str, Any]:
-    """The whole report. catalogue: items with `item_id`, `text` and `alive`; rounds: of the k-core filter."""
+    """The whole report. skipped: files that were not read; catalogue: items with `item_id`, `text` and `alive`; rounds:
+    of the k-core filter.
+    """
     by_file: list[Counter[str]] = [Counter() for _ in files]
     for some in written:
         for file, fate, rows in zip(*(some.fates[name].to_pylist() for name in ("file", "fate", "rows")), strict=True):
@@ -58,6 +61,7 @@ def build_report(
         },
         "files": per_file,
         "item_files": described.files,
+        "skipped_files": skipped,
         "settings": config.model_dump(mode="json"),
     }  # fmt: skip
 

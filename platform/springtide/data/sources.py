@@ -33,43 +33,55 @@ class SourceFile:
     bytes: int
 
 
-def list_files(paths: list[str], format: FileFormat | None, source: int, first_index: int) -> list[SourceFile]:
-    """Expand files and folders (recursively, hidden names skipped), sorted by path.
+def list_files(
+    paths: list[str], format: FileFormat | None, source: int, first_index: int
+) -> tuple[list[SourceFile], list[str]]:
+    """Expand files and folders (recursively), sorted by path. Returns the files, and the paths of those not taken.
 
-    Raises SpringtideError for a path that does not exist, a folder without data files or a name that tells no format.
+    Of a folder all files are taken whose names tell a format, or all if `format` is given; hidden ones (. or _ first)
+    never, which are no logs but what programs put beside them. Raises SpringtideError for a path that does not exist, a
+    folder without data files or a name that tells no format.
     """
     found: list[SourceFile] = []
+    skipped: list[str] = []
     for given in paths:
         path = given if "://" in given else os.path.expanduser(given)
-        filesystem, inner = open_filesystem(path)
-        try:
-            info = filesystem.get_file_info(inner)
-        except OSError as error:
-            raise SpringtideError(
-                f"cannot look at {path}: {_short(error)}; check the path and your access to it"
-            ) from None
-        if info.type == fs.FileType.NotFound:
-            raise SpringtideError(f"there is no file or folder {path}; correct the data paths in the settings")
-        is_folder = info.type == fs.FileType.Directory
-        infos = filesystem.get_file_info(fs.FileSelector(inner, recursive=True)) if is_folder else [info]
-        infos = sorted((i for i in infos if i.type == fs.FileType.File), key=lambda i: i.path)
-        if is_folder:
-            infos = [i for i in infos if not _is_hidden(i.path[len(inner) :])]
-            named = [i for i in infos if guess_format(i.base_name)[0]]  # a README in a folder of logs is no log
-            infos = named if named or not format else infos  # but names like part-00000 are, if the settings say so
+        infos, inner = _look(path)
         before = len(found)
         for entry in infos:
             guessed, compression = guess_format(entry.base_name)
             chosen = format or guessed
             if chosen is None:
-                raise SpringtideError(
-                    f"cannot tell the format of {path} by its name; set format: csv, tsv, jsonl or parquet"
-                )
+                skipped.append(entry.path)
+                continue
             uri = _address(path, inner, entry.path)
             found.append(SourceFile(first_index + len(found), source, entry.path, uri, chosen, compression, entry.size))
         if len(found) == before:
-            raise SpringtideError(f"the folder {path} holds no csv, tsv, jsonl or parquet file; correct the data paths")
-    return found
+            if [entry.path for entry in infos] == [inner]:
+                raise SpringtideError(
+                    f"cannot tell the format of {path} by its name; set format: csv, tsv, jsonl or parquet"
+                )
+            raise SpringtideError(
+                f"the folder {path} holds no csv, tsv, jsonl or parquet file"
+                + (f", but {skipped[-1]}: set format, if that is a log" if infos else "; correct the data paths")
+            )
+    return found, skipped
+
+
+def _look(path: str) -> tuple[list[fs.FileInfo], str]:
+    """The files that a path names, and its place in its filesystem. Raises SpringtideError if there is none."""
+    filesystem, inner = open_filesystem(path)
+    try:
+        info = filesystem.get_file_info(inner)
+    except OSError as error:
+        raise SpringtideError(f"cannot look at {path}: {_short(error)}; check the path and your access to it") from None
+    if info.type == fs.FileType.NotFound:
+        raise SpringtideError(f"there is no file or folder {path}; correct the data paths in the settings")
+    if info.type != fs.FileType.Directory:
+        return [info], inner
+    below = filesystem.get_file_info(fs.FileSelector(inner, recursive=True))
+    files = [i for i in below if i.type == fs.FileType.File and not _is_hidden(i.path[len(inner) :])]
+    return sorted(files, key=lambda i: i.path), inner
 
 
 def _is_hidden(inside: str) -> bool:
