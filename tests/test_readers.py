@@ -216,6 +216,14 @@ def test_parquet_keeps_types_and_joins_lists(tmp_path: Path, monkeypatch: pytest
     )
 
 
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress)])
+def test_packed_parquet_is_unpacked(tmp_path: Path, suffix: str, pack: Any) -> None:
+    pq.write_table(pa.table({"u": [1, 2], "i": ["x", "y"]}), tmp_path / "a")
+    packed = pack((tmp_path / "a").read_bytes())
+    assert read(write(tmp_path / f"a.parquet.{suffix}", packed)) == ({1: [1, "x"], 2: [2, "y"]}, {})
+    assert f"b.parquet.{suffix} as parquet" in sentence(write(tmp_path / f"b.parquet.{suffix}", packed[:-20]))
+
+
 def test_parquet_of_another_kind_is_one_sentence(tmp_path: Path) -> None:
     pq.write_table(pa.table({"u": [{"a": 1}], "i": [1]}), tmp_path / "a.parquet")
     assert "'u' holds struct" in sentence(tmp_path / "a.parquet")

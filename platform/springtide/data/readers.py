@@ -258,10 +258,18 @@ def _as_bytes(value: Any, list_separator: str) -> bytes | None:
     return str(value).encode("utf-8", "replace")
 
 
-def _read_parquet(file: SourceFile, columns: list[Column], list_separator: str) -> Iterator[RawChunk]:
+def _open_parquet(file: SourceFile) -> pa.NativeFile:
+    """A file to be read from its end. What is packed as a whole must be unpacked first, into memory."""
+    if file.compression:
+        with _open(file) as stream:
+            return pa.BufferReader(stream.read())
     filesystem, path = open_filesystem(file.uri)
+    return filesystem.open_input_file(path)
+
+
+def _read_parquet(file: SourceFile, columns: list[Column], list_separator: str) -> Iterator[RawChunk]:
     names = [column_name(c) for c in columns]
-    with filesystem.open_input_file(path) as stream:
+    with _open_parquet(file) as stream:
         parquet = pq.ParquetFile(stream)
         _check_columns(file, columns, parquet.schema_arrow.names)
         row = 1
