@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from springtide.config import DataConfig, Settings, parse_settings
-from springtide.data import prepare
+from springtide.data import prepare, reading
 from springtide.data.partitions import order_and_deduplicate
 from springtide.data.sources import SourceFile
 
@@ -20,12 +20,11 @@ TABLES = ("events", "items", "sequences", "quarantine")
 
 
 def _shuffle(files: list[SourceFile], config: DataConfig) -> list[tuple[pa.Table, int]]:
-    groups = [pa.table({"group": [group]}) for group in prepare._group(files)]
-    chunks = [
-        chunk for group in groups for chunk in prepare._read_group(group, files, config.events, config.partitions)
-    ]
+    groups = [pa.table({"group": [group]}) for group in reading.group_files(files)]
+    chunks = [chunk for some in groups for chunk in reading.read_group(some, files, config.events, config.partitions)]
     table = pa.concat_tables(reversed(chunks))  # the order of arrival must not matter
-    buckets = sorted(table["bucket"].unique().to_pylist())
+    buckets, notes = reading.look_through(table)
+    reading.check_notes(notes, files, config.events)
     parts = [table.filter(pa.compute.equal(table["bucket"], bucket)) for bucket in buckets]
     return [(order_and_deduplicate(part, config), bucket) for part, bucket in zip(parts, buckets, strict=True)]
 

@@ -22,6 +22,7 @@ from springtide.data.clean import (
     test_rule,
 )
 from springtide.data.readers import column_name, read_chunks
+from springtide.data.reading import check_lacking
 from springtide.data.sources import SourceFile
 
 FIELD = re.compile(r"\{([^{}]+)\}")
@@ -41,13 +42,17 @@ class RawItems:
 def read_items(source: ItemSource, files: list[SourceFile]) -> RawItems:
     """Read the catalogue. An item described in several ways keeps its most frequent description, ties by first row.
 
-    Raises SpringtideError as read_chunks does.
+    Raises SpringtideError as read_chunks does, or if no file has a column that is wanted.
     """
     columns = _wanted(source)
+    optional = [column for column in columns if column != source.columns.item_id]
     frames: list[pl.DataFrame] = []
     rejected: list[pl.DataFrame] = []
+    lacking: dict[int, dict[str, str]] = {}  # by file that has rows
     for file in files:
-        for chunk in read_chunks(file, columns, source.category_separator):
+        for chunk in read_chunks(file, columns, optional, source.category_separator):
+            if len(chunk.table):
+                lacking[file.index] = chunk.lacking
             good, bad = _clean(chunk.table, chunk.rows, source, file.path)
             frames.append(good)
             rejected.append(bad)
@@ -59,6 +64,7 @@ def read_items(source: ItemSource, files: list[SourceFile]) -> RawItems:
                     "content": [printable(content)],
                 }
                 rejected.append(pl.DataFrame(malformed, schema=QUARANTINE_COLUMNS))
+    check_lacking(lacking.values())
     rows = pl.concat(frames) if frames else pl.DataFrame(schema=dict.fromkeys(ROW_COLUMNS, pl.String))
     kept = (
         rows.with_row_index("order")

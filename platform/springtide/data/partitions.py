@@ -17,6 +17,7 @@ from springtide.config import DataConfig
 from springtide.schemas import EVENTS, PARTS, QUARANTINE, SEQUENCES, TEST, TRAIN, VALID, check_schema
 
 DUPLICATE = "duplicate"
+IS_ROW = pl.col("row") > 0  # and no note about its file, see reading.py
 KEPT = pl.col("reason").is_null()
 
 
@@ -80,7 +81,7 @@ def write_partition(
     catalogue: (item, item_id, alive); actions: vocabulary, position = number; cuts: (valid, test) first milliseconds of
     a temporal split.
     """
-    frame = frame_of(table)
+    frame = frame_of(table).filter(IS_ROW)
     alive = catalogue.filter(catalogue["alive"]).select(["item_id"])
     core = _core(frame.lazy().filter(KEPT), alive, config.min_user_events).select("file", "row")
     frame = frame.join(core.with_columns(core=True).collect(), on=["file", "row"], how="left", maintain_order="left")

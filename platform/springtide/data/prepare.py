@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from itertools import count as count_from
 from pathlib import Path
@@ -20,15 +19,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from springtide.cluster import connect
 from springtide.config import DataConfig, Settings
-from springtide.config_data import Column, EventSource
-from springtide.data.clean import CLEANED, UNKNOWN_ACTION, clean_chunk
+from springtide.data.clean import UNKNOWN_ACTION
 from springtide.data.items import QUARANTINE_COLUMNS, RawItems, read_items
 from springtide.data.partitions import (
+    IS_ROW,
     Written,
     count_items,
     count_times,
@@ -36,7 +34,7 @@ from springtide.data.partitions import (
     order_and_deduplicate,
     write_partition,
 )
-from springtide.data.readers import read_chunks
+from springtide.data.reading import check_notes, group_files, look_into, look_through, read_group
 from springtide.data.report import build_report
 from springtide.data.sources import SourceFile, list_files
 from springtide.errors import SpringtideError
@@ -44,8 +42,6 @@ from springtide.files import disk_error, publish_directory, sha256_of, write_jso
 from springtide.schemas import ITEMS, QUARANTINE, check_schema
 
 log = logging.getLogger(__name__)
-GROUP_BYTES = 32 << 20  # small files share a task up to this much
-REFUSED = "refused"  # the reason of a row that carries the sentence about a file that cannot be read
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -55,7 +51,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """
     config = settings.data
     files, item_files, skipped = _files_of(config)
-    _look_into(files, config)
+    look_into(files, config.events)
     connect()
     final = Path(settings.workspace) / "prepared"
     with publish_directory(final) as out:
@@ -114,20 +110,13 @@ def _files_of(config: DataConfig) -> tuple[list[SourceFile], list[SourceFile], l
     return files, items, skipped
 
 
-def _look_into(files: list[SourceFile], config: DataConfig) -> None:
-    """Read the start of each source's first file, so that a wrong column is told at once, before Ray has started."""
-    for position, source in enumerate(config.events):
-        first = next(file for file in files if file.source == position)
-        next(read_chunks(first, event_columns(source)), None)
-
-
 # ---------------------------------------------------------------- read, clean, shuffle
 def _shuffle(files: list[SourceFile], config: DataConfig) -> list[Any]:
     """References to the ordered and deduplicated partitions, each an Arrow table (CLEANED) with whole users."""
     import ray
 
-    groups = _group(files)
-    read = partial(_read_group, files=files, sources=config.events, partitions=config.partitions)
+    groups = group_files(files)
+    read = partial(read_group, files=files, sources=config.events, partitions=config.partitions)
     order = partial(order_and_deduplicate, config=config)
     dataset = (
         ray.data.from_items([{"group": group} for group in groups], override_num_blocks=len(groups))
@@ -137,10 +126,8 @@ def _shuffle(files: list[SourceFile], config: DataConfig) -> list[Any]:
         .materialize()
     )
     references = dataset.to_arrow_refs()
-    found = ray.get([_remote(_look_through).remote(reference) for reference in references])
-    refusals = [refusal for _, some in found for refusal in some]
-    if refusals:
-        raise SpringtideError(min(refusals)[1])
+    found = ray.get([_remote(look_through).remote(reference) for reference in references])
+    check_notes([note for _, some in found for note in some], files, config.events)
     buckets = [some for some, _ in found]
     owners = Counter(bucket for some in buckets for bucket in some)
     if any(count > 1 for count in owners.values()):
@@ -155,54 +142,6 @@ def _remote(function: Any) -> Any:
     import ray
 
     return ray.remote(num_cpus=0.5)(function)
-
-
-def _look_through(table: pa.Table) -> tuple[list[int], list[tuple[int, str]]]:
-    """The hash buckets in a partition, and (file, sentence) of files that could not be read."""
-    refused = table.filter(pc.equal(table["reason"], REFUSED))
-    refusals = list(zip(refused["file"].to_pylist(), refused["content"].to_pylist(), strict=True))
-    return sorted(table["bucket"].unique().to_pylist()), refusals
-
-
-def _group(files: list[SourceFile]) -> list[list[int]]:
-    groups: list[list[int]] = []
-    size = 0
-    for file in files:
-        if not groups or size + file.bytes > GROUP_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(file.index)
-        size += file.bytes
-    return groups
-
-
-def _read_group(
-    batch: pa.Table, files: list[SourceFile], sources: list[EventSource], partitions: int
-) -> Iterator[pa.Table]:
-    yield CLEANED.empty_table()
-    for index in batch["group"].to_pylist()[0]:
-        file = files[index]
-        source = sources[file.source]
-        try:
-            for chunk in read_chunks(file, event_columns(source)):
-                yield clean_chunk(chunk, source, file.index, partitions)
-        except SpringtideError as error:  # as a row, because Ray wraps an exception in pages of its own
-            row = {
-                "file": file.index,
-                "row": 0,
-                "bucket": file.index % partitions,
-                "reason": REFUSED,
-                "content": str(error),
-            }
-            yield pa.Table.from_pylist([row], schema=CLEANED)
-
-
-def event_columns(source: EventSource) -> list[Column]:
-    """Every source column that an event source reads, each once."""
-    columns = source.columns
-    named = [columns.user_id, columns.item_id, columns.timestamp, columns.action, columns.rating]
-    ruled = [rule.column for rule in [*source.action_rules, *source.keep]]
-    return list(dict.fromkeys(column for column in [*named, *ruled] if column is not None))
 
 
 # ---------------------------------------------------------------- sums over all partitions
@@ -384,7 +323,8 @@ def _nothing_left(partitions: list[Any], config: DataConfig) -> str:
 
 
 def _reasons_in(table: pa.Table) -> dict[str, int]:
-    return {(entry["values"] or ""): entry["counts"] for entry in table["reason"].value_counts().to_pylist()}
+    rows = frame_of(table).filter(IS_ROW)
+    return dict(rows.select(pl.col("reason").fill_null("").value_counts()).unnest("reason").iter_rows())
 
 
 def _no_test(config: DataConfig, report: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ class RawChunk:
     table: pa.Table
     rows: pa.Array
     bad_rows: list[tuple[int, str, str]]  # (row, reason, content) of rows that are no rows of a table
+    # Optional columns that the file has not shown up to here, all null in `table`: name -> sentence that says so.
+    lacking: dict[str, str] = field(default_factory=dict)
 
 
 def column_name(column: Column) -> str:
@@ -45,8 +47,10 @@ def column_name(column: Column) -> str:
     return column if isinstance(column, str) else f"f{column}"
 
 
-def read_chunks(file: SourceFile, columns: list[Column], list_separator: str = "|") -> Iterator[RawChunk]:
-    """Read the wanted columns of one file.
+def read_chunks(
+    file: SourceFile, columns: list[Column], optional: Collection[Column] = (), list_separator: str = "|"
+) -> Iterator[RawChunk]:
+    """Read the wanted columns of one file. Those that are `optional` may be missing.
 
     Raises SpringtideError for an unreadable file, a missing column (naming those there are), a line above 16 MiB or a
     quote that is never closed.
@@ -54,8 +58,12 @@ def read_chunks(file: SourceFile, columns: list[Column], list_separator: str = "
     reader = {"csv": _read_delimited, "tsv": _read_delimited, "jsonl": _read_jsonl, "parquet": _read_parquet}[
         file.format
     ]
+    names = [column_name(c) for c in columns]
     try:
-        yield from reader(file, columns, list_separator)
+        for chunk in reader(file, columns, optional, list_separator):
+            absent = pa.nulls(len(chunk.table), pa.binary())
+            table = pa.table({n: absent if n in chunk.lacking else chunk.table[n] for n in names})
+            yield replace(chunk, table=table)
     except (pa.ArrowException, OSError, EOFError) as error:
         message = " ".join(str(error).split())
         if "straddling" in message:
@@ -104,15 +112,25 @@ class _Marked(io.RawIOBase):
             return re.sub("[\udc80-\udcff]", MARK, text).encode()
 
 
-def _check_columns(file: SourceFile, wanted: list[Column], present: list[str]) -> None:
-    missing = [c for c in wanted if column_name(c) not in present]
-    if missing:
-        raise SpringtideError(
-            f"{file.path} has no column {missing[0]!r}; it has {', '.join(present)}: correct columns in the settings"
-        )
+def _check_columns(
+    file: SourceFile, wanted: list[Column], optional: Collection[Column], present: list[str]
+) -> dict[str, str]:
+    """Optional columns that are missing, each with the sentence that says so. Raises SpringtideError for any other."""
+    lacking = {}
+    for column in wanted:
+        if column_name(column) not in present:
+            sentence = (
+                f"{file.path} has no column {column!r}; it has {', '.join(present)}: correct columns in the settings"
+            )
+            if column not in optional:
+                raise SpringtideError(sentence)
+            lacking[column_name(column)] = sentence
+    return lacking
 
 
-def _read_delimited(file: SourceFile, columns: list[Column], _: str) -> Iterator[RawChunk]:
+def _read_delimited(
+    file: SourceFile, columns: list[Column], optional: Collection[Column], separator: str
+) -> Iterator[RawChunk]:
     if len({type(c) for c in columns}) > 1:
         raise SpringtideError(f"{file.path}: name all columns, or give all by position; not some of each")
     bad: list[tuple[int, str, str]] = []
@@ -156,8 +174,13 @@ def _read_delimited(file: SourceFile, columns: list[Column], _: str) -> Iterator
                 return
             raise
         except KeyError:
-            _check_columns(file, columns, _header(file, headerless))
-            raise
+            lacking = _check_columns(file, columns, optional, _header(file, headerless))
+            if not lacking:
+                raise
+            there = [column for column in columns if column_name(column) not in lacking]
+            for chunk in _read_delimited(file, there, optional, separator):
+                yield replace(chunk, lacking=chunk.lacking | lacking)
+            return
         next_row, used = 1, 0
         for batch in batches:
             # Rows set aside still count, so a later row keeps the number that an editor shows for it.
@@ -204,7 +227,9 @@ def _header(file: SourceFile, headerless: bool) -> list[str]:
     return [f"f{position}" for position in range(len(names))] if headerless else names
 
 
-def _read_jsonl(file: SourceFile, columns: list[Column], list_separator: str) -> Iterator[RawChunk]:
+def _read_jsonl(
+    file: SourceFile, columns: list[Column], optional: Collection[Column], list_separator: str
+) -> Iterator[RawChunk]:
     names = [column_name(c) for c in columns]
     present: set[str] = set()
     with _open(file) as stream, io.BufferedReader(stream) as lines:
@@ -230,12 +255,12 @@ def _read_jsonl(file: SourceFile, columns: list[Column], list_separator: str) ->
             else:
                 bad.append((row, reason, line[:1000].decode("utf-8", "replace")))
             if len(rows) + len(bad) >= JSON_LINES:
-                yield RawChunk(_binary_table(values), pa.array(rows, pa.int64()), bad)
+                lacking = _check_columns(file, columns, columns, sorted(present))  # later lines may have them
+                yield RawChunk(_binary_table(values), pa.array(rows, pa.int64()), bad, lacking)
                 values, rows, bad = _empty(names), [], []
-        if row and present:
-            _check_columns(file, columns, sorted(present))
+        lacking = _check_columns(file, columns, optional if present else columns, sorted(present))
         if rows or bad:
-            yield RawChunk(_binary_table(values), pa.array(rows, pa.int64()), bad)
+            yield RawChunk(_binary_table(values), pa.array(rows, pa.int64()), bad, lacking)
 
 
 def _empty(names: list[str]) -> dict[str, list[bytes | None]]:
@@ -267,11 +292,13 @@ def _open_parquet(file: SourceFile) -> pa.NativeFile:
     return filesystem.open_input_file(path)
 
 
-def _read_parquet(file: SourceFile, columns: list[Column], list_separator: str) -> Iterator[RawChunk]:
-    names = [column_name(c) for c in columns]
+def _read_parquet(
+    file: SourceFile, columns: list[Column], optional: Collection[Column], list_separator: str
+) -> Iterator[RawChunk]:
     with _open_parquet(file) as stream:
         parquet = pq.ParquetFile(stream)
-        _check_columns(file, columns, parquet.schema_arrow.names)
+        lacking = _check_columns(file, columns, optional, parquet.schema_arrow.names)
+        names = [name for name in map(column_name, columns) if name not in lacking]
         row = 1
         for batch in parquet.iter_batches(PARQUET_ROWS, columns=list(dict.fromkeys(names)), use_threads=False):
             table = pa.Table.from_batches([batch])
@@ -290,5 +317,5 @@ def _read_parquet(file: SourceFile, columns: list[Column], list_separator: str) 
                     raise SpringtideError(
                         f"{file.path}: column {field.name!r} holds {field.type}; choose a column of plain values"
                     )
-            yield RawChunk(table, pa.array(np.arange(row, row + len(table)), pa.int64()), [])
+            yield RawChunk(table, pa.array(np.arange(row, row + len(table)), pa.int64()), [], lacking)
             row += len(table)
