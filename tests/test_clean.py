@@ -160,6 +160,14 @@ def test_missing_ids_are_rejected_with_the_first_reason() -> None:
         (pa.array([1.0, 2.0], pa.float32()), ["1", "2"]),
         (pa.array([1.0, NAN], pa.float16()), ["1", None]),
         (pa.array([2**64 - 1], pa.uint64()), ["18446744073709551615"]),
+        (
+            pa.array([decimal.Decimal("5.00"), decimal.Decimal("1.50"), None, decimal.Decimal("-100")]),
+            ["5", "1.5", None, "-100"],
+        ),
+        (pa.array([decimal.Decimal("100"), decimal.Decimal("0")], pa.decimal128(9, 0)), ["100", "0"]),
+        (pa.array([decimal.Decimal("0.00"), decimal.Decimal("10.05")], pa.decimal256(40, 2)), ["0", "10.05"]),
+        (pa.array(["  a", "a\t", " a b ", "\u3000用户 "]), ["a", "a", "a b", "用户"]),
+        (pa.array([b"17850    ", b" \xff"], pa.binary()), ["17850", None]),
         (pa.array([True]), ["true"]),
         (pa.array([b"\xff", b"ok"]), [None, "ok"]),
         (pa.array([b"\xff", b"ok"], pa.large_binary()), [None, "ok"]),
@@ -180,6 +188,16 @@ def test_invalid_utf8_costs_its_row_only() -> None:
     rows = clean({"u": [b"a", b"\xe7\x94", b"b"], "i": [b"x", b"y", b"z"]})
     assert [row["reason"] for row in rows] == [None, "invalid UTF-8 in u", None]
     assert rows[1]["content"] == "\ty\t1600000000"
+
+
+def test_white_space_around_ids_is_no_part_of_them_but_rules_see_what_is_written() -> None:
+    fits = " " * 300 + "a" * 512 + " " * 300
+    rows = clean({"u": [fits, "u"], "i": [" 17850", "17850"]}, keep=[{"column": "i", "matches": "^ ?17850$"}])
+    assert [(row["user_id"], row["item_id"], row["reason"]) for row in rows] == [
+        ("a" * 512, "17850", None),
+        ("u", "17850", None),
+    ]
+    assert clean({"u": [" u"]}, keep=[{"column": "u", "matches": "^u"}])[0]["content"] == " u\ti\t1600000000"
 
 
 def test_long_values_are_rejected_and_their_content_is_cut() -> None:

@@ -75,6 +75,12 @@ def test_bad_rows_are_set_aside(tmp_path: Path) -> None:
     }
 
 
+def test_white_space_around_ids_is_no_part_of_them(tmp_path: Path) -> None:
+    raw = read(write(tmp_path / "a.csv", "id,name,kind\n 1 ,one,\n1,one,\n\u30002,two,\n"))
+    assert raw.items.select("item_id", "title").rows() == [("1", "one"), ("2", "two")]
+    assert len(raw.quarantine) == 0
+
+
 def test_keep_rules_and_the_same_file_as_log_and_catalogue(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "id,name,kind\n12345,cup,\nPOST,postage,\n23456,,\n")
     raw = read(path, keep=[{"column": "id", "matches": "^[0-9]"}])

@@ -59,7 +59,7 @@ def clean_chunk(chunk: RawChunk, source: EventSource, file: int, partitions: int
     rejects = Rejects(rows)
     text = {name: as_text(chunk.table[name], rejects, name) for name in chunk.table.column_names}
     columns = source.columns
-    user, item = text[column_name(columns.user_id)], text[column_name(columns.item_id)]
+    user, item = (pc.utf8_trim_whitespace(text[column_name(name)]) for name in (columns.user_id, columns.item_id))
     for rule in source.keep:
         rejects.add(pc.invert(test_rule(rule, text)), f"filtered: {describe_rule(rule)}")
     for column, ids in (("user_id", user), ("item_id", item)):
@@ -135,6 +135,9 @@ def as_text(column: pa.ChunkedArray, rejects: Rejects, name: str) -> pa.ChunkedA
             return pc.if_else(
                 whole, pc.if_else(whole, column, 0.0).cast(pa.int64()).cast(pa.string()), column.cast(pa.string())
             )
+        if pa.types.is_decimal(column.type):  # 5.00 means 5 here too
+            short = pc.replace_substring_regex(column.cast(pa.string()), r"(\.\d*?)0+$", r"\1")
+            return pc.replace_substring_regex(short, r"\.$", "")
         return column.cast(pa.string())
     try:
         return column.cast(pa.string())

@@ -117,7 +117,7 @@ def _as_column(name: str, source: ItemSource) -> Column:
 def _clean(table: pa.Table, rows: pa.Array, source: ItemSource, path: str) -> tuple[pl.DataFrame, pl.DataFrame]:
     rejects = Rejects(len(table))
     text = {name: as_text(table[name], rejects, name) for name in table.column_names}
-    ids = text[column_name(source.columns.item_id)]
+    ids = pc.utf8_trim_whitespace(text[column_name(source.columns.item_id)])
     for rule in source.keep:
         rejects.add(pc.invert(test_rule(rule, text)), f"filtered: {describe_rule(rule)}")
     rejects.add(is_missing(ids), "no item_id")
