@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from springtide.config import DataConfig
+from springtide.data.doubts import look_at_times
 from springtide.schemas import EVENTS, PARTS, QUARANTINE, SEQUENCES, TEST, TRAIN, VALID, check_schema
 
 DUPLICATE = "duplicate"
@@ -64,6 +65,7 @@ class Written:
     tied: int  # events with the timestamp of the event before
     tied_last: int  # users whose last two events share a timestamp
     actions: dict[str, int]
+    times: pl.DataFrame  # see doubts.look_at_times
 
 
 def write_partition(
@@ -146,6 +148,7 @@ def write_partition(
         tied=int(tied["same"].sum()),
         tied_last=int(tied.group_by("user", maintain_order=True).agg(pl.col("same").last())["same"].sum()),
         actions=dict(events.group_by(pl.col("action").fill_null("<unknown>")).agg(pl.len()).sort("action").iter_rows()),
+        times=look_at_times(events),
     )
 
 

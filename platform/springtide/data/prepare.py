@@ -70,6 +70,8 @@ def run(settings: Settings) -> dict[str, Any]:
         catalogue = _catalogue(logged, alive, described.items)
         written = _write(partitions, out, config, files, catalogue, actions, cuts)
         report = build_report(config, files, skipped, written, described, catalogue, rounds, cuts)
+        for warning in report["warnings"]:
+            log.warning("%s", warning)
         if config.split != "none" and not report["split"]["test"]:
             raise SpringtideError(_no_test(config, report))
         _write_items(out, catalogue, written)

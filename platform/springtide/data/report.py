@@ -8,6 +8,7 @@ from typing import Any
 import polars as pl
 
 from springtide.config import DataConfig
+from springtide.data.doubts import doubt_items, doubt_times
 from springtide.data.items import RawItems
 from springtide.data.partitions import DUPLICATE, Written
 from springtide.data.sources import SourceFile
@@ -43,8 +44,12 @@ def build_report(
     dropped = described.items.join(catalogue, on="item_id", how="anti")
     sizes = {part: parts[part] for part in ("train", "valid", "test")}
     tied_last = sum(w.tied_last for w in written)
+    doubts = doubt_times([w.times for w in written], files)
+    if config.items:
+        doubts += doubt_items(catalogue.filter("alive")["item_id"], described.items["item_id"])
     core = {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events, "rounds": rounds}
     return {
+        "warnings": doubts,
         "totals": {name: totals[name] for name in ("rows", "kept", "quarantined", "deduplicated")},
         "reasons": totals["reasons"],
         "users": users,
