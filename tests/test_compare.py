@@ -152,6 +152,20 @@ def test_every_preset_gets_a_line(workspace: Path, capsys: pytest.CaptureFixture
     assert len({line.count("|") for line in page.splitlines() if line.startswith("|")}) == 1
 
 
+def test_what_is_given_is_given_to_every_preset(tmp_path: Path) -> None:
+    """Also where it is what the settings' own preset says anyway."""
+    given = {"model__dropout": 0.3, "model__text_dim": 128}
+    model = compare.settings_of(toy_settings(tmp_path, **given), "lstm").model
+    assert (model.dropout, model.text_dim, model.long_hidden) == (0.3, 128, 50)
+
+
+def test_a_preset_that_cannot_take_the_settings_is_told_before_any_is_trained(workspace: Path) -> None:
+    settings = settings_of(workspace, compare__presets=["lstm", "bert_lstm"], model__text_dim=0)
+    with pytest.raises(SpringtideError, match="compare, preset bert_lstm: model: id_embeddings: false needs text_dim"):
+        compare.run(settings)
+    assert TRAINED == []
+
+
 def test_what_was_trained_is_not_trained_again(workspace: Path) -> None:
     compare.run(settings_of(workspace))
     first = rows_of(workspace)

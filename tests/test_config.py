@@ -227,6 +227,8 @@ def test_what_is_absent_follows_from_the_split(minimal: Path) -> None:
         assert Settings.model_validate(settings.model_dump(mode="json")) == settings
     given = load_settings(minimal, ["data.split=temporal", "model.request_time=false", "train.within_session=0.5"])
     assert (given.model.request_time, given.train.within_session) == (False, 0.5)
+    other = with_values(load_settings(minimal), {"data.split": "temporal"})
+    assert (other.model.request_time, other.train.within_session) == (True, 0.1)
 
 
 def test_a_model_is_as_wide_and_deep_as_its_log_is_long_unless_told(minimal: Path) -> None:

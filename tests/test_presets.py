@@ -18,6 +18,7 @@ from springtide.config import (
     ModelConfig,
     Settings,
     TrainConfig,
+    as_given,
     load_settings,
     parse_settings,
     with_values,
@@ -271,6 +272,7 @@ def test_a_preset_comes_back_out_of_its_dump(preset: str) -> None:
         chosen = parse_settings(tree(preset=preset, **more))
         assert Settings.model_validate(chosen.model_dump(mode="json")) == chosen
         assert with_values(chosen, {"train.epochs": 3}).model == chosen.model
+        assert as_given(chosen) == tree(preset=preset, **more) | {"data": {"events": [{"paths": ["log.csv"]}]}}
     expected = ModelConfig().model_dump() | PRESETS[preset] | {"preset": preset}
     assert ModelConfig(preset=preset).model_dump() == expected
 
@@ -282,16 +284,32 @@ def test_what_is_given_beside_a_preset_wins(tmp_path: Path) -> None:
     assert (model.dim, model.long_layers, model.long_hidden, model.memory) == (64, 1, 50, False)
 
 
-def test_another_preset_takes_effect_on_settings_that_spell_out_everything(tmp_path: Path) -> None:
-    whole = parse_settings(tree(preset="lstm", gate_hidden=8))
-    changed = with_values(whole, {"model.dim": 32, "model.preset": "cnn_lstm_attention"}).model
-    assert changed == ModelConfig(preset="cnn_lstm_attention", gate_hidden=8, dim=32, request_time=False)
+def test_another_preset_takes_the_place_of_the_old_one_and_leaves_what_was_given(tmp_path: Path) -> None:
+    # long_layers and dropout are given, though the old preset and the new one's defaults say the same.
+    given = {"gate_hidden": 8, "long_layers": 2, "dropout": 0.2}
+    old = with_values(parse_settings(tree(preset="lstm", **given)), {"train.epochs": 3})
+    changed = with_values(old, {"model.dim": 32, "model.preset": "gated_fusion"}).model
+    assert changed == ModelConfig(preset="gated_fusion", dim=32, request_time=False, **given)
     file = tmp_path / "best.yaml"
-    file.write_text(yaml.safe_dump(whole.model_dump(mode="json")))
-    assert load_settings(file).model == whole.model
-    assert load_settings(file, ["model.preset=gru"]).model == ModelConfig(
-        preset="gru", gate_hidden=8, request_time=False
+    file.write_text(yaml.safe_dump(as_given(old)))
+    assert load_settings(file) == old
+    assert load_settings(file, ["model.preset=bert_lstm"]).model == ModelConfig(
+        preset="bert_lstm", request_time=False, **given
     )
+
+
+def test_heads_matter_only_where_something_attends() -> None:
+    assert ModelConfig(preset="lstm", short_heads=4).dim == 50
+    assert ModelConfig(dim=15, short_branch="none").short_heads == 2
+    assert ModelConfig(dim=48, short_heads=3).dim == 48
+
+
+def test_a_wrong_section_is_shown_only_where_there_is_room_for_all_of_it() -> None:
+    long = {"memory_decay": 0.5, "neighbour_l2": 1.0, "recent_half_life": 0.5}
+    for more, shown in (({}, " (got {'preset': 'bert_lstm', 'text_dim': 0})"), (long, "")):
+        with pytest.raises(SpringtideError) as caught:
+            parse_settings(tree(**more, **{"preset": "bert_lstm", "text_dim": 0}))
+        assert str(caught.value).endswith(f"vector at all{shown}")
 
 
 def test_lstm_and_gru_differ_in_the_cell_alone() -> None:
@@ -314,6 +332,12 @@ def test_only_the_articles_own_systems_stand_alone() -> None:
         ({"long_branch": "none", "short_branch": "none"}, "both none; give at least one"),
         ({"preset": "gru", "long_branch": "none"}, "both none; give at least one"),
         ({"long_branch": "transformer", "long_hidden": 5}, r"long_hidden \(5\) must be a multiple of short_heads"),
+        ({"dim": 15}, r"dim \(15\) must be a multiple of short_heads \(2\)"),
+        ({"short_heads": 3}, r"dim \(0, so 32 or 64 or 128 by the size of the log\) must be a multiple of short_heads"),
+        (
+            {"long_branch": "transformer", "short_branch": "none", "short_heads": 3, "long_hidden": 0},
+            r"a transformer's long_hidden \(0, so 32",
+        ),
         ({"preset": "bert_lstm", "text_dim": 0}, "needs text_dim above 0"),
         ({"fusion": "mean"}, "model.fusion"),
     ],

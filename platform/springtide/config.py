@@ -11,6 +11,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     Field,
+    ModelWrapValidatorHandler,
     ValidationError,
     field_validator,
     model_validator,
@@ -32,6 +33,10 @@ class TextConfig(Section):
 
 
 # ---------------------------------------------------------------- model
+# Events of a log below which a model is so wide and its long branch so deep.
+SIZES = ((20_000, 32, 1), (5_000_000, 64, 1), (float("inf"), 128, 2))
+
+
 class ModelConfig(Section):
     # A named system: other defaults for this section. What is given beside it wins. See presets.py.
     preset: str = "gated_fusion"
@@ -79,13 +84,15 @@ class ModelConfig(Section):
     recent_popularity: bool = True  # the same of the popularity at the time of the request
     recent_half_life: float = Field(0.1, gt=0)  # of recent popularity, as a share of the log's span
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _apply_preset(cls, given: Any) -> Any:
+    def _apply_preset(cls, given: Any, validate: ModelWrapValidatorHandler[ModelConfig]) -> ModelConfig:
         if not isinstance(given, dict):
-            return given
+            return validate(given)
         name = given.get("preset")
-        return {**(PRESETS.get(name, {}) if isinstance(name, str) else {}), **given}
+        model = validate({**(PRESETS.get(name, {}) if isinstance(name, str) else {}), **given})
+        model.model_fields_set.intersection_update(given)  # what the preset says is nobody's choice; see as_given
+        return model
 
     @field_validator("preset")
     @classmethod
@@ -96,18 +103,23 @@ class ModelConfig(Section):
     def _shapes(self) -> ModelConfig:
         if self.long_branch == self.short_branch == "none":
             raise ValueError("long_branch and short_branch are both none; give at least one")
-        if self.long_branch == "transformer" and (self.long_hidden or self.dim) % self.short_heads:
-            raise ValueError(
-                f"a transformer's long_hidden ({self.long_hidden or self.dim}) must be a multiple of short_heads "
-                f"({self.short_heads})"
-            )
         if 0 < self.dim < 4:
             raise ValueError(f"dim ({self.dim}) must be 4 or more, or 0 to let the size of the log decide")
-        if self.dim % self.short_heads:
-            raise ValueError(f"dim ({self.dim}) must be a multiple of short_heads ({self.short_heads})")
         if not self.id_embeddings and not self.text_dim:
             raise ValueError("id_embeddings: false needs text_dim above 0, or items have no vector at all")
+        self._check_heads()
         return self
+
+    def _check_heads(self) -> None:
+        """Where there is attention, every width that it can get must be shared out evenly among its heads."""
+        widths = {"dim": self.dim} if self.short_branch == "attention" else {}
+        if self.long_branch == "transformer":
+            widths["a transformer's long_hidden"] = self.long_hidden or self.dim
+        by_size = [dim for _, dim, _ in SIZES]
+        for name, width in widths.items():
+            if any(each % self.short_heads for each in ([width] if width else by_size)):
+                told = width or f"0, so {' or '.join(map(str, by_size))} by the size of the log"
+                raise ValueError(f"{name} ({told}) must be a multiple of short_heads ({self.short_heads})")
 
 
 # ---------------------------------------------------------------- train
@@ -234,14 +246,19 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _follow_the_split(self) -> Settings:
-        """Fill in what is absent and depends on the split. The sections are frozen, so they are replaced."""
+        """Fill in what is absent and depends on the split."""
         temporal = self.data.split == "temporal"
         if self.model.request_time is None:
-            object.__setattr__(self, "model", self.model.model_copy(update={"request_time": temporal}))
+            self._fill_in("model", "request_time", temporal)
         if self.train.within_session is None:
-            share = 0.1 if temporal else 1.0
-            object.__setattr__(self, "train", self.train.model_copy(update={"within_session": share}))
+            self._fill_in("train", "within_session", 0.1 if temporal else 1.0)
         return self
+
+    def _fill_in(self, section: str, name: str, value: Any) -> None:
+        """Set what was not given, and do not count it as given. Sections are frozen, and default ones are shared."""
+        own = getattr(self, section).model_copy()
+        object.__setattr__(own, name, value)
+        object.__setattr__(self, section, own)
 
 
 # ---------------------------------------------------------------- loading
@@ -281,18 +298,24 @@ def parse_settings(tree: dict[str, Any], where: str = "settings") -> Settings:
         raise SpringtideError(f"{where}: {_explain(error)}") from None
 
 
-def with_values(settings: Settings, values: dict[str, Any]) -> Settings:
-    """A copy of `settings` with some dotted settings replaced, validated again."""
-    tree = settings.model_dump(mode="json")
-    for key in sorted(values, key=lambda key: key != "model.preset"):  # the others are choices beside a preset
-        set_by_path(tree, key, values[key])
-    return parse_settings(tree, "overridden settings")
+def as_given(settings: Settings) -> dict[str, Any]:
+    """What was given, as plain values of which parse_settings makes the same settings again.
+
+    What follows from a default, the preset or the split is left out, so that another preset or split takes effect.
+    """
+    return settings.model_dump(mode="json", exclude_unset=True)
+
+
+def with_values(settings: Settings, values: dict[str, Any], where: str = "overridden settings") -> Settings:
+    """A copy of `settings` with some dotted settings replaced, validated again. `where` as for parse_settings."""
+    tree = as_given(settings)
+    for key, value in values.items():
+        set_by_path(tree, key, value)
+    return parse_settings(tree, where)
 
 
 def set_by_path(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set `a.b.0.c` in nested dicts and lists, in place, making missing dicts. Raises SpringtideError."""
-    if key == "model.preset":
-        _forget_old_preset(tree)
     node: Any = tree
     *parents, last = key.split(".")
     for position, part in enumerate(parents):
@@ -310,17 +333,6 @@ def set_by_path(tree: dict[str, Any], key: str, value: Any) -> None:
         node[_list_index(node, last, key)] = value
     else:
         node[last] = value
-
-
-def _forget_old_preset(tree: dict[str, Any]) -> None:
-    """Let another preset take effect on a section that spells out everything: what its own preset says is no choice."""
-    model = tree.get("model")
-    if isinstance(model, dict) and set(ModelConfig.model_fields) <= set(model):
-        try:
-            old = ModelConfig(preset=model["preset"]).model_dump(mode="json")
-        except ValidationError:
-            return  # the section is refused in any case
-        tree["model"] = {name: value for name, value in model.items() if value != old.get(name)}
 
 
 def _list_index(node: list[Any], part: str, key: str) -> int:
@@ -344,7 +356,9 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"the setting {where} is missing{more}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{where or 'settings'}: {message[0].lower()}{message[1:]} (got {first['input']!r:.80}){more}"
+    whole_section = isinstance(first["input"], dict) and len(repr(first["input"])) > 80
+    got = "" if whole_section else f" (got {first['input']!r:.80})"
+    return f"{where or 'settings'}: {message[0].lower()}{message[1:]}{got}{more}"
 
 
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:

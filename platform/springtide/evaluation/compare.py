@@ -44,7 +44,8 @@ def run(settings: Settings) -> dict[str, Any]:
     """Train and judge `compare.presets`; write `<workspace>/compare.json` and `compare.md`, bundles in `compare/`.
 
     A preset that was trained with the same data and settings is not trained again, and one that was interrupted goes
-    on. Returns the body of results/compare.json. Raises SpringtideError for a log with nothing to test on.
+    on. Returns the body of results/compare.json. Raises SpringtideError for a log with nothing to test on, and for
+    settings that one of the presets cannot take.
     """
     if settings.data.split == "none":
         raise SpringtideError(
@@ -58,9 +59,10 @@ def run(settings: Settings) -> dict[str, Any]:
         )
     prepared = load_prepared(workspace)
     judge = Judge(settings, prepared)
+    # All of them before the first is trained: what one cannot take must not come to light after hours.
+    presets = {preset: settings_of(settings, preset, judge.rated) for preset in settings.compare.presets}
     rows: list[Row] = []
-    for preset in dict.fromkeys(settings.compare.presets):
-        chosen = settings_of(settings, preset, judge.rated)
+    for preset, chosen in presets.items():
         if not chosen.model.id_embeddings and not prepared.report["catalogue"]["with_text"]:
             rows.append({"name": preset, "note": "left out: it reads texts alone, and no item has one"})
             continue
@@ -80,7 +82,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def settings_of(settings: Settings, preset: str, rated: bool = True) -> Settings:
-    """One preset with its heads on, beside whatever else the settings choose for all of them."""
+    """One preset with its heads on, beside whatever else the settings give for all of them."""
     train = settings.train
     return with_values(
         settings,
@@ -90,6 +92,7 @@ def settings_of(settings: Settings, preset: str, rated: bool = True) -> Settings
             "train.rating_weight": (train.rating_weight or HEAD_WEIGHT) if rated else 0.0,
             "train.click_weight": train.click_weight or HEAD_WEIGHT,
         },
+        f"compare, preset {preset}",
     )
 
 

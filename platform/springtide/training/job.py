@@ -17,7 +17,7 @@ from torch import Tensor
 
 from springtide.bundle import FORMAT, write_bundle
 from springtide.cluster import connect
-from springtide.config import ModelConfig, Settings, with_values
+from springtide.config import SIZES, ModelConfig, Settings, with_values
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json
@@ -36,8 +36,6 @@ from springtide.training.texts import choose_text, feature_rows, fit_texts
 from springtide.training.worker import STOPPED, build_model, load_features, read_progress, train_worker, write_inputs
 
 log = logging.getLogger(__name__)
-# Events of a log below which a model is so wide and its long branch so deep.
-SIZES = ((20_000, 32, 1), (5_000_000, 64, 1), (float("inf"), 128, 2))
 DAMPED_USERS = 3000  # validation users that the damping of popularity is judged by
 DAMPED_FOR = 0.25  # share of the price of a wider reach that damping may take, and lifting the rest
 # A training worker keeps large arrays for its next step. To give them back to the system and have them cleared again is
