@@ -72,6 +72,8 @@ def test_the_configs_in_the_repository_are_valid(path: Path) -> None:
         ("data.events.paths=other.csv", lambda s: s.data.events[0].paths == ["other.csv"]),
         ("data.events.columns.user_id=3", lambda s: s.data.events[0].columns.user_id == 3),
         ("data.events={paths: 用户.csv}", lambda s: s.data.events[0].paths == ["用户.csv"]),
+        ("tune.space.model.dim=[32, 64]", lambda s: s.tune.space == {"model.dim": [32, 64]}),
+        ("tune.space={model.dim: [32]}", lambda s: s.tune.space == {"model.dim": [32]}),
     ],
 )
 def test_set_takes_any_yaml_value(minimal: Path, override: str, read: Any) -> None:
@@ -90,6 +92,16 @@ def test_set_reaches_into_lists(tmp_path: Path) -> None:
     empty = tmp_path / "empty.yaml"
     empty.write_text("data: {events: []}")
     assert "empty" in sentence(empty, "data.events.paths=x")
+
+
+def test_one_setting_of_the_space_can_be_set_beside_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(MINIMAL + "tune: {space: {model.dim: [32], model.gate: [mean]}}\n")
+    assert load_settings(path, ["tune.space.model.dim=[64]", "tune.space.train.crop={min: 0, max: 1}"]).tune.space == {
+        "model.dim": [64],
+        "model.gate": ["mean"],
+        "train.crop": {"min": 0, "max": 1},
+    }
 
 
 def test_later_overrides_win_and_the_file_is_not_touched(minimal: Path) -> None:

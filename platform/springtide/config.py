@@ -317,7 +317,8 @@ def with_values(settings: Settings, values: dict[str, Any], where: str = "overri
 def set_by_path(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set `a.b.0.c` in nested dicts and lists, in place, making missing dicts. Raises SpringtideError."""
     node: Any = tree
-    *parents, last = key.split(".")
+    of_space = key.startswith("tune.space.")  # whose keys are dotted settings themselves
+    *parents, last = key.split(".", 2 if of_space else -1)
     for position, part in enumerate(parents):
         if isinstance(node, list):
             node = node[_list_index(node, part, key)]
