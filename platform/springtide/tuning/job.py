@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from springtide.cluster import connect
-from springtide.config import Settings, parse_settings, with_values
-from springtide.data.prepared import load_prepared
+from springtide.config import Settings, as_given, parse_settings, with_values
+from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json, write_text
 from springtide.training.job import fingerprint, sized, train, write_trained
@@ -30,81 +30,39 @@ DRIVER_CPUS = 0.1  # a trial's own actor only waits for its workers
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Search `tune.space` and write `<workspace>/tune/`: trials.csv, trials.json, best.yaml and the best bundle.
+    """Search `tune.space` and write `<workspace>/tune/`: the best bundle, best.yaml, trials.json and trials.csv.
 
     An interrupted search with the same data and settings goes on where it stopped. Returns the body of
     results/tune.json. Raises SpringtideError for a wrong space, a cluster too small, or if every trial failed.
     """
     check_space(settings)
     prepared = load_prepared(settings.workspace)
-    settings = sized(settings, prepared)
     connect()
     import ray
-    from ray import tune
 
-    from springtide.tuning.release import ReleaseWorkers
-
-    folder = Path(settings.workspace) / "tune"
     resources = ray.cluster_resources()
     concurrency = concurrent_trials(resources.get("CPU", 0), resources.get("GPU", 0), settings, DRIVER_CPUS)
-    base = with_values(
-        settings,
-        {
-            "train.workers": settings.tune.workers_per_trial,
-            "train.epochs": settings.tune.epochs,
-            "train.max_failures": 0,
-        },
-    )
+    base = base_of(settings)
     search = hashlib.sha256((settings.tune.model_dump_json() + fingerprint(base, prepared)).encode()).hexdigest()[:10]
-    experiment = folder / f"search-{search}"
+    folder = Path(settings.workspace) / "tune"
+    experiment, runs = folder / f"search-{search}", folder / "runs" / search
     if (experiment / "finished").exists():
         log.info("this search was done before; doing it again from the start")
         shutil.rmtree(experiment)
-    trial = tune.with_resources(run_trial, {"CPU": DRIVER_CPUS})
+        shutil.rmtree(runs, ignore_errors=True)
     log.info("%d trials, %d at a time", settings.tune.trials, concurrency)
-    if tune.Tuner.can_restore(str(experiment)):
-        log.info("going on with the interrupted search %s", experiment.name)
-        tuner = tune.Tuner.restore(str(experiment), trainable=trial, resume_unfinished=True, resume_errored=True)
-    else:
-        tuner = tune.Tuner(
-            trial,
-            param_space={
-                **param_space(settings.tune.space),
-                "base": base.model_dump(mode="json"),
-                "runs": str(folder / "runs" / search),
-            },
-            tune_config=tune_config(settings, concurrency),
-            run_config=tune.RunConfig(
-                name=experiment.name,
-                storage_path=str(folder),
-                verbose=0,
-                # Tune retries a trial, which resumes from its checkpoint; its Ray Train run must not retry by itself,
-                # or one that is stopped would start its workers once more.
-                failure_config=tune.FailureConfig(max_failures=settings.train.max_failures),
-                callbacks=[ReleaseWorkers()],
-            ),
-        )
-    results = tuner.fit()
-    rows = [_row(result, settings, folder / "runs" / search) for result in results]
-    done = [(row, result) for row, result in zip(rows, results, strict=True) if row[METRIC] is not None]
-    if not done:
+    results = _tuner(settings, base, experiment, runs, concurrency).fit()
+    found = sorted(((_row(result, settings, runs), result) for result in results), key=_best_first)
+    rows = [row for row, _ in found]
+    if rows[0][METRIC] is None:
+        (experiment / "finished").touch()  # there is nothing to go on with: what failed is tried again from the start
         first = next((row["error"] for row in rows if row["error"]), "no trial reported anything")
         raise SpringtideError(f"every trial failed, the first with: {first}")
-    rows.sort(key=lambda row: (row[METRIC] is None, -(row[METRIC] or 0)))
-    write_json(folder / "trials.json", rows)
-    write_text(folder / "trials.csv", _csv(rows))
-    best, result = max(done, key=lambda pair: pair[0][METRIC])
-    chosen = with_values(settings, best["settings"])
-    write_text(
-        folder / "best.yaml", yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    )
-    run_folder = Path(result.metrics["checkpoint_path"]).parent
-    progress = read_progress(Path(result.metrics["checkpoint_path"]))
-    metrics = write_trained(chosen, prepared, run_folder, progress, folder / "bundle")
+    metrics = publish(settings, prepared, rows, Path(found[0][1].metrics["checkpoint_path"]))
     (experiment / "finished").touch()
     print(_table(rows), flush=True)
     return {
-        "best": {"settings": best["settings"], SHOWN: best[SHOWN], "trial": best["trial"]},
+        "best": {name: rows[0][name] for name in ("settings", SHOWN, "trial")},
         "best_config": str(folder / "best.yaml"),
         "bundle": str(folder / "bundle"),
         "trials": str(folder / "trials.csv"),
@@ -112,6 +70,57 @@ def run(settings: Settings) -> dict[str, Any]:
         "epochs_run": sum(row["epochs"] for row in rows),
         "validation": metrics["validation"],
     }
+
+
+def base_of(settings: Settings) -> Settings:
+    """What all trials have in common. What a trial draws, and then the size of the log, comes on top."""
+    common = {
+        "train.workers": settings.tune.workers_per_trial,
+        "train.epochs": settings.tune.epochs,
+        # Tune retries a trial, which resumes from its checkpoint; its Ray Train run must not retry by itself, or one
+        # that is stopped would start its workers once more.
+        "train.max_failures": 0,
+    }
+    return with_values(settings, common)
+
+
+def _tuner(settings: Settings, base: Settings, experiment: Path, runs: Path, concurrency: int) -> Any:
+    """A new search, or the interrupted one in the folder `experiment`."""
+    from ray import tune
+
+    from springtide.tuning.release import ReleaseWorkers
+
+    trial = tune.with_resources(run_trial, {"CPU": DRIVER_CPUS})
+    if tune.Tuner.can_restore(str(experiment)):
+        log.info("going on with the interrupted search %s", experiment.name)
+        return tune.Tuner.restore(str(experiment), trainable=trial, resume_unfinished=True, resume_errored=True)
+    return tune.Tuner(
+        trial,
+        param_space={**param_space(settings.tune.space), "base": as_given(base), "runs": str(runs)},
+        tune_config=tune_config(settings, concurrency),
+        run_config=tune.RunConfig(
+            name=experiment.name,
+            storage_path=str(experiment.parent),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=settings.train.max_failures),
+            callbacks=[ReleaseWorkers()],
+        ),
+    )
+
+
+def publish(settings: Settings, prepared: Prepared, rows: list[dict[str, Any]], checkpoint: Path) -> dict[str, Any]:
+    """Write the bundle of the first row's trial, which ended in `checkpoint`, and then what tells of it.
+
+    The bundle takes long: an interruption leaves what an earlier search wrote, with the bundle that it tells of.
+    Returns the bundle's metrics.
+    """
+    folder = Path(settings.workspace) / "tune"
+    chosen = sized(with_values(settings, rows[0]["settings"]), prepared)
+    metrics = write_trained(chosen, prepared, checkpoint.parent, read_progress(checkpoint), folder / "bundle")
+    write_text(folder / "best.yaml", yaml.safe_dump(as_given(chosen), sort_keys=False, allow_unicode=True))
+    write_json(folder / "trials.json", rows)
+    write_text(folder / "trials.csv", _csv(rows))
+    return metrics
 
 
 def tune_config(settings: Settings, concurrency: int) -> Any:
@@ -140,14 +149,19 @@ def run_trial(config: dict[str, Any]) -> None:
     from springtide.tuning.release import trial_folder
 
     varied = {key: value for key, value in config.items() if "." in key}
-    settings = with_values(parse_settings(config["base"]), varied)
     folder = trial_folder(config["runs"], tune.get_context().get_trial_id())
     try:
-        train(settings, load_prepared(settings.workspace), folder, time.time(), [TuneReportCallback()])
+        settings = with_values(parse_settings(config["base"]), varied)
+        prepared = load_prepared(settings.workspace)
+        train(sized(settings, prepared), prepared, folder, time.time(), [TuneReportCallback()])
     except SpringtideError as error:
-        if not (folder / STOPPED).exists():
-            raise
-        log.error("%s", error)  # raised, it would be tried again from the same checkpoint, in vain
+        log.error("%s", error)  # raised, it would be tried again with the same settings, in vain
+        write_text(folder / STOPPED, _last_line(error))
+
+
+def _best_first(found: tuple[dict[str, Any], Any]) -> tuple[bool, float]:
+    """By what to sort rows of the trial table, each with its result."""
+    return found[0][METRIC] is None, -(found[0][METRIC] or 0)
 
 
 def _row(result: Any, settings: Settings, runs: Path) -> dict[str, Any]:
