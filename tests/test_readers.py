@@ -249,16 +249,25 @@ def test_a_file_that_is_named_is_read_whatever_its_name(tmp_path: Path) -> None:
         assert read(tmp_path / name, format="csv")[0] == {1: ["1", "2"]}
 
 
-def test_of_a_folder_every_file_is_read_if_the_format_is_set(tmp_path: Path) -> None:
-    """A file whose name tells a format does not hide those beside it."""
-    for name in ("part-00000", "part-00001.gz", "events.csv", "events.csv.1", "x.json", "_SUCCESS", ".part-00000.crc"):
+def test_of_a_folder_every_file_that_may_be_a_log_is_read_if_the_format_is_set(tmp_path: Path) -> None:
+    """A file whose name tells that format does not hide those beside it."""
+    for name in (
+        "part-00000",
+        "part-00001.gz",
+        "events.csv",
+        "events.csv.1",
+        "x.json",
+        "README.md",
+        "_SUCCESS",
+        ".part-00000.crc",
+    ):
         write(tmp_path / name, b"u,i\n1,2\n")
     files, skipped = list_files([str(tmp_path)], "csv", 0, 0)
-    names = ["events.csv", "events.csv.1", "part-00000", "part-00001.gz", "x.json"]
+    names = ["events.csv", "events.csv.1", "part-00000", "part-00001.gz"]
     assert [Path(file.path).name for file in files] == names
     assert {file.format for file in files} == {"csv"}
-    assert [file.compression for file in files] == [None, None, None, "gzip", None]
-    assert skipped == []
+    assert [file.compression for file in files] == [None, None, None, "gzip"]
+    assert [Path(path).name for path in skipped] == ["README.md", "x.json"]
 
 
 def test_files_that_are_not_read_are_told(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ SUFFIXES: dict[str, FileFormat] = {
     ".csv": "csv", ".tsv": "tsv", ".inter": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl",
     ".json": "jsonl", ".parquet": "parquet", ".pq": "parquet",
 }  # fmt: skip
+# What people put beside their logs to say what these are.
+ABOUT_LOGS = (".md", ".rst", ".html", ".pdf", ".xml", ".yaml", ".yml", ".ini", ".py", ".sql", ".sh")
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,9 @@ def list_files(
 ) -> tuple[list[SourceFile], list[str]]:
     """Expand files and folders (recursively), sorted by path. Returns the files, and the paths of those not taken.
 
-    Of a folder all files are taken whose names tell a format, or all if `format` is given; hidden ones (. or _ first)
-    never, which are no logs but what programs put beside them. Raises SpringtideError for a path that does not exist, a
-    folder without data files or a name that tells no format.
+    Of a folder all files are taken whose names tell a format, or, if `format` is given, all but documents (ABOUT_LOGS)
+    and those of another format; hidden ones (. or _ first) never, which are no logs but what programs put beside them.
+    Raises SpringtideError for a path that does not exist, a folder without data files or a name that tells no format.
     """
     found: list[SourceFile] = []
     skipped: list[str] = []
@@ -51,7 +53,8 @@ def list_files(
         for entry in infos:
             guessed, compression = guess_format(entry.base_name)
             chosen = format or guessed
-            if chosen is None:
+            document = PurePosixPath(entry.path).suffix.lower() in ABOUT_LOGS or chosen != (guessed or chosen)
+            if chosen is None or (document and entry.path != inner):
                 skipped.append(entry.path)
                 continue
             uri = _address(path, inner, entry.path)
