@@ -17,7 +17,7 @@ from springtide.config import RecommendConfig, Settings
 from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import publish_directory
-from springtide.model.batch import History
+from springtide.model.batch import History, after_all
 from springtide.model.carry import rows_in
 from springtide.ranks import block_size
 from springtide.schemas import RECOMMENDATIONS, check_schema
@@ -49,7 +49,7 @@ class RecommendBatch:
         histories = [replace(history, actions=self.actions[history.actions]) for history in histories_of(batch)]
         seen = [history.items for history in histories] if self.exclude_seen else None
         # Asked for now, as over HTTP: at the end of the log, and not when each user was last there.
-        rows, values = self.recommender.best(histories, self.k, seen, self.recommender.after_all(histories))
+        rows, values = self.recommender.best(histories, self.k, seen, after_all(histories, self.recommender.log_end or 0))
         found = rows >= 0
         ids = np.array(self.recommender.item_ids, dtype=object)
         return pa.table(

@@ -68,6 +68,14 @@ def pad_rows(rows: Sequence[np.ndarray], dtype: type[np.generic], fill: float = 
     return out
 
 
+def after_all(histories: Sequence[History], log_end: int) -> np.ndarray:
+    """[B] int64 ms: the first moment after the log's end and each history's, when all that is known has happened.
+
+    A moment earlier, popularity of the log's last days would not count yet: see channels.RecentPopularity.
+    """
+    return np.array([max([log_end, *history.timestamps[-1:]]) + 1 for history in histories], np.int64)
+
+
 def scoring_batch(histories: Sequence[History], window: int, now: np.ndarray | None = None) -> Batch:
     """The last `window` events of each history, ready to score what comes next.
 

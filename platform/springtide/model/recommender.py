@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from springtide.model.answers import Interests, Judgement, NewItem, Observed, Reasons, Scores
-from springtide.model.batch import EMPTY, History, scoring_batch
+from springtide.model.batch import EMPTY, History, after_all, scoring_batch
 from springtide.model.explain import SHARES, by_event, shares
 from springtide.model.frozen import FrozenModel
 from springtide.model.fusion import FusionModel, Interest
@@ -240,19 +240,11 @@ class Recommender:
 
     def _read(self, histories: list[History], now: np.ndarray | None) -> tuple[Any, Interest, torch.Tensor]:
         if now is None and self.model.config.request_time and self.log_end is not None:
-            now = self.after_all(histories)
+            now = after_all(histories, self.log_end)
         batch = scoring_batch(histories, self.model.config.long_window, now).to(self._device)
         interest = self.model.interest(batch, self._vectors)
         last = torch.stack([torch.arange(len(histories), device=self._device), batch.mask.sum(1) - 1], 1)
         return batch, interest, last
-
-    def after_all(self, histories: Sequence[History]) -> np.ndarray:
-        """[B] int64 ms: the first moment after the log's end and each history's, when all that is known has happened.
-
-        A moment earlier, popularity of the log's last days would not count yet: see channels.RecentPopularity.
-        """
-        end = self.log_end or 0
-        return np.array([max([end, *history.timestamps[-1:]]) + 1 for history in histories], np.int64)
 
     def top_k(
         self, logits: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
