@@ -49,7 +49,8 @@ class RecommendBatch:
         histories = [replace(history, actions=self.actions[history.actions]) for history in histories_of(batch)]
         seen = [history.items for history in histories] if self.exclude_seen else None
         # Asked for now, as over HTTP: at the end of the log, and not when each user was last there.
-        rows, values = self.recommender.best(histories, self.k, seen, after_all(histories, self.recommender.log_end or 0))
+        now = after_all(histories, self.recommender.log_end or 0)
+        rows, values = self.recommender.best(histories, self.k, seen, now)
         found = rows >= 0
         ids = np.array(self.recommender.item_ids, dtype=object)
         return pa.table(
