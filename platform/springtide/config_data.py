@@ -45,7 +45,8 @@ def one_line(error: Exception) -> str:
 class EventColumns(Section):
     user_id: Column = "user_id"
     item_id: Column = "item_id"
-    timestamp: Column = "timestamp"  # epoch seconds or milliseconds, or ISO-8601
+    # Epoch seconds or milliseconds, or ISO-8601. null: there is none, and rows happened in the order of the log.
+    timestamp: Column | None = "timestamp"
     action: Column | None = None
     rating: Column | None = None
 
@@ -116,3 +117,17 @@ class DataConfig(Section):
     min_item_events: int = Field(1, ge=1)  # again and again until nothing changes
     target_actions: Strings | None = None  # only these are predicted and tested; others are context. Absent: all
     partitions: int = Field(8, ge=1, le=4096)  # hash partitions of users = Parquet files per table
+
+    @model_validator(mode="after")
+    def _all_have_times_or_none(self) -> DataConfig:
+        if len({source.columns.timestamp is None for source in self.events}) > 1:
+            raise ValueError(
+                "some sources of events have columns.timestamp: null and some have times, so nobody can tell what came"
+                " first; set it to null in all, and their rows follow one another as the sources are listed, or in none"
+            )
+        return self
+
+    @property
+    def timeless(self) -> bool:
+        """Whether the log has no times, so that they are made up from the order of its rows."""
+        return self.events[0].columns.timestamp is None

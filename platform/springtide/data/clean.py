@@ -54,7 +54,10 @@ class Rejects:
 
 
 def clean_chunk(chunk: RawChunk, source: EventSource, file: int, partitions: int) -> pa.Table:
-    """Type, check and label the rows of one chunk. Returns CLEANED, one row for every raw row."""
+    """Type, check and label the rows of one chunk. Returns CLEANED, one row for every raw row.
+
+    Without a column of times `timestamp` has the order of the log, for partitions.make_times.
+    """
     rows = chunk.table.num_rows
     rejects = Rejects(rows)
     text = {name: as_text(chunk.table[name], rejects, name) for name in chunk.table.column_names}
@@ -67,8 +70,11 @@ def clean_chunk(chunk: RawChunk, source: EventSource, file: int, partitions: int
         rejects.add(
             pc.greater(pc.fill_null(pc.binary_length(ids), 0), MAX_ID_BYTES), f"{column} above {MAX_ID_BYTES} bytes"
         )
-    raw_time = chunk.table[column_name(columns.timestamp)]
-    timestamp = to_milliseconds(text[column_name(columns.timestamp)] if _is_text(raw_time.type) else raw_time)
+    if columns.timestamp is None:
+        timestamp = pc.add(chunk.rows, file << 32)  # only an order: rows of earlier files are not counted yet
+    else:
+        raw_time = chunk.table[column_name(columns.timestamp)]
+        timestamp = to_milliseconds(text[column_name(columns.timestamp)] if _is_text(raw_time.type) else raw_time)
     rejects.add(
         pc.is_null(timestamp), "timestamp is no epoch second, epoch millisecond or ISO-8601 time from 1900 to 2199"
     )

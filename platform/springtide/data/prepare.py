@@ -31,6 +31,8 @@ from springtide.data.partitions import (
     count_items,
     count_times,
     frame_of,
+    last_rows,
+    make_times,
     order_and_deduplicate,
     write_partition,
 )
@@ -61,6 +63,8 @@ def run(settings: Settings) -> dict[str, Any]:
             read_items(config.items, item_files) if config.items else RawItems(_no_items(), _no_quarantine(), [])
         )
         partitions = _shuffle(files, config)
+        if config.timeless and partitions:
+            partitions = _make_times(partitions)
         logged, alive, rounds = _k_core(partitions, config) if partitions else (pl.DataFrame(), pl.DataFrame(), 0)
         if not len(alive):
             raise SpringtideError(_nothing_left(partitions, config))
@@ -147,6 +151,18 @@ def _remote(function: Any) -> Any:
 
 
 # ---------------------------------------------------------------- sums over all partitions
+def _make_times(partitions: list[Any]) -> list[Any]:
+    """The partitions with times in place of the order of their rows."""
+    import ray
+
+    log.info("the log has no times: its rows are taken to have happened one after the other, a second apart")
+    last, make = _remote(last_rows), _remote(make_times)
+    rows = frame_of(pa.concat_tables(ray.get([last.remote(table) for table, _ in partitions])))
+    total = rows.group_by("file").agg(pl.col("row").max()).sort("file")
+    before = ray.put(total.select("file", before=pl.col("row").cum_sum() - pl.col("row")).to_arrow())
+    return [(make.remote(table, before), bucket) for table, bucket in partitions]
+
+
 def _k_core(partitions: list[Any], config: DataConfig) -> tuple[pl.DataFrame, pl.DataFrame, int]:
     """(item_id, events) of all logged items and of those in the k-core, and the number of rounds it took."""
     import ray

@@ -27,7 +27,7 @@ LOOKS = 20  # files of a source that are looked into before Ray starts
 def event_columns(source: EventSource) -> tuple[list[Column], list[Column]]:
     """Every source column that an event source reads, each once, and those of them that a file may lack."""
     columns = source.columns
-    needed = [columns.user_id, columns.item_id, columns.timestamp]
+    needed = [columns.user_id, columns.item_id, *([] if columns.timestamp is None else [columns.timestamp])]
     named = [columns.action, columns.rating, *(rule.column for rule in [*source.action_rules, *source.keep])]
     optional = list(dict.fromkeys(column for column in named if column is not None and column not in needed))
     return list(dict.fromkeys([*needed, *optional])), optional

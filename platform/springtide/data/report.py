@@ -44,7 +44,7 @@ def build_report(
     dropped = described.items.join(catalogue, on="item_id", how="anti")
     sizes = {part: parts[part] for part in ("train", "valid", "test")}
     tied_last = sum(w.tied_last for w in written)
-    doubts = doubt_times([w.times for w in written], files)
+    doubts = [] if config.timeless else doubt_times([w.times for w in written], files)
     if config.items:
         doubts += doubt_items(catalogue.filter("alive")["item_id"], described.items["item_id"])
     core = {"min_user_events": config.min_user_events, "min_item_events": config.min_item_events, "rounds": rounds}
@@ -57,6 +57,7 @@ def build_report(
         "actions": dict(sorted(actions.items())),
         "split": {"kind": config.split, **sizes, "cuts_ms": list(cuts or [])},
         "ties": {"events": tied, "share": tied / max(1, totals["kept"]), "users_whose_last_two_tie": tied_last},
+        "made_up_times": config.timeless,
         "k_core": core,
         "catalogue": {
             "with_text": len(text),
