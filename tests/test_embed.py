@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,30 @@ def test_vectors_of_other_texts_or_another_encoder_are_refused(embedded: Setting
         with pytest.raises(SpringtideError, match=rf"the text\.{name} changed"):
             load_vectors(with_values(embedded, {f"text.{name}": value}), items)
     assert load_vectors(embedded, changed(items, "text", [""] * len(items))) is None  # nothing to have vectors of
+
+
+def test_vectors_of_other_weights_in_the_same_folder_are_refused(embedded: Settings, tmp_path: Path) -> None:
+    items, encoder = toy_items(), tmp_path / "encoder"
+    encoder.mkdir()
+    settings = with_values(embedded, {"text.encoder": str(encoder)})
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        (encoder / name).write_bytes(b"old")
+    write_manifest(tmp_path / "vectors", made_from(items, settings.text))
+    assert load_vectors(settings, items) is not None
+    (encoder / "model-2.safetensors").write_bytes(b"new")
+    with pytest.raises(SpringtideError, match=f"the weights in {encoder} changed after .* run the embed job again"):
+        load_vectors(settings, items)
+    shutil.rmtree(encoder)  # train may run where the encoder is not
+    assert load_vectors(settings, items) is not None
+
+
+def test_vectors_made_before_weights_were_told_are_accepted(embedded: Settings, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    settings = with_values(embedded, {"text.encoder": str(tmp_path)})
+    made = made_from(toy_items(), settings.text)
+    assert made.pop("weights")
+    write_manifest(tmp_path / "vectors", made)
+    assert load_vectors(settings, toy_items()) is not None
 
 
 def test_a_damaged_file_is_named(embedded: Settings) -> None:

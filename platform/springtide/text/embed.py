@@ -19,7 +19,7 @@ from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import publish_directory, verify_manifest, write_manifest
 from springtide.schemas import VECTORS, check_schema
-from springtide.text.encoder import Encoder
+from springtide.text.encoder import Encoder, weights_in
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ def run(settings: Settings) -> dict[str, Any]:
             "no item has a text to encode; set data.items.text, or model.text_dim=0 and skip this job"
         )
     Encoder(config.encoder, config.max_tokens)  # a wrong name fails here, in a sentence, and not in an actor
+    made = made_from(items, config)  # before the weights are read: other ones put there meanwhile are not these
     connect()
     import ray
 
@@ -77,18 +78,23 @@ def run(settings: Settings) -> dict[str, Any]:
     final = Path(settings.workspace) / "vectors"
     with publish_directory(final) as out:
         pq.write_table(table, out / "part-00000.parquet")
-        write_manifest(out, made_from(items, config))
+        write_manifest(out, made)
     width = len(table["vector"][0])
     log.info("%d of %d items have a text; vectors are %d wide", len(table), len(items), width)
     return {"vectors": str(final), "items": len(items), "encoded": len(table), "width": width}
 
 
 def made_from(items: pa.Table, config: TextConfig) -> dict[str, Any]:
-    """What text vectors depend on: the catalogue's ids and texts, and the encoder."""
+    """What text vectors depend on: the catalogue's ids and texts, and the encoder, with its weights where told."""
     digest = hashlib.sha256()
     for name in ("item_id", "text"):
         digest.update(json.dumps(items[name].to_pylist()).encode())
-    return {"texts": digest.hexdigest(), "encoder": config.encoder, "max_tokens": config.max_tokens}
+    return {
+        "texts": digest.hexdigest(),
+        "encoder": config.encoder,
+        "max_tokens": config.max_tokens,
+        "weights": weights_in(config.encoder),
+    }
 
 
 def load_vectors(settings: Settings, items: pa.Table) -> np.ndarray | None:
@@ -100,9 +106,14 @@ def load_vectors(settings: Settings, items: pa.Table) -> np.ndarray | None:
     if not path.exists() or not pc.any(pc.not_equal(items["text"], "")).as_py():
         return None
     manifest = verify_manifest(path, "text vectors")
-    changed = [name for name, value in made_from(items, settings.text).items() if manifest.get(name) != value]
+    made = made_from(items, settings.text)
+    changed = [name for name in ("texts", "encoder", "max_tokens") if manifest.get(name) != made[name]]
+    if None not in (told := (manifest.get("weights"), made["weights"])) and told[0] != told[1]:
+        changed.append("weights")
     if changed:
-        what = "item texts" if "texts" in changed else f"text.{changed[0]}"
+        what = {"texts": "item texts", "weights": f"weights in {settings.text.encoder}"}.get(
+            changed[0], f"text.{changed[0]}"
+        )
         raise SpringtideError(f"the {what} changed after the vectors in {path} were made; run the embed job again")
     item_ids = items["item_id"].to_pylist()
     table = check_schema(pq.ParquetFile(path / "part-00000.parquet").read(), VECTORS, str(path))

@@ -52,6 +52,12 @@ def name_in(identity: str) -> str:
     return identity.rpartition("@")[0]
 
 
+def weights_in(name: str) -> str | None:
+    """A hash of the weights in a folder, which others may replace; None for any other encoder, or if it is not here."""
+    files = sorted(Path(name).glob("*.safetensors")) if name != DEFAULT else []
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest() if files else None
+
+
 class Encoder:
     """A tokenizer and a BERT-family model on one device.
 
