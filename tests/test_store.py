@@ -420,6 +420,38 @@ def test_what_is_not_kept_is_removed_a_day_after_its_arrival(url: str) -> None:
     store.close()
 
 
+def test_removal_during_an_import_takes_only_what_the_log_in_place_has_too_much(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_sqlite, "CHUNK", 4)
+    monkeypatch.setattr(store_redis, "SEED_ROWS", 4)
+    store = open_store(url, Retention(events=10))
+    log = [("u", str(n), n, None, None) for n in range(10)]
+    crowded = [("v", str(n), n, None, None) for n in range(12)]
+    removed: list[int] = []
+
+    def newer() -> Iterator[Any]:
+        for place, row in enumerate([*log, *crowded]):
+            if place in (8, 12, 20):
+                removed.append(store.retain())
+            yield row
+        if len(removed) < 4:
+            removed.append(0)
+            raise SpringtideError("the disk failed")  # cut short: the rows stay where nobody sees them
+
+    assert store.seed("A", iter([*log, *crowded])) == 22
+    with pytest.raises(SpringtideError, match="the disk failed"):
+        store.seed("B", newer())
+    assert removed == [2, 0, 0, 0] and store.retain() == 0
+    assert items(store) == [str(n) for n in range(10)]
+    assert items(store, "v") == [str(n) for n in range(2, 12)]
+    assert store.seed("B", newer()) == 22
+    assert removed[4:] == [0, 0, 0] and store.retain() == 2
+    assert items(store) == [str(n) for n in range(10)]
+    assert items(store, "v") == [str(n) for n in range(2, 12)]
+    store.close()
+
+
 def test_one_process_removes_at_a_time(url: str) -> None:
     store, other = open_store(url, Retention(days=1)), open_store(url, Retention(days=1))
     assert isinstance(other, (store_sqlite.SQLiteStore, store_redis.RedisStore))

@@ -31,6 +31,7 @@ from springtide.serving.store_rows import (
 )
 
 USERS_TOGETHER = 100  # users whose surplus is removed in one transaction
+_OF_ACTIVE = "seed = (SELECT id FROM seeds WHERE active)"  # rows of the log in place
 Result = TypeVar("Result")
 
 
@@ -107,11 +108,10 @@ class SQLiteStore:
             "SELECT item_id, timestamp, action, rating FROM {} WHERE user_id = ? AND timestamp >= ? {} "
             "ORDER BY timestamp DESC, seq DESC LIMIT ?"
         )
-        of_active = "AND seed = (SELECT id FROM seeds WHERE active)"
 
         def read(count: int) -> tuple[list[HistoryRow], list[HistoryRow]]:
             live = self._all_rows(query.format("live", ""), user_id, oldest, count)
-            seeded = self._all_rows(query.format("seeded", of_active), user_id, oldest, count)
+            seeded = self._all_rows(query.format("seeded", f"AND {_OF_ACTIVE}"), user_id, oldest, count)
             return seeded[::-1], live[::-1]
 
         return merged(read, limit)
@@ -125,10 +125,7 @@ class SQLiteStore:
         return int(last or 0) + (int(seed or 0) << 48)
 
     def count(self) -> int:
-        query = (
-            "SELECT (SELECT COUNT(*) FROM live) + "
-            "(SELECT COUNT(*) FROM seeded WHERE seed = (SELECT id FROM seeds WHERE active))"
-        )
+        query = f"SELECT (SELECT COUNT(*) FROM live) + (SELECT COUNT(*) FROM seeded WHERE {_OF_ACTIVE})"
         return int(self._all_rows(query)[0][0])
 
     # ---------------------------------------------------------------- the imported log
@@ -169,21 +166,23 @@ class SQLiteStore:
 
     def _retain(self, db: sqlite3.Connection, now: int) -> int:
         removed, arrived = 0, f"arrived < {now - REMOVAL_DELAY_MS}"
-        for table, also in (("live", arrived), ("seeded", "TRUE")):
+        # An import that goes on meanwhile fills `seeded` with rows that are not a user's history yet.
+        for table, shown, also in (("live", "TRUE", arrived), ("seeded", _OF_ACTIVE, "TRUE")):
             if self.retention.days is not None:
-                removed += self._delete_in_parts(db, table, f"timestamp < {self.retention.oldest(now)} AND {also}")
+                old = f"timestamp < {self.retention.oldest(now)} AND {shown} AND {also}"
+                removed += self._delete_in_parts(db, table, old)
             if self.retention.events is not None:
-                removed += self._delete_surplus(db, table, self.retention.events, also)
+                removed += self._delete_surplus(db, table, self.retention.events, shown, also)
         return removed
 
-    def _delete_surplus(self, db: sqlite3.Connection, table: str, most: int, also: str) -> int:
-        """Remove each user's oldest rows beyond `most`, some users at a time."""
+    def _delete_surplus(self, db: sqlite3.Connection, table: str, most: int, shown: str, also: str) -> int:
+        """Remove the oldest rows that each user has beyond `most` of those `shown`, some users at a time."""
         crowded = (
-            f"SELECT user_id FROM {table} WHERE user_id > ? GROUP BY user_id HAVING COUNT(*) > {most} "
+            f"SELECT user_id FROM {table} WHERE user_id > ? AND {shown} GROUP BY user_id HAVING COUNT(*) > {most} "
             f"ORDER BY user_id LIMIT {USERS_TOGETHER}"
         )
         delete = (
-            f"DELETE FROM {table} WHERE {also} AND seq IN (SELECT seq FROM {table} WHERE user_id = ? "
+            f"DELETE FROM {table} WHERE {also} AND seq IN (SELECT seq FROM {table} WHERE user_id = ? AND {shown} "
             f"ORDER BY timestamp DESC, seq DESC LIMIT -1 OFFSET {most})"
         )
         before, last = db.total_changes, ""
