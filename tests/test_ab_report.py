@@ -178,6 +178,32 @@ def test_a_split_that_changed_is_no_one_test(tmp_path: Path) -> None:
         report(shown, take(tmp_path / "e.sqlite3", []), DAY)
 
 
+def test_a_test_that_was_changed_midway_is_reported_one_period_at_a_time(tmp_path: Path) -> None:
+    options = [TrafficOptions(split={"a": 1, "b": 1}, salt=salt) for salt in ("", "again")]
+    users = [f"u{number}" for number in range(40)]
+    rows = [
+        (user, choose(one, None, user, ""), ["x"], NOW + place * HOUR, "m@1")
+        for place, one in enumerate(options)
+        for user in users
+    ]
+    shown, events = show(tmp_path / "shown", rows), take(tmp_path / "log", [])
+    with pytest.raises(SpringtideError, match=r"shown are of 2 tests.*--since 2001-09-09T01:46:41\+00:00 is that of"):
+        report(shown, events, DAY)
+    for period in ({"until": NOW + 1}, {"since": NOW + 1000}):
+        found = report(shown, events, Question(DAY.window_ms, resamples=50, **period))
+        assert found["exposures"]["used"] == len(users)
+
+
+def test_lines_that_name_no_test_are_of_one_test(tmp_path: Path) -> None:
+    """Those of an older version; what a newer one shows is drawn otherwise and is another test."""
+    old = [("ann", A, ["x"], NOW, "a@1"), ("bob", B, ["x"], NOW + 1, "b@1")]
+    events = take(tmp_path / "log", [])
+    assert report(show(tmp_path / "old", old), events, DAY)["exposures"]["used"] == 2
+    newer = show(tmp_path / "old", [("ann", Choice("a", "split", 0.5, "t"), ["x"], NOW + 2, "a@1")])
+    with pytest.raises(SpringtideError, match="of 2 tests"):
+        report(newer, events, DAY)
+
+
 @pytest.mark.parametrize(
     ("question", "events", "why"),
     [

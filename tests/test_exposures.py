@@ -20,7 +20,7 @@ from springtide.serving.exposures import SALT, ExposureLog, exposure, pseudonym,
 from springtide.serving.options import ExposureOptions
 from springtide.serving.traffic import Choice
 
-CHOICE = Choice("a", "split", 0.5)
+CHOICE = Choice("a", "split", 0.5, "t1")
 
 
 def row(number: int, user: str | None = "alice", **answer: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def row(number: int, user: str | None = "alice", **answer: Any) -> dict[str, Any
 def test_what_a_line_holds() -> None:
     assert row(7, degraded=True) == {
         "request_id": "r7", "time": 7, "user": "alice", "model": "a@1", "arm": "a", "by": "split", "share": 0.5,
-        "source": "history", "degraded": True, "items": ["i0", "i1", "i2"],
+        "test": "t1", "source": "history", "degraded": True, "items": ["i0", "i1", "i2"],
     }  # fmt: skip
     drawn = row(7, items=[{"item_id": "x", "score": 1.0, "propensity": 0.25}])
     assert (drawn["items"], drawn["propensities"]) == (["x"], [0.25])

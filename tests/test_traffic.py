@@ -55,6 +55,30 @@ def test_a_change_of_weights_moves_only_the_difference() -> None:
     assert moved["a", "b"] == pytest.approx(0.1 * len(USERS), rel=0.1)
 
 
+def test_the_order_in_the_configuration_moves_nobody() -> None:
+    weights = {"a": 50, "b": 30, "c": 20}
+    assert drawn(TrafficOptions(split=weights)) == drawn(TrafficOptions(split=dict(reversed(weights.items()))))
+
+
+@pytest.mark.parametrize("weights", [{"new": 25}, {"a": 25}, {"c": 80}, {"a": 0}], ids=str)
+def test_a_changed_model_moves_no_user_between_two_others(weights: dict[str, float]) -> None:
+    split = {"a": 50.0, "b": 30.0, "c": 20.0}
+    before, after = drawn(TrafficOptions(split=split)), drawn(TrafficOptions(split={**split, **weights}))
+    moved = {(p, q) for p, q in zip(before, after, strict=True) if p != q}
+    assert moved and all(next(iter(weights)) in pair for pair in moved)
+
+
+def test_a_test_is_another_one_with_another_split_or_salt() -> None:
+    def named(split: dict[str, float], salt: str = "") -> str | None:
+        return choose(TrafficOptions(split=split, salt=salt), None, "u", "r").test
+
+    same = [{"a": 1, "b": 3}, {"b": 75, "a": 25}, {"a": 0.1, "b": 0.3, "off": 0}]
+    others = [named({"a": 3, "b": 1}), named({"a": 1, "c": 3}), named({"a": 1, "b": 3}, "salt")]
+    assert len({named(split) for split in same}) == 1
+    assert len({named(same[0]), *others}) == 4 and None not in others
+    assert choose(TrafficOptions(split={"a": 1}), "a", "u", "r").test is None
+
+
 def test_a_named_model_goes_before_the_split_and_strangers_are_drawn_by_request() -> None:
     options = TrafficOptions(split={"a": 1, "b": 1})
     assert (choose(options, "c", "u", "r").model, choose(options, "c", "u", "r").by) == ("c", "request")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _SHOWN: dict[str, Any] = {
     "model": pl.String,
     "by": pl.String,
     "share": pl.Float64,
+    "test": pl.String,
     "degraded": pl.Boolean,
     "items": pl.List(pl.String),
 }
@@ -49,7 +51,7 @@ def report(exposures: Path, events: str, question: Question, now: int | None = N
 
     Every user counts in the arm that was drawn for them, also where another model stood in for a missing one or parts
     were down. Where nothing was drawn, the models are told side by side, and their users were not divided at random.
-    Raises SpringtideError for logs that cannot be read and for a control that no exposure names.
+    Raises SpringtideError for logs that cannot be read, exposures of several tests, and a control that none names.
     """
     shown, left_out = usable(read_exposures(exposures, question), exposures)
     taken = read_events(events, exposures, question.actions)
@@ -109,6 +111,7 @@ def usable(shown: pl.DataFrame, where: Path) -> tuple[pl.DataFrame, Json]:
     """
     named = shown.filter(pl.col("user").is_not_null())
     by = "split" if (named["by"] == "split").any() else "default"
+    _check_one_test(named.filter(pl.col("by") == "split"), where)
     one_way = named.filter(pl.col("by") == by).with_columns(
         arm=pl.col("arm").fill_null(pl.col("model").str.split("@").list.first())
     )
@@ -123,6 +126,20 @@ def usable(shown: pl.DataFrame, where: Path) -> tuple[pl.DataFrame, Json]:
         "of_users_in_several_arms": one_way.height - kept.height,
     }
     return kept.with_row_index("exposure"), counts
+
+
+def _check_one_test(drawn: pl.DataFrame, where: Path) -> None:
+    """Raises SpringtideError if split or salt changed meanwhile: whoever was moved then carries one arm into another.
+
+    All lines of versions that did not name their test count as one.
+    """
+    last = drawn.group_by("test").agg(pl.col("time").max()).sort("time")["time"]
+    if len(last) > 1:
+        began = datetime.fromtimestamp(last[-2] // 1000 + 1, UTC).isoformat()
+        raise SpringtideError(
+            f"the exposures in {where} are of {len(last)} tests, as the split or its salt changed meanwhile; choose "
+            f"one period with --since and --until (--since {began} is that of the last one)"
+        )
 
 
 def read_events(source: str, exposures: Path, actions: tuple[str, ...]) -> pl.DataFrame:

@@ -31,7 +31,7 @@ Json = dict[str, Any]
 FOLDER = "exposures"  # in the workspace
 SALT = "salt"  # in that folder: what makes the pseudonyms, and what joins them to events
 _PSEUDONYM = re.compile("[0-9a-f]{32}")
-_FLUSH_S = 0.5  # longest time that a line waits in memory
+_LOOK_S = 0.5  # least pause between two looks at the age of a part to which nothing is added
 _RETRY_S = 1.0  # after the disk refused
 
 
@@ -50,6 +50,7 @@ def exposure(
         "arm": choice.model,  # that was chosen, or null for the primary
         "by": choice.by,
         "share": choice.share,
+        "test": choice.test,
         "source": answer["source"],
         "degraded": bool(answer.get("degraded", False)),
         "items": [item["item_id"] for item in answer["items"]],
@@ -63,8 +64,8 @@ def exposure(
 class ExposureLog:
     """Parts of at most max_mb or max_age_s each, named by the time of their first line and their process.
 
-    `record` may be called from any thread and never waits. Lines reach the file within half a second, so a killed
-    process loses at most those; a torn last line is left out by `read`.
+    `record` may be called from any thread and never waits. Lines go to the file as soon as the disk has taken those
+    before, so a killed process loses at most what waits for it; a torn last line is left out by `read`.
     """
 
     def __init__(self, folder: Path, options: ExposureOptions) -> None:
@@ -117,7 +118,7 @@ class ExposureLog:
         """Everything that waits, after waiting for something, and whether it is the last."""
         rows: list[Json] = []
         try:
-            row = self._queue.get(timeout=max(_FLUSH_S, self._options.max_age_s / 10))
+            row = self._queue.get(timeout=max(_LOOK_S, self._options.max_age_s / 10))
             while row is not None:
                 rows.append(row)
                 if len(rows) == self._options.queue:  # before another one is taken out

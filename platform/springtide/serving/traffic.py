@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,7 +18,7 @@ from springtide.serving.options import TrafficOptions
 
 log = logging.getLogger("springtide.serving")
 Json = dict[str, Any]
-BUCKETS = 10_000  # shares finer than a hundredth of a percent are rounded
+BUCKETS = 10_000  # of shadows: shares finer than a hundredth of a percent are rounded
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,30 @@ class Choice:
     model: str | None
     by: str  # request: the caller named it; split: drawn by the user's hash; default: nothing to choose from
     share: float | None = None  # of a split, 0..1
+    test: str | None = None  # of a split: a short name of its weights and salt, another one where these change
 
 
 def choose(options: TrafficOptions, model: str | None, user_id: str | None, request_id: str) -> Choice:
     """The model for a request. The same user gets the same one for as long as salt and split stay the same.
 
-    A request without a user is drawn by its own id. Models take the buckets in the order of the configuration, so a
-    change of weights moves only the users whose bucket changes hands.
+    A request without a user is drawn by its own id. Each model has a chance of its own for the same user, and the best
+    one wins (weighted rendezvous hashing): the order of the configuration says nothing, and a model that is added or
+    weighed otherwise moves no user between two others.
     """
     if model is not None:
         return Choice(model, "request")
     if not options.split:
         return Choice(None, "default")
-    place = bucket(options.salt, f"user {user_id}" if user_id is not None else f"request {request_id}")
-    reached = 0.0
-    chosen = Choice(None, "default")
-    for name, share in shares(options).items():
-        reached += share
-        chosen = Choice(name, "split", share)
-        if place < round(reached * BUCKETS):
-            break
-    return chosen
+    key = f"user {user_id}" if user_id is not None else f"request {request_id}"
+    weights = shares(options)
+    name = min(weights, key=lambda name: _waits(options.salt, name, key) / weights[name])
+    return Choice(name, "split", weights[name], _test(options.salt, weights))
+
+
+def _waits(salt: str, model: str, key: str) -> float:
+    """Exponentially distributed over keys, independent from model to model and from salt to salt."""
+    drawn = int.from_bytes(_digest(f"{salt}\0{model}", key)[:8], "big")
+    return -math.log((drawn + 1) / 2**64)
 
 
 def shares(options: TrafficOptions) -> dict[str, float]:
@@ -58,8 +62,16 @@ def shares(options: TrafficOptions) -> dict[str, float]:
 
 def bucket(salt: str, key: str) -> int:
     """0 to BUCKETS - 1, evenly over keys and independent from salt to salt."""
-    digest = hashlib.sha256(f"{salt}\0{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % BUCKETS
+    return int.from_bytes(_digest(salt, key)[:8], "big") % BUCKETS
+
+
+def _test(salt: str, weights: dict[str, float]) -> str:
+    told = json.dumps(sorted((name, round(share, 9)) for name, share in weights.items()))
+    return _digest(salt, told).hex()[:12]
+
+
+def _digest(salt: str, key: str) -> bytes:
+    return hashlib.sha256(f"{salt}\0{key}".encode()).digest()
 
 
 # ---------------------------------------------------------------- shadows
