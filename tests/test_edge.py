@@ -89,6 +89,13 @@ def test_an_error_of_ours_is_logged_without_what_was_asked(caplog: pytest.LogCap
     assert "unexpected error in request r1: KeyError at " in caplog.text and "test_edge.py:" in caplog.text
 
 
+def test_an_error_of_ours_carries_the_headers_of_every_answer() -> None:
+    with client_of() as client:
+        fine, broken = (client.post("/v1/recommend", json={"user_id": user}) for user in ("u", "broken"))
+    assert broken.status_code == 500 and set(broken.headers) == set(fine.headers)
+    assert broken.headers.get_list("X-Content-Type-Options") == ["nosniff"]
+
+
 def test_without_the_setting_no_line_is_written(lines: list[str]) -> None:
     with client_of() as client:
         client.get("/healthz")
@@ -188,6 +195,17 @@ def test_small_routes_take_small_bodies() -> None:
     with client_of() as client:
         assert client.post("/v1/encode", content=b" " * (2**20 + 1)).status_code == 413
         assert client.post("/v1/events", content=b" " * (2**20 + 1)).status_code == 422
+        assert (
+            client.put("/v1/items/a/v1/events", content=b" " * (2**20 + 1)).status_code == 413
+        )  # an item's id is free
+
+
+def test_limits_know_their_routes_below_a_prefix() -> None:
+    app = create_app(Backend(), Edge(max_concurrent=0))  # type: ignore[arg-type]
+    with TestClient(app, HERE, root_path="/shop") as client:
+        assert client.get("/shop/healthz").status_code == 200  # answers under load
+        assert client.post("/shop/v1/events", content=b" " * (2**20 + 1)).status_code == 503
+        assert client.post("/shop/v1/encode", content=b" " * (2**20 + 1)).status_code == 413
 
 
 JSON = st.recursive(

@@ -104,10 +104,10 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
         app.add_middleware(Authorised, book=edge.tokens)
     else:
         app.add_middleware(OwnHosts, names=edge.hosts)
-    app.add_middleware(SafeHeaders)
     if edge.access_log:
         start_access_log()
     app.add_middleware(Observed, metrics=metrics, access_log=edge.access_log)
+    app.add_middleware(SafeHeaders)  # the outermost: answers to faults of ours carry them too
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(StarletteHTTPException, _http_error)

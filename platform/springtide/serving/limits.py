@@ -15,6 +15,7 @@ from springtide.serving.bodies import read_apart
 from springtide.serving.metrics import Metrics
 from springtide.serving.replies import error_reply
 from springtide.serving.schemas import MAX_BODY_BYTES, MAX_HISTORY
+from springtide.serving.security import route_path
 
 MAX_DEPTH = 32  # the deepest request of ours is 4
 MAX_OPENERS = 2 * MAX_HISTORY  # lists and objects in one body
@@ -35,7 +36,7 @@ class Crowd:
         self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in _UNBOUNDED:
+        if scope["type"] != "http" or route_path(scope) in _UNBOUNDED:
             await self._app(scope, receive, send)
             return
         if self._inside >= self._limit:
@@ -60,7 +61,7 @@ class Bodies:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = MAX_BODY_BYTES if scope["path"].endswith(_LARGE_PATHS) else SMALL_BODY_BYTES
+        limit = MAX_BODY_BYTES if route_path(scope) in _LARGE_PATHS else SMALL_BODY_BYTES
         declared = Headers(scope=scope).get("content-length")
         try:
             body = await asyncio.wait_for(_read(receive, declared, limit), self._timeout_s)

@@ -1,4 +1,4 @@
-"""The outermost layer of the HTTP application: request ids, counts, one log line per request, and faults of ours."""
+"""The layer around all that answers: request ids, counts, one log line per request, and faults of ours."""
 
 from __future__ import annotations
 
