@@ -56,6 +56,7 @@ def test_each_event_is_asked_about_and_then_revealed() -> None:
     assert found.ranks["live"].tolist() == [0, 1, 1] and found.ranks["frozen"].tolist() == [0, 0, 1]
     assert found.users.tolist() == [0, 0, 1] and (found.revealed, found.repeats) == (3, 0)
     assert [body["now"] for body in shop.asked] == [5, 5, 6, 6, 7, 7]
+    assert {body["exclude_seen"] for body in shop.asked} == {False}  # or nothing that repeats could be answered
     assert all(user.startswith("replay-") for user in shop.histories)
     assert sorted(len(items) for items in shop.histories.values()) == [1, 4]
 
@@ -67,6 +68,7 @@ def test_repeats_are_revealed_and_not_asked_about() -> None:
     shop = Shop()
     found = replay(client_of(shop), log, exclude_seen=True)
     assert (len(found.users), found.repeats, found.revealed) == (1, 2, 3)
+    assert {body["exclude_seen"] for body in shop.asked} == {True}
     assert list(shop.histories.values()) == [["i1", "i1", "i2", "i2"]]
 
 

@@ -136,7 +136,7 @@ def replay(
         if exclude_seen and item in seen.setdefault(user, set()):
             repeats += 1
         else:
-            asked = {"k": k, "now": event["timestamp"]}
+            asked = {"k": k, "now": event["timestamp"], "exclude_seen": exclude_seen}
             frozen: Json = {"history": log.past[user][-HISTORY_USED:]} if user in log.past else {"user_id": run}
             live = _rank(client, {"user_id": f"{run}-{user}", **asked}, item)
             other = _rank(client, {**frozen, **asked}, item)
