@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -44,11 +45,40 @@ def test_timestamps(value: Any, ms: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, True, [], "", "soon", "nan", math.nan, math.inf, 1.7e15, 10**30, -(10**30), "1" * 5000, "1e400"]
+    "value",
+    [
+        None,
+        True,
+        [],
+        "",
+        "soon",
+        "nan",
+        math.nan,
+        math.inf,
+        1.7e15,
+        10**30,
+        -(10**30),
+        "1" * 5000,
+        "1e400",
+        "0001-01-01T00:00:00+23:59",
+        "9999-12-31T23:59:59-00:01",
+    ],
 )
 def test_timestamps_that_are_none(value: Any) -> None:
     with pytest.raises(ValueError):
         parse_timestamp(value)
+
+
+def test_an_event_may_be_a_day_ahead_of_the_clock_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1_000_000_000.0)
+    event = {"user_id": "u", "item_id": "i"}
+    for fine in (1_000_086_400, "2001-09-10T01:46:40Z", -5, None):
+        EVENTS.validate_python({**event, "timestamp": fine})
+    for wrong in (1_000_086_401, "2001-09-10T01:46:41Z", "9999-01-01"):
+        with pytest.raises(ValidationError, match="more than a day after this server's clock"):
+            EVENTS.validate_python([event, {**event, "timestamp": wrong}])
+    replayed = {"now": "2050-01-01", "history": [{"item_id": "i", "timestamp": "2049-12-31"}]}
+    assert RecommendRequest.model_validate(replayed).now == 2_524_608_000_000  # nothing is stored of these
 
 
 def test_someone_to_recommend_to() -> None:

@@ -88,7 +88,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(file: Path, clock: Clock) -> Iterator[TestClient]:
-    with TestClient(create_app(Backend(), Edge(tokens=TokenBook(file, clock)))) as opened:  # type: ignore[arg-type]
+    with TestClient(create_app(Backend(), Edge(tokens=TokenBook(file, clock, clock)))) as opened:  # type: ignore[arg-type]
         yield opened
 
 
@@ -191,7 +191,7 @@ def test_a_quota_lasts_until_midnight(client: TestClient, clock: Clock) -> None:
 
 
 def test_the_long_run_rate_is_the_one_given(clock: Clock) -> None:
-    book, token = TokenBook(json.dumps({"tokens": [entry("x", rate=5).model_dump(mode="json")]}), clock), None
+    book, token = TokenBook(json.dumps({"tokens": [entry("x", rate=5).model_dump(mode="json")]}), clock, clock), None
     token = book.find(SECRETS["x"])
     assert token is not None
     passed = 0
@@ -224,6 +224,19 @@ def test_a_file_that_is_taken_away_revokes_every_token(client: TestClient, file:
     file.write_text(kept)
     clock.now += 10
     assert ask(client, "writer").status_code == 200
+
+
+def test_a_wall_clock_that_is_set_back_revives_no_token_and_stops_no_rate(file: Path, clock: Clock) -> None:
+    steady = Clock()
+    book = TokenBook(file, clock, steady)
+    slow = book.find(SECRETS["slow"])
+    assert slow is not None and [book.wait_s(slow) for _ in range(3)] == [0, 0, 2]
+    clock.now -= 3600
+    steady.now += 2
+    assert book.wait_s(slow) == 0
+    file.unlink()
+    steady.now += 10
+    assert book.find(SECRETS["slow"]) is None
 
 
 def test_a_file_without_a_token_is_refused_at_the_start() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import unicodedata
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ MAX_ID = 512
 MAX_EVENTS = 1000  # in one call of POST /v1/events
 MAX_TEXTS = 64
 MAX_ITEM_TEXT = 20_000  # characters
+MAX_AHEAD_MS = 86_400_000  # of an event, after this clock: a later one would stay the user's last for as long
 _MILLISECONDS_FROM = 1e11  # numbers at or above this are milliseconds, below it seconds
 _LAST_MS = 253_402_300_799_999  # the end of the year 9999
 _FIRST_MS = -62_135_596_800_000  # the start of the year 1
@@ -40,12 +42,21 @@ def parse_timestamp(value: Any) -> int:
             except ValueError:
                 raise ValueError("give epoch seconds, epoch milliseconds or ISO-8601 text") from None
             moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-            return round((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1000)
+            return _in_range(round((moment - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1000))
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
         raise ValueError("give epoch seconds, epoch milliseconds or ISO-8601 text")
-    ms = round(value if abs(value) >= _MILLISECONDS_FROM else value * 1000)
+    return _in_range(round(value if abs(value) >= _MILLISECONDS_FROM else value * 1000))
+
+
+def _in_range(ms: int) -> int:
     if not _FIRST_MS <= ms <= _LAST_MS:
-        raise ValueError("the time must lie in the years 1 to 9999 (are these microseconds?)")
+        raise ValueError("the time must lie in the years 1 to 9999 of UTC (if it is a number, is it in microseconds?)")
+    return ms
+
+
+def _not_ahead(ms: int) -> int:
+    if ms > time.time() * 1000 + MAX_AHEAD_MS:
+        raise ValueError("the time lies more than a day after this server's clock; check the clock of the sender")
     return ms
 
 
@@ -105,7 +116,9 @@ class Event(HistoryEvent):
     event_id: Identifier | None = Field(
         None, description="makes the call safe to repeat: an event with a known event_id is ignored"
     )
-    timestamp: Timestamp | None = Field(None, description="absent: the time of arrival")
+    timestamp: Annotated[Timestamp, AfterValidator(_not_ahead)] | None = Field(
+        None, description="absent: the time of arrival; more than a day after it: refused"
+    )
 
 
 class Filters(Request):

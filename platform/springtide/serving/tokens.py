@@ -64,15 +64,21 @@ class TokenFile(BaseModel):
 
 
 class TokenBook:
-    """The tokens that are valid now, and what each has used. clock: seconds since 1970 UTC."""
+    """The tokens that are valid now, and what each has used. A daily quota goes by the clock (seconds since 1970 UTC),
+    rates and revocation by the steady one, which nobody sets."""
 
-    def __init__(self, source: Path | str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        source: Path | str,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = time.monotonic,
+    ) -> None:
         """source: the path of a token file, or the text of one. Raises SpringtideError if it cannot be read."""
         self._path = source if isinstance(source, Path) else None
-        self._clock = clock
+        self._clock, self._steady = clock, steady
         self._used: dict[str, _Use] = {}
         self._stamp = self._stamp_now()
-        self._looked_at = clock()
+        self._looked_at = steady()
         self._tokens = read_tokens(source)
         if not self._tokens:
             raise SpringtideError(
@@ -92,12 +98,12 @@ class TokenBook:
     def wait_s(self, token: Token) -> int:
         """0 if the token may be used now, which is then counted; else whole seconds after which to try again."""
         use = self._used.setdefault(token.name, _Use())
-        return use.take(token, self._clock())
+        return use.take(token, self._clock(), self._steady())
 
     def _reload(self) -> None:
-        if self._path is None or self._clock() - self._looked_at < RELOAD_S:
+        if self._path is None or self._steady() - self._looked_at < RELOAD_S:
             return
-        self._looked_at = self._clock()
+        self._looked_at = self._steady()
         stamp = self._stamp_now()
         if stamp == self._stamp:
             return
@@ -126,7 +132,7 @@ class _Use:
         self._level, self._filled_at = math.inf, 0.0  # full
         self._day, self._today = -1, 0
 
-    def take(self, token: Token, now: float) -> int:
+    def take(self, token: Token, now: float, steady: float) -> int:
         day = int(now // DAY_S)
         if day != self._day:
             self._day, self._today = day, 0
@@ -134,8 +140,8 @@ class _Use:
             return max(1, math.ceil((day + 1) * DAY_S - now))
         if token.rate is not None:
             size = float(token.burst or max(1, math.ceil(2 * token.rate)))
-            self._level = min(size, self._level + max(0.0, now - self._filled_at) * token.rate)
-            self._filled_at = now
+            self._level = min(size, self._level + (steady - self._filled_at) * token.rate)
+            self._filled_at = steady
             if self._level < 1:
                 return max(1, math.ceil((1 - self._level) / token.rate))
             self._level -= 1
