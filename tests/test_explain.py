@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,6 +19,7 @@ from springtide.model.explain import SHARES
 from springtide.model.fuse import split
 from springtide.model.recommender import Recommender
 from springtide.presets import PRESETS
+from springtide.serving.engine import Engine, Refusal, ScoreRequest
 from toy import ITEMS_IN_TOY, toy_bundle
 
 FUSIONS = ("gate", "attention", "time_decay", "concat", "sum", "model")
@@ -94,6 +96,25 @@ def test_the_branches_parts_are_those_of_the_fusion(number: int) -> None:
         twice, same = split(model.fuse, 2 * long, short, gate)
     torch.testing.assert_close(twice, 2 * of_long)
     torch.testing.assert_close(same, of_short)
+
+
+def test_what_is_explained_is_of_the_moment_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is told the time weighs its branches otherwise an hour and a month later; 0 is a moment too."""
+    bundle = load_bundle(toy_bundle(Path(mkdtemp()), model__request_time=True))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in bundle.recommender.model.parameters():
+            weight.add_(0.3 * torch.randn_like(weight))
+    engine, gates, clock = Engine(bundle, "toy"), set(), 10**12 + 30 * 86_400_000
+    monkeypatch.setattr(time, "time", lambda: clock / 1000)
+    events = [{"item_id": item, "timestamp": 10**12 + n} for n, item in enumerate(bundle.recommender.item_ids[:5])]
+    for now in (0, 10**12 + 3_600_000, clock):
+        answer = engine.score([ScoreRequest(events, explain=True, now=now)])[0]
+        assert not isinstance(answer, Refusal)
+        assert answer["explanation"]["gate"] == answer["gate"]
+        gates.add(answer["gate"]["short"])
+    assert len(gates) == 3
+    assert engine.interests(events)["gate"] == answer["gate"]
 
 
 def test_only_concat_has_a_joint_share() -> None:

@@ -109,7 +109,7 @@ class FakeRecommender:
         values = np.take_along_axis(logits, order, axis=1)
         return np.where(np.isfinite(values), order, -1), values
 
-    def interests(self, history: FakeHistory) -> Any:
+    def interests(self, history: FakeHistory, now: int) -> Any:
         n = len(history)
         weights = np.arange(1, n + 1) / (n * (n + 1) / 2)
         return SimpleNamespace(

@@ -135,9 +135,8 @@ class Recommender:
         unknown = [event["item_id"] for event in events if event["item_id"] not in self.index]
         if not known:
             return EMPTY, unknown
-        filled = np.array(
-            [t for t, event in zip(filled_in, events, strict=True) if event["item_id"] in self.index], np.int64
-        )
+        own = [t for t, event in zip(filled_in, events, strict=True) if event["item_id"] in self.index]
+        filled = np.array(own, np.int64)
         order = np.argsort(filled, kind="stable")
         ratings = [np.nan if event.get("rating") is None else float(event["rating"]) for event in known]
         history = History(
@@ -163,11 +162,9 @@ class Recommender:
         told = np.array([len(history) > 0 for history in histories], bool)
         logits[asked & ~told] = 0
         logits[~asked & ~told] = np.log1p(self.popularity)
-        rows = np.flatnonzero(told).tolist()
-        if rows:
-            logits[rows], gate[rows] = self._score_histories(
-                [histories[r] for r in rows], None if now is None else now[rows]
-            )
+        if rows := np.flatnonzero(told).tolist():
+            own = None if now is None else now[rows]
+            logits[rows], gate[rows] = self._score_histories([histories[r] for r in rows], own)
         if asked.any() and queries is not None:
             if self.text_vectors is None:
                 raise ValueError("this model has no item texts, so it cannot answer a query")
@@ -203,8 +200,7 @@ class Recommender:
         """
         found: list[Question | None] = [None] * len(histories)
         gate = np.full(len(histories), np.nan, np.float32)
-        told = [row for row, history in enumerate(histories) if len(history)]
-        if told:
+        if told := [row for row, history in enumerate(histories) if len(history)]:
             batch, interest, last = self._read([histories[r] for r in told], None if now is None else now[told])
             gate[told] = interest.gate[last[:, 0], last[:, 1]].mean(-1).numpy()
             for row, question in zip(told, ask(self.model, batch, interest, self._vectors, last), strict=True):
@@ -310,12 +306,12 @@ class Recommender:
             self.retrieval.observed(np.unique(items))
 
     @torch.inference_mode()
-    def interests(self, history: History) -> Interests:
-        """Which events weigh in each branch, how the gate mixes them, and what each branch alone is after."""
+    def interests(self, history: History, now: int | None = None) -> Interests:
+        """Which events weigh in each branch, how the gate mixes them, and what each branch alone is after; now: ms."""
         if not len(history):
             none = np.zeros(0, np.float32)
             return Interests(none, none, float("nan"), np.zeros(0, np.int64), np.zeros(0, np.int64), {})
-        _, interest, last = self._read([history], None)
+        _, interest, last = self._read([history], None if now is None else np.array([now], np.int64))
         place = int(last[0, 1])
         length = place + 1
         long, short = np.zeros(len(history), np.float32), np.zeros(len(history), np.float32)

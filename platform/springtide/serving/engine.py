@@ -183,7 +183,7 @@ class Engine:
         recommender = self._recommender
         pairs = [self._history(request.events) for request in requests]
         histories = [history for history, _ in pairs]
-        now = np.asarray([request.now or int(time.time() * 1000) for request in requests], np.int64)
+        now = np.asarray([_clock() if request.now is None else request.now for request in requests], np.int64)
         rules = [self._rules(request) for request in requests]
         barred = [self._barred_from(*pair) for pair in zip(requests, histories, strict=True)]
         first, damping = [rule.candidates for rule in rules], self._policies.popularity_damping
@@ -222,7 +222,7 @@ class Engine:
         if unknown:
             answer["unknown_items"] = list(dict.fromkeys(unknown))
         if request.explain:
-            interests = self._recommender.interests(history) if known else None
+            interests = self._recommender.interests(history, now) if known else None
             reasons = self._recommender.explain(history, rows, request.query, now)
             damping = self._policies.popularity_damping
             added = damping_of(self._recommender.popularity[rows], damping) if damping else None
@@ -263,7 +263,7 @@ class Engine:
 
     # ---------------------------------------------------------------- interests and similar items
     def interests(self, events: list[Json]) -> Json:
-        """What each branch makes of a history of {item_id, timestamp?, action?, rating?}."""
+        """What each branch makes of a history of {item_id, timestamp?, action?, rating?} at this moment."""
         with self._lock.reading():
             return self._interests(events)
 
@@ -274,7 +274,7 @@ class Engine:
             nothing: Json = {"categories": [], "items": []}
             answer = {"gate": _gate(np.nan), "events": [], "long": nothing, "short": nothing, "channels": {}}
         else:
-            found = self._recommender.interests(history)
+            found = self._recommender.interests(history, _clock())
             answer = {
                 "gate": _gate(found.gate_short),
                 "events": [
@@ -342,6 +342,10 @@ class Engine:
         if np.isfinite(history.ratings[position]):
             event["rating"] = float(history.ratings[position])
         return event
+
+
+def _clock() -> int:
+    return int(time.time() * 1000)
 
 
 def _stack_queries(requests: Sequence[ScoreRequest]) -> np.ndarray | None:
