@@ -116,6 +116,32 @@ def test_items_are_added_page_by_page_and_none_twice(
     assert asked == [(0, 3), (3, 3), (6, 3), (6, 3)]
 
 
+def test_an_item_that_another_thread_adds_meanwhile_is_no_sign_of_a_lost_log(
+    tmp_path: Path, store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, "first", np.ones(384))
+    engine, live, asked = engine_of(tmp_path / "a"), Live(lambda: store), list[int]()
+    assert live.add_items([engine])
+    newest, since = store.items_revision, store.items_since
+    another = threading.Thread(target=lambda: live.add_items([engine]))
+
+    def slow() -> int:
+        found = newest()
+        if another.ident is None:
+            put(store, "second", np.ones(384))
+            another.start()
+            another.join(1)
+        return found
+
+    monkeypatch.setattr(store, "items_revision", slow)
+    monkeypatch.setattr(
+        store, "items_since", lambda revision, limit: [asked.append(revision), since(revision, limit)][1]
+    )
+    assert live.add_items([engine])
+    another.join()
+    assert asked == [1] and live.told(engine)["items_revision"] == 2
+
+
 def test_models_without_texts_and_vectors_of_another_width_are_left_as_they_are(
     tmp_path: Path, store: SQLiteStore
 ) -> None:

@@ -88,9 +88,8 @@ class Live:
             return self._none_here
         try:
             newest = store.items_revision()
-            for engine in engines:
-                if self.place(engine).revision > newest:  # a store that lost the last ones: see `_begin_anew`
-                    self.place(engine).revision = 0
+            if any(self.place(engine).revision > newest for engine in engines):
+                newest = self._newest_for_sure(engines, store)
             if any(self.place(engine).revision < newest for engine in engines):
                 for engine in engines:
                     self._add_to(engine, store)
@@ -134,6 +133,18 @@ class Live:
                 if len(found) < ITEMS_PAGE:
                     break
 
+    def _newest_for_sure(self, engines: Iterable[Engine], store: HistoryStore) -> int:
+        """The store's last revision, while no other thread adds items of a later one.
+
+        A place beyond it then is of a store that lost the last ones (see `_begin_anew`), and begins anew.
+        """
+        with self._adding:
+            newest = store.items_revision()
+            for engine in engines:
+                if self.place(engine).revision > newest:
+                    self.place(engine).revision = 0
+        return newest
+
     def _observe_with(self, engine: Engine, store: HistoryStore) -> bool:
         place = self.place(engine)
         self._begin_anew(place, store)
@@ -168,7 +179,8 @@ class Live:
         identity, end = store.identity(), store.cursor(0)
         if place.log not in (None, identity):
             log.warning("the event log is another one now; its events are counted from its beginning")
-            place.cursor, place.revision = None, 0
+            with self._adding:
+                place.cursor, place.revision = None, 0
         elif place.cursor is not None and place.cursor > end:
             log.warning("the event log ends before what was read of it; events that come from now on are counted")
             place.cursor = end  # all before it was counted already
