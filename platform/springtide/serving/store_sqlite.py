@@ -130,8 +130,11 @@ class SQLiteStore:
 
     # ---------------------------------------------------------------- the imported log
     def seed(self, name: str, rows: Iterable[SeedRow]) -> int:
-        with self._alone("seed"):
-            return self._run(lambda db: self._seed(db, name, rows))
+        try:
+            with self._alone("seed"):
+                return self._run(lambda db: self._seed(db, name, rows))
+        finally:
+            self._disconnect()  # an import runs in a thread of its own, which ends after it
 
     def _seed(self, db: sqlite3.Connection, name: str, rows: Iterable[SeedRow]) -> int:
         if db.execute("SELECT 1 FROM seeds WHERE name = ? AND active", (name,)).fetchone():
@@ -307,6 +310,14 @@ class SQLiteStore:
             with self._all_lock:
                 self._all.append(found)
         return found
+
+    def _disconnect(self) -> None:
+        """Close this thread's connection; its next call opens another one."""
+        found: sqlite3.Connection | None = self._local.__dict__.pop("connection", None)
+        with self._all_lock:
+            if found in self._all:  # else `close` has closed it
+                self._all.remove(found)
+                found.close()
 
     def _enter_wal(self, db: sqlite3.Connection) -> None:
         """Changing the journal mode ignores the busy timeout, so wait here while another process does the same."""
