@@ -23,6 +23,7 @@ from redis_server import RedisServer
 from springtide.errors import SpringtideError
 from springtide.serving import store_redis, store_sqlite
 from springtide.serving.retaining import retain_in_background
+from springtide.serving.service import WRITE_THREADS
 from springtide.serving.store import HistoryStore, open_store
 from springtide.serving.store_rows import AddedItem, Retention
 
@@ -530,6 +531,43 @@ def test_no_more_items_than_wanted_are_added(store: HistoryStore) -> None:
     assert store.items_revision() == before and [item["item_id"] for item in store.items_since()] == ["a", "b"]
     assert store.put_item(added("a", "A again"), 2) == before + 1  # it is there already
     assert store.put_item(added("c", "C"))
+
+
+# ---------------------------------------------------------------- connections
+def test_imports_in_threads_of_their_own_leave_no_connection_behind(tmp_path: Path) -> None:
+    store = store_sqlite.SQLiteStore(tmp_path / "log")
+    opened = []
+    for number in range(5):
+        in_threads(1, lambda _, number=number: store.seed(f"log-{number}", [("u", str(number), 1, None, None)]))
+        opened.append(len(os.listdir("/proc/self/fd")))
+    assert len(set(opened)) == 1 and len(store._all) == 1
+    assert store.seed("own", [("u", "own", 1, None, None)]) == 1 and items(store) == ["own"]  # in this thread
+    store.close()
+
+
+def test_reads_of_redis_do_not_wait_for_as_many_writes_as_an_ingress_has_under_way(redis_server: RedisServer) -> None:
+    admin, store = redis.Redis(port=redis_server.port), open_store(redis_server.url, timeout_s=30)
+    admin.flushdb()
+    admin.client_pause(60_000, all=False)  # writes alone
+    threads = [
+        threading.Thread(target=store.append, args=([event(str(number))],), daemon=True)
+        for number in range(WRITE_THREADS)
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + 5
+        while int(admin.info("clients")["blocked_clients"]) < WRITE_THREADS and time.monotonic() < until:
+            time.sleep(0.01)
+        began = time.monotonic()
+        assert store.version("u") == 0
+        assert time.monotonic() - began < 10
+    finally:
+        admin.client_unpause()
+    for thread in threads:
+        thread.join()
+    assert store.count() == WRITE_THREADS
+    store.close()
 
 
 # ---------------------------------------------------------------- both alike

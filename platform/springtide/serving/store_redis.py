@@ -43,7 +43,9 @@ from springtide.serving.store_rows import (
     milliseconds,
 )
 
-CONNECTIONS = 32
+# More than the threads of an Ingress, 64 for writes and 16 for reads: no read waits for a write to give its connection
+# back. Opened as they are needed.
+CONNECTIONS = 128
 SEED_ROWS = 5_000  # in one step: Redis serves nobody else meanwhile
 USERS_AT_ONCE = 500
 TRIM_ROWS = 1_000  # of one user in one step
