@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from redis_server import RedisServer
 from springtide.serving.history_cache import HistoryCache
+from springtide.serving.store import open_store
 from springtide.serving.store_rows import Retention
 from springtide.serving.store_sqlite import SQLiteStore
 
@@ -46,6 +49,19 @@ def test_a_history_is_read_once_until_an_event_comes(store: SQLiteStore, monkeyp
     cache.read("u")
     assert reads == ["u", "u", "u"]
     assert (cache.hits, cache.misses) == (3, 3)
+
+
+def test_events_that_a_failover_lost_are_not_shown_for_their_successors(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path).start()
+    store = open_store(server.url)
+    cache = HistoryCache(store, 10, 100)
+    for lost in (True, False):
+        store.append([event(1), event(2, "v")])
+        store.append([event(3) if lost else event(4)])
+        assert [e["item_id"] for e in cache.read("u")] == (["i1", "i3"] if lost else ["i1", "i4"])
+        redis.Redis(port=server.port).flushdb()
+    store.close()
+    server.stop()
 
 
 def test_no_more_events_are_held_than_allowed(store: SQLiteStore) -> None:

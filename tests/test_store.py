@@ -259,6 +259,26 @@ def test_since_shows_every_event_once_while_others_write(store: HistoryStore) ->
         assert [e for e in seen if e.startswith(f"{number}-")] == [f"{number}-{i}" for i in range(40)]
 
 
+def test_a_version_is_another_one_where_a_lost_end_was_written_otherwise(redis_server: RedisServer) -> None:
+    """A replica that took over without the last events gives their numbers again; a cache must tell them apart."""
+    client, store = redis.Redis(port=redis_server.port), open_store(redis_server.url)
+
+    def version_after(*ends: list[str]) -> int:
+        client.flushdb()
+        store.append([event("first")])
+        for end in ends:
+            store.append([event(event_id, event_id) for event_id in end])
+        return store.version("u")
+
+    versions = [
+        version_after(["a", "b"]), version_after(["a", "c"]), version_after(["c", "b"]), version_after(["a"]),
+        version_after([]),
+    ]  # fmt: skip
+    assert len(set(versions)) == 5
+    assert version_after(["a"], ["b", "a"]) == versions[0]  # the same events
+    store.close()
+
+
 def test_since_tells_everything_of_an_event(store: HistoryStore) -> None:
     store.append([event("1", "a", 5, "ü", action="buy", rating=2.0), event("2")])
     whole = {"event_id": "2", "user_id": "u", "item_id": "a", "timestamp": 1, "action": None, "rating": None}

@@ -6,7 +6,8 @@ ids                  hash: event_id -> number
 log                  stream: live events, id <number>-0
 live:<user>          sorted set: score timestamp, member the number in 16 digits and the event as JSON: events of one
                      instant sort by arrival
-versions             hash: user_id -> number of the user's last event
+versions             hash: user_id -> number of the user's last event and, in 9 digits, a hash of the ids of all of
+                     them: a replica that took over without the last events gives their numbers to others
 last-seed            the number of the log imported last; active: of the one in place
 seeds, names         of logs imported or begun: set of numbers; hash: number -> name
 seeded:<n>:<user>    the rows of imported log n, as live:<user>; seeded-users:<n>, seeded-count:<n>: whose, and how many
@@ -33,7 +34,8 @@ for i = 2, #ARGV, 4 do
     redis.call('XADD', p .. 'log', string.format('%d-0', number),
                'event_id', id, 'user_id', user, 'event', event, 'arrived', ARGV[1])
     redis.call('ZADD', p .. 'live:' .. user, timestamp, string.format('%016d', number) .. event)
-    redis.call('HSET', p .. 'versions', user, number)
+    local ids = redis.sha1hex((redis.call('HGET', p .. 'versions', user) or '') .. ' ' .. id)
+    redis.call('HSET', p .. 'versions', user, string.format('%d%09d', number, tonumber(string.sub(ids, 1, 7), 16)))
     new = new + 1
   end
 end

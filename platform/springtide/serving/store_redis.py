@@ -165,7 +165,7 @@ class RedisStore:
             both.hget(PREFIX + "versions", user_id)
             both.get(PREFIX + "active")
             last, seed = both.execute()
-        return int(last or 0) + (int(seed or 0) << 48)
+        return int(last or 0) + (int(seed or 0) << 96)
 
     def count(self) -> int:
         with self._told():
