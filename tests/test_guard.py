@@ -6,7 +6,10 @@ import asyncio
 
 import pytest
 
-from springtide.serving.guard import Breaker, Guard, Unavailable
+from springtide.errors import SpringtideError
+from springtide.serving.batching import Batches
+from springtide.serving.context import CURRENT, Note
+from springtide.serving.guard import Breaker, Guard, Unavailable, log_failure
 
 
 class Clock:
@@ -137,3 +140,58 @@ def test_what_fails_for_all_that_share_a_call_is_one_failure() -> None:
     one = ValueError("of a call")
     assert not asyncio.run(run([one] * 9))
     assert asyncio.run(run([one, one, ValueError("of the next"), ValueError("and of another")]))
+
+
+@pytest.mark.parametrize("patience_s", [0.1, 0.13, 0.3], ids=["who shares it", "some who share it", "the call"])
+def test_a_slow_call_that_many_share_fails_once_whoever_gives_up_first(patience_s: float) -> None:
+    async def run() -> None:
+        guard = Guard("scorer", patience_s, Breaker(3, 10.0))
+
+        async def hang(items: list[int]) -> list[int]:
+            async with asyncio.timeout(0.1):
+                await asyncio.sleep(60)
+            return items
+
+        batches = Batches(hang, 100)
+
+        async def ask(after_s: float) -> int:
+            await asyncio.sleep(after_s)
+            return await guard.run(batches, 1)
+
+        # The first has a call of its own, and all others, who come in the meantime, share the next one.
+        found = await asyncio.gather(ask(0), *(ask(0.05 + n / 200) for n in range(9)), return_exceptions=True)
+        assert all(isinstance(one, TimeoutError) for one in found)
+        assert not guard.breaker.is_open
+
+    asyncio.run(run())
+
+
+def test_a_part_whose_every_call_hangs_is_left_alone_though_most_still_wait_for_a_call() -> None:
+    async def run() -> None:
+        guard = Guard("encoder", 0.05, Breaker(5, 10.0))
+
+        async def hang(items: list[int]) -> list[int]:
+            await asyncio.sleep(60)
+            return items
+
+        batches = Batches(hang, 100, at_once=lambda: 4)
+
+        async def ask(after_s: float) -> int:
+            await asyncio.sleep(after_s)
+            return await guard.run(batches, 1)
+
+        found = await asyncio.gather(*(ask(n / 200) for n in range(9)), return_exceptions=True)
+        assert all(isinstance(one, TimeoutError) for one in found)
+        assert guard.breaker.is_open
+
+    asyncio.run(run())
+
+
+def test_a_failure_in_the_log_names_the_request_and_not_what_it_asked(caplog: pytest.LogCaptureFixture) -> None:
+    token = CURRENT.set(Note("r-1"))
+    try:
+        log_failure("not scored", ValueError("alice"))
+        log_failure("not stored", SpringtideError("the disk is full"))
+    finally:
+        CURRENT.reset(token)
+    assert caplog.messages == ["not scored: ValueError (request r-1)", "not stored: the disk is full (request r-1)"]

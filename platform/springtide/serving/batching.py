@@ -12,10 +12,22 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
+
+
+@dataclass
+class Ride:
+    """Whoever asks notes here what it shares with others, so that what fails for all of them is one failure."""
+
+    shared: object | None = None  # a batch, or the line that waits for one; None: nothing
+
+
+RIDE: ContextVar[Ride | None] = ContextVar("springtide_ride", default=None)  # of who asks; None: nobody wants to know
 
 
 class Batches(Generic[Item, Answer]):
@@ -32,13 +44,16 @@ class Batches(Generic[Item, Answer]):
         at_once: batches under way; what comes while there are as many waits for the first of them to end."""
         self.most, self.wait_s = most, 0.0  # wait_s: for others to come, before a batch is made
         self._work, self._size, self._at_once = work, size, at_once
-        self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
+        self._waiting: deque[tuple[Item, asyncio.Future[Answer], Ride]] = deque()
+        self._line = object()  # all that wait until the next batch ends
         self._workers: set[asyncio.Task[None]] = set()
 
     async def __call__(self, item: Item) -> Answer:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Answer] = loop.create_future()
-        self._waiting.append((item, answer))
+        ride = RIDE.get() or Ride()
+        ride.shared = self._line
+        self._waiting.append((item, answer, ride))
         if len(self._workers) < self._at_once():
             # In a context of its own: it goes on for others after the request that starts it.
             self._workers.add(loop.create_task(self._drain(), context=contextvars.Context()))
@@ -71,6 +86,7 @@ class Batches(Generic[Item, Answer]):
         except Exception as error:
             failure = error
         finally:
+            self._line = object()
             for place, answer in enumerate(answers):
                 if answer.done():  # its caller has gone
                     continue
@@ -83,13 +99,15 @@ class Batches(Generic[Item, Answer]):
         """As many as fit, in the order in which they came; without those whose callers have gone."""
         items: list[Item] = []
         answers: list[asyncio.Future[Answer]] = []
+        batch = object()
         while self._waiting:
-            item, answer = self._waiting[0]
+            item, answer, ride = self._waiting[0]
             if not answer.done():
                 if items and self._size([*items, item]) > self.most:
                     break
                 items.append(item)
                 answers.append(answer)
+                ride.shared = batch
             self._waiting.popleft()
         return items, answers
 

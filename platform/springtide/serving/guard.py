@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from springtide.errors import without_data
+from springtide.serving.batching import RIDE, Ride
+from springtide.serving.context import current_note
 from springtide.serving.metrics import Metrics, NoMetrics
 
 log = logging.getLogger("springtide.serving")
 Result = TypeVar("Result")
+FAILED_LATELY = 16  # shared calls that failed which a guard remembers: as many as may end at about the same time
 
 
 class Unavailable(Exception):
@@ -77,13 +81,13 @@ class Guard:
         self.timeout_s, self.breaker = timeout_s, breaker
         self._name, self._metrics = name, metrics or NoMetrics()
         self._at_once, self._inside = at_once, 0
-        self._last: Exception | None = None  # what one failed call raised for all that shared it is one failure
+        self._failed_lately: deque[object] = deque(maxlen=FAILED_LATELY)
 
     async def run(
         self, call: Callable[..., Awaitable[Result]], *arguments: Any, timeout_s: float | None = None
     ) -> Result:
         """The call's answer, within timeout_s (None: the part's own). Raises Unavailable, TimeoutError or what the
-        call raises."""
+        call raises. A call that several share fails once, whether it ends or they are tired of waiting."""
         if self._at_once is not None and self._inside >= self._at_once:
             self._failed("full")
             raise Unavailable("as many calls of it are under way as it may take")
@@ -92,7 +96,8 @@ class Guard:
         except Unavailable:
             self._failed("open circuit")
             raise
-        succeeded, began = None, time.perf_counter()
+        succeeded, began, ride = None, time.perf_counter(), Ride()
+        shared = RIDE.set(ride)
         self._inside += 1
         try:
             async with asyncio.timeout(timeout_s or self.timeout_s):  # wait_for would make a task of each call
@@ -100,14 +105,21 @@ class Guard:
             succeeded = True
             return answer
         except Exception as error:  # a cancelled caller says nothing of the part and passes by
-            succeeded = None if error is self._last else False
-            self._last = error
+            succeeded = None if self._known(ride.shared or error) else False
             self._failed("timeout" if isinstance(error, TimeoutError) else "error")
             raise
         finally:
+            RIDE.reset(shared)
             self._inside -= 1
             self.breaker.leave(ticket, succeeded)
             self._metrics.observe("springtide_stage_seconds", time.perf_counter() - began, stage=self._name)
+
+    def _known(self, failed: object) -> bool:
+        """Whether another told of this failure: by the batch that they share, or by what it raised for all of them."""
+        if any(failed is one for one in self._failed_lately):
+            return True
+        self._failed_lately.append(failed)
+        return False
 
     def _failed(self, reason: str) -> None:
         self._metrics.count("springtide_part_failures", part=self._name, reason=reason)
@@ -116,4 +128,4 @@ class Guard:
 def log_failure(what: str, error: Exception) -> None:
     """A line for each call that failed, and none for calls that an open circuit spared: a crowd would flood the log."""
     if not isinstance(error, Unavailable):
-        log.error("%s: %s", what, without_data(error))
+        log.error("%s: %s (request %s)", what, without_data(error), current_note().request_id)
