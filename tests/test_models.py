@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from springtide.bundle import check_parity, load_bundle
 from springtide.files import write_manifest
 from springtide.serving.engine import Engine, Refusal, ScoreRequest
-from springtide.serving.models import Models, load_models
+from springtide.serving.models import Failure, Models, load_models
 from springtide.serving.options import ScorerOptions
 from toy import toy_bundle
 
@@ -86,6 +87,25 @@ def test_a_batch_may_mix_models(paths: dict[str, Path]) -> None:
     assert isinstance(refusal, Refusal) and refusal.status == 404
     assert all(engine.label in refusal.message for engine in models.engines.values())
     assert len({str(a["items"]) for a in together[:3]}) == 3  # type: ignore[index]
+
+
+def test_a_model_that_fails_costs_the_others_of_its_batch_nothing(
+    paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    models, text = load_models(options(paths, "one", "two"), None, Loader()), "i03\nof alice"
+
+    def broken(requests: Any) -> Any:
+        raise ValueError(text)
+
+    monkeypatch.setattr(models.engines["two"], "score", broken)
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+    batch = [ScoreRequest(events=HISTORY, now=10**12 + 10**6, k=5, model=name) for name in ("two", None, "two", "one")]
+    first, second, third, last = models.score(batch)
+    assert isinstance(first, Failure) and first == third
+    assert isinstance(second, dict) and second == last
+    assert first.message.startswith(f"the model {models.engines['two'].label} failed: ValueError at models.py:")
+    (told,) = caplog.messages  # where it was raised, and not what was asked
+    assert "raise ValueError" in told and "alice" not in first.message + told
 
 
 def test_a_drawn_model_that_is_missing_is_stood_in_for(paths: dict[str, Path]) -> None:

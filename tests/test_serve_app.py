@@ -32,6 +32,7 @@ from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
 from springtide.serving.given import recent_events
+from springtide.serving.models import Failure
 from springtide.serving.options import ExposureOptions, TrafficOptions
 from springtide.serving.policies import Policies
 from springtide.serving.popular import PopularItems
@@ -752,6 +753,18 @@ def test_a_refusal_of_the_model_is_no_fault_of_it(client: TestClient) -> None:
     """Callers who ask for a model that is not there must not open the circuit for the others."""
     for _ in range(10):
         assert recommend(client, user_id="u", model="no such").status_code == 404
+    assert "degraded" not in recommend(client, user_id="u").json()
+
+
+def test_a_model_that_fails_costs_those_who_ask_another_nothing(
+    client: TestClient, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A challenger's fault opens no circuit: the Scorer is well."""
+    score = parts.engine.score
+    monkeypatch.setattr(parts.engine, "score", lambda asked: [Failure("broken")] if asked[0].model else score(asked))
+    for _ in range(10):
+        answer = recommend(client, user_id="u", model="challenger").json()
+        assert (answer["source"], answer["degraded"]) == ("popular", True)
     assert "degraded" not in recommend(client, user_id="u").json()
 
 

@@ -10,9 +10,9 @@ from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayActorError
 
-from springtide.errors import SpringtideError
 from springtide.serving.batching import Batches, Seen
 from springtide.serving.engine import Json, Refusal, ScoreRequest
+from springtide.serving.models import Failure
 from springtide.serving.options import CALLS_PER_REPLICA
 from springtide.serving.query_cache import Encoded
 
@@ -28,18 +28,6 @@ class Answered(Generic[Found]):
 
     replica: str
     answer: Found
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why one of the requests of a call has no answer."""
-
-    message: str
-
-
-def or_failure(found: Json | Refusal | BaseException) -> Json | Refusal | Failure:
-    """What a call brings back of one of its requests: an exception might not survive the way."""
-    return Failure(f"{type(found).__name__}: {found}") if isinstance(found, BaseException) else found
 
 
 class Encoders:
@@ -77,12 +65,9 @@ class Scorers:
         )
 
     async def call(self, method: str, *arguments: Any) -> Any:
-        """A method of one replica. Raises SpringtideError where a request to score failed there."""
+        """A method of one replica."""
         if method == "score":
-            answer = await self._requests(*arguments)
-            if isinstance(answer, Failure):
-                raise SpringtideError(answer.message)
-            return answer
+            return await self._requests(*arguments)
         return await again_if_died(lambda: getattr(self._handle, method).remote(*arguments))
 
     async def everywhere(self, method: str) -> list[Any]:

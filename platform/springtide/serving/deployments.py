@@ -26,12 +26,12 @@ from ray.serve.handle import DeploymentHandle
 from springtide.errors import SpringtideError
 from springtide.serving.app import Edge, create_app
 from springtide.serving.batching import Batches, in_thread
-from springtide.serving.calls import Answered, Encoders, Failure, Scorers, or_failure
+from springtide.serving.calls import Answered, Encoders, Scorers
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.exposures import FOLDER, ExposureLog
 from springtide.serving.live import Live, NoLogHere
 from springtide.serving.metrics_ray import RayMetrics
-from springtide.serving.models import Models, load_models
+from springtide.serving.models import Failure, Models, failure, load_models
 from springtide.serving.options import AppOptions, EncoderOptions, ExposureOptions, IngressOptions, ScorerOptions
 from springtide.serving.popular import load_popular
 from springtide.serving.query_cache import Encoded
@@ -144,16 +144,18 @@ class Scorer:
         log.info("Scorer serves %s", ", ".join(engine.label for engine in models.engines.values()))
 
     async def score(self, requests: list[ScoreRequest]) -> Answered[list[Json | Refusal | Failure]]:
-        found = await asyncio.gather(*map(self._batches, requests), return_exceptions=True)
-        return Answered(_replica(), [or_failure(one) for one in found])
+        return Answered(_replica(), await asyncio.gather(*map(self._batches, requests)))
 
-    def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal]:
+    def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal | Failure]:
         """Answers with every item that was added until now, or degraded ones where the store does not tell."""
         self._metrics.observe("springtide_batch_size", len(requests), part="scorer")
-        models = self._ready_models()
-        current = self._live.add_items(models.engines.values())
-        answers = models.score(requests)
-        return answers if current else [a if isinstance(a, Refusal) else {**a, "degraded": True} for a in answers]
+        try:
+            models = self._ready_models()
+            current = self._live.add_items(models.engines.values())
+            answers = models.score(requests)
+        except Exception as error:
+            return [failure("the Scorer failed", error)] * len(requests)
+        return answers if current else [{**a, "degraded": True} if isinstance(a, dict) else a for a in answers]
 
     async def interests(self, events: list[Json]) -> Json:
         return await self._look_up(lambda: self._current_models().interests(events))
@@ -164,7 +166,7 @@ class Scorer:
     async def _look_up(self, work: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._lookups, work)
 
-    async def score_apart(self, request: ScoreRequest) -> Json | Refusal:
+    async def score_apart(self, request: ScoreRequest) -> Json | Refusal | Failure:
         """Score a request that nobody waits for."""
         models = self._ready_models()
         return (await asyncio.get_running_loop().run_in_executor(self._apart, models.score, [request]))[0]

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from springtide.errors import without_data
 from springtide.serving.engine import Engine, Json, Refusal, ScoreRequest
 from springtide.serving.options import ScorerOptions
 
@@ -28,6 +30,23 @@ _OF_THE_QUEUE = (
 
 
 @dataclass(frozen=True)
+class Failure:
+    """Why one of the requests of a batch has no answer: a fault of a model, not of the Scorer that it is in."""
+
+    message: str
+
+
+def failure(what: str, error: BaseException) -> Failure:
+    """An exception, which might not survive the way to who asked, told in the log with the way to it.
+
+    Without its text, which may repeat what a caller sent.
+    """
+    told = without_data(error)
+    log.error("%s: %s\n%s", what, told, "".join(traceback.format_tb(error.__traceback__)))
+    return Failure(f"{what}: {told}")
+
+
+@dataclass(frozen=True)
 class Models:
     """The engines by name. Every answer of the old one is possible until the reference to it is swapped."""
 
@@ -40,9 +59,9 @@ class Models:
     def engine(self) -> Engine:
         return self.engines[self.primary]
 
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Json | Refusal]:
-        """One answer per request, in order; requests for the same model are scored together."""
-        answers: dict[int, Json | Refusal] = {}
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Json | Refusal | Failure]:
+        """One answer per request, in order; requests for the same model are scored together, and fail together."""
+        answers: dict[int, Json | Refusal | Failure] = {}
         groups: dict[str, list[tuple[int, ScoreRequest]]] = {}
         for place, request in enumerate(requests):
             name = self._name_of(request.model)
@@ -56,9 +75,16 @@ class Models:
             else:
                 groups.setdefault(name, []).append((place, request))
         for name, group in groups.items():
-            found = self.engines[name].score([request for _, request in group])
+            found = self._score(name, [request for _, request in group])
             answers.update(zip((place for place, _ in group), found, strict=True))
         return [answers[place] for place in range(len(requests))]
+
+    def _score(self, name: str, requests: list[ScoreRequest]) -> Sequence[Json | Refusal | Failure]:
+        engine = self.engines[name]
+        try:
+            return engine.score(requests)
+        except Exception as error:  # whatever it is: other models of the batch answer all the same
+            return [failure(f"the model {engine.label} failed", error)] * len(requests)
 
     def interests(self, events: list[Json]) -> Json:
         return self.engine.interests(events)

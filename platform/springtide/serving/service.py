@@ -28,7 +28,7 @@ from springtide.serving.guard import Breaker, Guard, Unavailable, log_failure
 from springtide.serving.health import Health
 from springtide.serving.history_cache import HistoryCache
 from springtide.serving.metrics import Metrics, NoMetrics
-from springtide.serving.models import merged_models
+from springtide.serving.models import Failure, merged_models
 from springtide.serving.options import TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.query_cache import Encoded, QueryCache
@@ -316,7 +316,7 @@ class Service:
     async def _score_apart(self, request: ScoreRequest) -> Json:
         """For copies that nobody waits for: outside the batches, and past the circuit breaker of those that count."""
         answer = await asyncio.wait_for(self._call("score_apart", request), self._other_timeout_s)
-        if isinstance(answer, Refusal):
+        if isinstance(answer, (Refusal, Failure)):
             raise SpringtideError(answer.message)
         return dict(answer)
 
@@ -326,6 +326,9 @@ class Service:
             answer = await (guard or self._lookups).run(self._call, method, *arguments)
         except Exception as error:
             raise _no_scorer(method, error) from None
+        if isinstance(answer, Failure):  # of one model: the Scorer is well, and others are answered by it
+            self._metrics.count("springtide_part_failures", part="scorer", reason="model")
+            raise _no_scorer(method, SpringtideError(answer.message))
         if isinstance(answer, Refusal):
             raise ApiError(answer.status, answer.code, answer.message)
         return dict(answer)
