@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from springtide.bundle import load_bundle
 from springtide.serving.app import Edge, create_app
 from springtide.serving.engine import Engine
+from springtide.serving.options import AppOptions
 from springtide.serving.popular import load_popular
 from springtide.serving.query_cache import Encoded
 from springtide.serving.service import Service
@@ -67,7 +68,8 @@ def toy_application(folder: Path) -> Iterator[FastAPI]:
             return {"models": [{**engine.describe(), "primary": True}]}
         return getattr(engine, method)(*arguments)
 
-    service = Service(open_store(str(folder / "events.sqlite3")), encode, call)
+    log = str(folder / "events.sqlite3")
+    service = Service(open_store(log), encode, call, AppOptions(store=log).limits())
     service.popular = load_popular(path, "toy")
     try:
         yield create_app(service, Edge(hosts=("testserver",)))  # as schemathesis calls it

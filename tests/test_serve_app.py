@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,7 @@ from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
 from springtide.serving.given import recent_events
 from springtide.serving.models import Failure
-from springtide.serving.options import ExposureOptions, TrafficOptions
+from springtide.serving.options import AppOptions, ExposureOptions, Limits, TrafficOptions
 from springtide.serving.policies import Policies
 from springtide.serving.popular import PopularItems
 from springtide.serving.query_cache import Encoded
@@ -176,17 +176,19 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
     store.close()
 
 
+def limits_of(**options: Any) -> Limits:
+    return AppOptions(store="log", **options).limits()
+
+
 @pytest.fixture
 def service(parts: Parts) -> Service:
     made = Service(
         parts.store,
         parts.encode,
         parts.call,
-        encoder_timeout_s=0.2,
-        scorer_timeout_s=0.3,
-        store_timeout_s=0.2,
-        other_timeout_s=0.5,
-        breaker_pause_s=0.4,
+        limits_of(
+            encoder_timeout_s=0.2, scorer_timeout_s=0.3, store_timeout_s=0.2, other_timeout_s=0.5, breaker_pause_s=0.4
+        ),
     )
     made.popular = PopularItems(toy_popularity(), "films@abc", exclude_seen=True)
     return made
@@ -433,7 +435,7 @@ def test_a_log_is_replayed_through_the_application(client: TestClient) -> None:
 
 
 def test_no_more_items_than_configured_are_put(client: TestClient, service: Service) -> None:
-    service._max_added_items = 1
+    service._limits = replace(service._limits, max_added_items=1)
     assert client.put("/v1/items/a", json={"text": "red"}).status_code == 200
     refused = client.put("/v1/items/b", json={"text": "red"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_items")
@@ -798,7 +800,7 @@ def test_models_that_nobody_tells_of_cost_no_lookup(parts: Parts) -> None:
         raise TimeoutError
 
     async def run() -> None:
-        service = Service(parts.store, parts.encode, parts.call, everywhere=nowhere, breaker_failures=2)
+        service = Service(parts.store, parts.encode, parts.call, limits_of(breaker_failures=2), everywhere=nowhere)
         for _ in range(5):
             with pytest.raises(ApiError, match="does not answer"):
                 await service.models()
@@ -810,7 +812,7 @@ def test_models_that_nobody_tells_of_cost_no_lookup(parts: Parts) -> None:
 def test_a_hanging_scorer_is_not_waited_for_by_everyone(parts: Parts) -> None:
     """After the failures in a row that open the circuit, requests are answered at once; it closes again by itself."""
     parts.scorer = "slow"
-    service = Service(parts.store, parts.encode, parts.call, scorer_timeout_s=0.3, breaker_pause_s=2)
+    service = Service(parts.store, parts.encode, parts.call, limits_of(scorer_timeout_s=0.3, breaker_pause_s=2))
     service.popular = PopularItems(toy_popularity(), "films@abc", exclude_seen=True)
     request = RecommendRequest(user_id="u", k=1)
 

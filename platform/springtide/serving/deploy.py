@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,13 +62,8 @@ def deploy(
     linted = load_config(config_path or settings.serve.config, allow_public)
     config = filled(linted, settings, port)
     check_config(config, "filled-in Serve configuration", allow_public)
-    jobs, apps = _clients(address, deadline)
-    running = _call(apps.get_serve_details, deadline)
-    _check_listener(running, config)
-    code = upload_code(jobs, deadline)
-    for app in config["applications"]:
-        app.setdefault("runtime_env", {}).setdefault("py_modules", []).append(code)
-    steps = plan(running, normal(config))
+    cluster = _reached(address, config, deadline)
+    steps = plan(cluster.running, normal(config))
     for line in told(steps):
         say(line)
     if plan_only:
@@ -78,34 +73,58 @@ def deploy(
     for source in _bundles_in(linted, workspace):
         keep(source, workspace, version_of(source))
     check_kept(config)
-    say(f"deploying {', '.join(app['name'] for app in config['applications'])} to {jobs.get_address()}")
-    _call(lambda: apps.deploy_applications(config), deadline)
-    wait_running(lambda: _call(apps.get_serve_details, deadline + GRACE_S), config, deadline)
-    http = config["http_options"]
-    url = f"http://{_bracketed(str(http['host']))}:{http.get('port', 8000)}"
-    try:
-        models = wait_ready(url, config, deadline)
-    except Refused as error:
-        raise SpringtideError(f"{error}{_put_back(apps, running, config, steps)}") from None
-    try:
-        prune(workspace, [running, config, _call(apps.get_serve_details, deadline + GRACE_S)])
-    except SpringtideError as error:
-        say(f"old copies of bundles stay for now: {error}")
+    names = [app["name"] for app in config["applications"]]
+    say(f"deploying {', '.join(names)} to {cluster.address}")
+    url, models = _applied(cluster, config, steps, deadline)
+    _prune(cluster, config, workspace, deadline, say)
     say(f"serving {', '.join(models)} at {url}, API documentation at {url}/docs")
     return {
         "url": url,
         "model": models[0],
         "models": models,
-        "applications": [app["name"] for app in config["applications"]],
+        "applications": names,
         "plan": [asdict(step) for step in steps],
         "applied": True,
         "seconds": round(time.monotonic() - started, 2),
     }
 
 
+@dataclass(frozen=True)
+class _Cluster:
+    """A cluster that has our code."""
+
+    address: str  # of its dashboard
+    apps: Any  # Serve's client
+    running: Json  # what Serve told before anything was applied
+
+
+def _reached(address: str | None, config: Json, deadline: float) -> _Cluster:
+    """The cluster with the code on it, which is written into the configuration."""
+    jobs, apps = _clients(address, deadline)
+    running = _call(apps.get_serve_details, deadline)
+    _check_listener(running, config)
+    code = upload_code(jobs, deadline)
+    for app in config["applications"]:
+        app.setdefault("runtime_env", {}).setdefault("py_modules", []).append(code)
+    return _Cluster(jobs.get_address(), apps, running)
+
+
+def _applied(cluster: _Cluster, config: Json, steps: list[Step], deadline: float) -> tuple[str, list[str]]:
+    """Apply a configuration and wait until it answers; where, and by which models. One that is refused is undone."""
+    apps = cluster.apps
+    _call(lambda: apps.deploy_applications(config), deadline)
+    wait_running(lambda: _call(apps.get_serve_details, deadline + GRACE_S), config, deadline)
+    http = config["http_options"]
+    url = f"http://{_bracketed(str(http['host']))}:{http.get('port', 8000)}"
+    try:
+        return url, wait_ready(url, config, deadline)
+    except Refused as error:
+        raise SpringtideError(f"{error}{_put_back(apps, cluster.running, config, steps)}") from None
+
+
 def _put_back(apps: Any, running: Json, config: Json, steps: list[Step]) -> str:
-    """After a refusal, apply the configuration that ran before, and say so: a Scorer that started later would find only
-    the refused one. Left alone where replicas were replaced, as they would be again."""
+    """After a refusal, apply the configuration that ran before, and say so: a replica that started later would find
+    only the refused one. Left alone where replicas were replaced, as they would be again."""
     if any(step.effect not in (RECONFIGURE, SCALE, UNCHANGED) for step in steps):
         return ""
     before = [running["applications"][app["name"]]["deployed_app_config"] for app in config["applications"]]
@@ -114,6 +133,13 @@ def _put_back(apps: Any, running: Json, config: Json, steps: list[Step]) -> str:
     except SpringtideError as error:
         return f"; the configuration before could not be put back: {error}"
     return "; the configuration before was put back"
+
+
+def _prune(cluster: _Cluster, config: Json, workspace: Path, deadline: float, say: Callable[[str], None]) -> None:
+    try:
+        prune(workspace, [cluster.running, config, _call(cluster.apps.get_serve_details, deadline + GRACE_S)])
+    except SpringtideError as error:
+        say(f"old copies of bundles stay for now: {error}")
 
 
 def filled(config: Json, settings: Settings, port: int | None = None) -> Json:

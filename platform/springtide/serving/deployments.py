@@ -236,17 +236,8 @@ class Ingress:
             _open_store(options),
             encoders.encode,
             scorers.call,
-            encoder_timeout_s=options.encoder_timeout_s,
-            scorer_timeout_s=options.scorer_timeout_s,
-            store_timeout_s=options.store_timeout_s,
-            other_timeout_s=options.other_timeout_s,
-            breaker_failures=options.breaker_failures,
-            breaker_pause_s=options.breaker_pause_s,
+            options.limits(),
             metrics=self._edge.counted,
-            query_cache=options.query_cache,
-            query_cache_s=options.query_cache_s,
-            history_cache_events=options.history_cache_events,
-            max_added_items=options.max_added_items,
             everywhere=scorers.everywhere,
         )
         self._workspace = options.workspace

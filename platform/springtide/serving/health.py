@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from springtide.serving.guard import log_failure
+from springtide.serving.options import Limits
 from springtide.serving.store import HistoryStore
 
 TOLD_S = 1.0  # that what was found is told again
@@ -27,14 +28,11 @@ class Health:
         store: HistoryStore,
         encode: Callable[[list[str]], Awaitable[Any]],
         call: Callable[[str], Awaitable[Any]],
-        *,
-        store_timeout_s: float,
-        scorer_timeout_s: float,
-        encoder_timeout_s: float,
+        limits: Limits,
     ) -> None:
         self.found_until = 0.0
         self._store, self._encode, self._call = store, encode, call
-        self._store_s, self._scorer_s, self._encoder_s = store_timeout_s, scorer_timeout_s, encoder_timeout_s
+        self._limits = limits
         self._threads = ThreadPoolExecutor(1, "store-ready")
         self._encoder_answered = False
         self._found: Checks | None = None
@@ -55,12 +53,12 @@ class Health:
         checks = {"store": "ok", "scorer": "ok"}
         try:
             asked = asyncio.get_running_loop().run_in_executor(self._threads, self._store.history, "", 1)
-            await asyncio.wait_for(asked, self._store_s)
+            await asyncio.wait_for(asked, self._limits.store_timeout_s)
         except Exception as error:
             log_failure("not ready, the store fails", error)
             checks["store"] = "the event log cannot be read at the moment"
         try:
-            described = await asyncio.wait_for(self._call("describe"), self._scorer_s)
+            described = await asyncio.wait_for(self._call("describe"), self._limits.scorer_timeout_s)
             if described["text"] and not self._encoder_answered:
                 checks["encoder"] = await self._try_encoder()
         except Exception as error:
@@ -71,7 +69,7 @@ class Health:
 
     async def _try_encoder(self) -> str:
         try:
-            await asyncio.wait_for(self._encode(["ready"]), self._encoder_s)
+            await asyncio.wait_for(self._encode(["ready"]), self._limits.encoder_timeout_s)
         except Exception as error:
             log_failure("not ready, the encoder fails", error)
             return "the text encoder does not answer"

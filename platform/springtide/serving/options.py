@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -36,6 +37,22 @@ class AuthOptions(Options):
         return self
 
 
+@dataclass(frozen=True)
+class Limits:
+    """How long an Ingress waits for each part, when it leaves one alone, and how much it holds; see AppOptions."""
+
+    encoder_timeout_s: float
+    scorer_timeout_s: float
+    store_timeout_s: float
+    other_timeout_s: float
+    breaker_failures: int
+    breaker_pause_s: float
+    query_cache: int
+    query_cache_s: float
+    history_cache_events: int
+    max_added_items: int
+
+
 class AppOptions(Options):
     """`args` of the application. A change restarts every replica."""
 
@@ -60,6 +77,9 @@ class AppOptions(Options):
     ray_metrics: bool = True  # count through Ray's metrics agent too, beside GET /metrics
     query_cache: int = Field(10_000, ge=0, le=1_000_000)  # queries whose vectors each Ingress keeps; 0 = none
     query_cache_s: float = Field(600.0, gt=0)  # then a query is encoded again
+
+    def limits(self) -> Limits:
+        return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
 
     @field_validator("store")
     @classmethod

@@ -29,7 +29,7 @@ from springtide.serving.health import Health
 from springtide.serving.history_cache import HistoryCache
 from springtide.serving.metrics import Metrics, NoMetrics
 from springtide.serving.models import Failure, merged_models
-from springtide.serving.options import TrafficOptions
+from springtide.serving.options import Limits, TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.query_cache import Encoded, QueryCache
 from springtide.serving.retaining import retain_in_background
@@ -77,51 +77,36 @@ class Service:
         store: HistoryStore,
         encode: Encode,
         call: Call,
+        limits: Limits,
         *,
-        encoder_timeout_s: float = 1.0,
-        scorer_timeout_s: float = 2.0,
-        store_timeout_s: float = 1.0,
-        other_timeout_s: float = 5.0,
-        breaker_failures: int = 5,
-        breaker_pause_s: float = 2.0,
         metrics: Metrics | None = None,
-        query_cache: int = 10_000,
-        query_cache_s: float = 600.0,
-        history_cache_events: int = 100_000,
-        max_added_items: int = 100_000,
         everywhere: Everywhere | None = None,
     ) -> None:
-        """other_timeout_s: for calls that have no degraded answer, such as storing events; everywhere: reaches every
-        replica of the Scorer, absent: `call`."""
+        """everywhere: reaches every replica of the Scorer, absent: `call`."""
         self.store = store
         self._stop_retaining = retain_in_background(store)
-        self.histories = HistoryCache(store, HISTORY_USED, history_cache_events, metrics)
+        self.histories = HistoryCache(store, HISTORY_USED, limits.history_cache_events, metrics)
         self.seeding = "ok"  # or why the stored histories are not complete yet
         self.popular: PopularItems | None = None  # the answer while the scorer is down
         self._encode, self._call = encode, call
         self._everywhere = everywhere or self._one
-        self._other_timeout_s, self._max_added_items = other_timeout_s, max_added_items
+        self._limits = limits
         self._metrics = metrics or NoMetrics()
 
         def guard(name: str, timeout_s: float, at_once: int | None = None) -> Guard:
-            return Guard(name, timeout_s, Breaker(breaker_failures, breaker_pause_s), metrics, at_once)
+            return Guard(name, timeout_s, Breaker(limits.breaker_failures, limits.breaker_pause_s), metrics, at_once)
 
-        self._encoder, self._scorer = guard("encoder", encoder_timeout_s), guard("scorer", scorer_timeout_s)
+        self._encoder = guard("encoder", limits.encoder_timeout_s)
+        self._scorer = guard("scorer", limits.scorer_timeout_s)
         # Similar items, interests and what is asked of models: their failures are no reason to answer recommendations
         # with popular items, and a crowd of them takes no place in the Scorer from those.
-        self._lookups = guard("lookups", other_timeout_s, LOOKUPS)
+        self._lookups = guard("lookups", limits.other_timeout_s, LOOKUPS)
         # What is asked of every replica fails with any one of them, which is no reason to refuse what one can answer.
-        self._inventory = guard("models", other_timeout_s)
-        self._reads, self._writes = guard("store", store_timeout_s), guard("store_writes", other_timeout_s)
-        self.health = Health(
-            store,
-            self._encode,
-            self._call,
-            store_timeout_s=store_timeout_s,
-            scorer_timeout_s=scorer_timeout_s,
-            encoder_timeout_s=encoder_timeout_s,
-        )
-        self.queries = QueryCache(self._encode_query, query_cache, query_cache_s, metrics=metrics)
+        self._inventory = guard("models", limits.other_timeout_s)
+        self._reads = guard("store", limits.store_timeout_s)
+        self._writes = guard("store_writes", limits.other_timeout_s)
+        self.health = Health(store, self._encode, self._call, limits)
+        self.queries = QueryCache(self._encode_query, limits.query_cache, limits.query_cache_s, metrics=metrics)
         self._store_threads = ThreadPoolExecutor(STORE_THREADS, "store")
         self._write_threads = ThreadPoolExecutor(WRITE_THREADS, "store-writes")
         self.exposures: ExposureLog | None = None
@@ -238,7 +223,7 @@ class Service:
             "encoder": encoder,
         }
         try:
-            most = self._max_added_items
+            most = self._limits.max_added_items
             revision = await self._writes.run(self._in_threads, self._write_threads, self.store.put_item, added, most)
         except (SpringtideError, TimeoutError, Unavailable) as error:
             log_failure("item not stored", error)
@@ -252,7 +237,7 @@ class Service:
     async def _encoded(self, texts: list[str]) -> Encoded:
         """[n, D]. Raises ApiError 503 if the encoder does not answer."""
         try:
-            return await self._encoder.run(self._encode, texts, timeout_s=self._other_timeout_s)
+            return await self._encoder.run(self._encode, texts, timeout_s=self._limits.other_timeout_s)
         except Exception as error:
             log_failure("texts not encoded", error)
             raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
@@ -315,7 +300,7 @@ class Service:
 
     async def _score_apart(self, request: ScoreRequest) -> Json:
         """For copies that nobody waits for: outside the batches, and past the circuit breaker of those that count."""
-        answer = await asyncio.wait_for(self._call("score_apart", request), self._other_timeout_s)
+        answer = await asyncio.wait_for(self._call("score_apart", request), self._limits.other_timeout_s)
         if isinstance(answer, (Refusal, Failure)):
             raise SpringtideError(answer.message)
         return dict(answer)
