@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.exceptions import RayActorError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from springtide.serving.calls import Answered, Encoders, Scorers
 from springtide.serving.engine import ScoreRequest
-from springtide.serving.models import Failure
+from springtide.serving.models import Failure, Told
 from springtide.serving.options import CALLS_PER_REPLICA
 from springtide.serving.query_cache import Encoded
 
@@ -103,10 +105,62 @@ def test_queries_share_calls_and_lists_of_texts_go_alone() -> None:
     replica = Replica(lambda texts: Answered("a", Encoded(np.array([[len(t)] for t in texts], np.float32), "bert@1")))
 
     async def calls() -> list[Any]:
-        encoders = Encoders(replica, 5)
+        encoders = Encoders(replica, 5, 5)
         return await asyncio.gather(*(encoders.encode(["x" * n]) for n in range(9)), encoders.encode(["a", "bcd"]))
 
     *single, both = run(calls)
     assert [one.vectors.tolist() for one in single] == [[[n]] for n in range(9)]
     assert both.vectors.tolist() == [[1], [3]] and {one.encoder for one in [*single, both]} == {"bert@1"}
     assert ["a", "bcd"] in replica.calls and len(replica.calls) < 9
+
+
+class Replicas(Replica):
+    """A deployment of several replicas, of which `answer` tells what all answer when they are asked together."""
+
+    def __init__(self, answer: Callable[[], Awaitable[list[Any]]]) -> None:
+        super().__init__(lambda asked: asked)
+        self.models = SimpleNamespace(remote=self._one)
+        self._together = answer
+
+    async def _one(self) -> str:
+        return "one"
+
+    def broadcast(self, method: str) -> Any:
+        async def results_async(timeout_s: float, return_exceptions: bool) -> list[Any]:
+            assert method == "models" and timeout_s == 0.5 and return_exceptions
+            return await self._together()
+
+        return SimpleNamespace(results_async=results_async)
+
+
+async def _all() -> list[Any]:
+    return ["a", "b"]
+
+
+async def _but_one() -> list[Any]:
+    return ["a", RayActorError()]
+
+
+async def _too_slow() -> list[Any]:
+    raise TimeoutError
+
+
+async def _none() -> list[Any]:
+    raise DeploymentUnavailableError(DeploymentID("Scorer", "app"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "scorers", "encoders"),
+    [
+        (_all, Told(["a", "b"], 2), Told(["a", "b"], 2)),
+        (_but_one, Told(["a"], 2), Told(["a"], 2)),
+        (_too_slow, Told(["one"], None), Told([], None)),
+        (_none, Told(["one"], None), Told([], 0)),
+    ],
+)
+def test_who_asks_every_replica_learns_how_many_did_not_tell(answer: Any, scorers: Told, encoders: Told) -> None:
+    async def calls() -> list[Any]:
+        handle = Replicas(answer)
+        return [await Scorers(handle, 9, 1).everywhere("models"), await Encoders(handle, 9, 1).everywhere("models")]
+
+    assert run(calls) == [scorers, encoders]

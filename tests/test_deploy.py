@@ -19,7 +19,7 @@ from springtide.errors import SpringtideError
 from springtide.files import write_json, write_manifest
 from springtide.serving.deploy import _call, _put_back, filled
 from springtide.serving.lint import lint, load_config
-from springtide.serving.models import merged_models
+from springtide.serving.models import Told, merged_encoders, merged_models
 from springtide.serving.plan import RESTARTING, SCALING, Step, normal, plan, told
 from springtide.serving.readiness import Refused, serving, versions, wait_ready, wait_running, why
 from toy import toy_settings
@@ -194,16 +194,21 @@ def test_all_the_models_asked_for_and_no_others() -> None:
 def test_every_replica_must_serve_what_was_asked_for() -> None:
     """As the Ingress tells it, who asks all of them."""
     old, new, refused = model("a", "0"), model("a", "1"), model("a", "0", error="damaged")
-    merged = merged_models([{"models": [new]}, {"models": [old]}, {"models": [new]}])
+
+    def told(*replicas: list[Any], asked: int | None = None) -> Any:
+        return merged_models(Told([{"models": models} for models in replicas], asked or len(replicas)))
+
+    merged = told([new], [old], [new])
     assert merged["replicas"] == 3 and merged["models"] == [{**new, "versions": ["0", "1"]}]
     assert serving(merged["models"], {"a": "1"}) is None
-    assert serving(merged_models([{"models": [new]}] * 3)["models"], {"a": "1"}) == ["a@1"]
-    absent = merged_models([{"models": [new]}, {"models": [new, model("b", "2")]}])
+    assert serving(told([new], [new], [new])["models"], {"a": "1"}) == ["a@1"]
+    absent = told([new], [new, model("b", "2")])
     assert absent["models"][1]["versions"] == [None, "2"]
     assert serving(absent["models"], {"a": "1", "b": "2"}) is None
     with pytest.raises(Refused, match="damaged"):
-        serving(merged_models([{"models": [new]}, {"models": [refused]}])["models"], {"a": "1"})
-    assert merged_models([{"models": [old]}]) == {"models": [old]}
+        serving(told([new], [refused])["models"], {"a": "1"})
+    assert told([old]) == {"models": [old]}
+    assert told([new], [new], asked=3) == {"models": [new], "replicas": 2, "replicas_asked": 3}
 
 
 @pytest.mark.parametrize("effect", ["reconfigured", "unchanged", "restarts"])
@@ -231,14 +236,17 @@ class Answers(BaseHTTPRequestHandler):
 
     script: list[tuple[int, Any]] = []
     read_by = ["default@1"]  # one more text asked, the next one
+    encoder: list[dict[str, Any]] = [{"encoders": []}]  # as /v1/models has it, one more time asked, the next one
+    replicas: list[dict[str, Any]] = [{}]  # of the Scorer, likewise
 
     def do_GET(self) -> None:
         status, models = self.script[0]
         if self.path == "/v1/models" and len(self.script) > 1:
             self.script.pop(0)
-        body = (
-            {"ready": status == 200, "checks": {"scorer": "loading"}} if self.path == "/readyz" else {"models": models}
-        )
+        body: dict[str, Any] = {"ready": status == 200, "checks": {"scorer": "loading"}}
+        if self.path == "/v1/models":
+            body = {"models": models, "encoder": self.encoder[0], **self.replicas[0]}
+            self.encoder[:], self.replicas[:] = self.encoder[1:] or self.encoder, self.replicas[1:] or self.replicas
         self.send_response(status)
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
@@ -259,6 +267,7 @@ def ingress() -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
+    Answers.encoder, Answers.replicas = [{"encoders": []}], [{}]
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
@@ -284,8 +293,35 @@ def test_it_waits_for_the_text_encoder(ingress: str) -> None:
     Answers.read_by = ["default@1"]
     with pytest.raises(SpringtideError, match="queries are not read by /new"):
         wait_ready(ingress, config, time.monotonic() + 1)
-    Answers.script = [(200, [model("a", "1", text=False)])]
+    Answers.read_by, Answers.encoder = ["/new@2"], [{"encoders": ["/new@2", "default@1"]}, {"encoders": ["/new@2"]}]
     assert wait_ready(ingress, config, time.monotonic() + 20) == ["a@1"]
+    assert Answers.encoder == [{"encoders": ["/new@2"]}]  # until every replica reads by it
+    Answers.script, Answers.read_by = [(200, [model("a", "1", text=False)])], ["default@1"]
+    assert wait_ready(ingress, config, time.monotonic() + 20) == ["a@1"]
+
+
+def test_it_stops_at_an_encoder_that_one_replica_refuses(ingress: str) -> None:
+    config = scorer_of(a="1")
+    config["applications"][0]["deployments"].append({"name": "TextEncoder", "user_config": {"encoder": "/new"}})
+    new, kept = {"encoder": "/new@2"}, {"encoder": "default@1", "error": "/new is no folder"}
+    Answers.script, Answers.read_by = [(200, [model("a", "1", text=True)])], ["/new@2"]
+    Answers.encoder = [merged_encoders(Told([new, kept], 2))]
+    with pytest.raises(
+        Refused,
+        match="the text encoder /new was refused: /new is no folder; queries are still read by /new@2, default@1",
+    ):
+        wait_ready(ingress, config, time.monotonic() + 20)
+
+
+@pytest.mark.parametrize("silent", ["replicas", "encoder"])
+def test_it_waits_until_every_replica_has_told(ingress: str, silent: str) -> None:
+    Answers.script, slow = [(200, [model("a", "1")])], {"encoders": [], "replicas_asked": None}
+    setattr(Answers, silent, [slow, {"encoders": []}])
+    assert wait_ready(ingress, scorer_of(a="1"), time.monotonic() + 20) == ["a@1"]
+    assert getattr(Answers, silent) == [{"encoders": []}]
+    setattr(Answers, silent, [slow])
+    with pytest.raises(SpringtideError, match="not every replica tells what it serves"):
+        wait_ready(ingress, scorer_of(a="1"), time.monotonic() + 1)
 
 
 def test_it_stops_at_a_refusal(ingress: str) -> None:

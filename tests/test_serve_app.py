@@ -32,7 +32,7 @@ from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
 from springtide.serving.given import recent_events
-from springtide.serving.models import Failure
+from springtide.serving.models import Failure, Told
 from springtide.serving.options import AppOptions, ExposureOptions, Limits, TrafficOptions
 from springtide.serving.policies import Policies
 from springtide.serving.popular import PopularItems
@@ -711,7 +711,7 @@ def test_a_caller_cannot_choose_what_exploration_shows(
 
 
 def test_models_tell_of_split_shadows_and_exposures(client: TestClient, service: Service, tmp_path: Path) -> None:
-    assert set(client.get("/v1/models").json()) == {"models"}
+    assert set(client.get("/v1/models").json()) == {"models", "encoder"}
     service.direct(TrafficOptions(split={"films": 3, "b": 1}, shadow={"b": 1}))
     service.exposures = ExposureLog(tmp_path / "exposures", ExposureOptions())
     told = client.get("/v1/models").json()
@@ -796,11 +796,11 @@ def test_lookups_cost_nobody_a_recommendation(parts: Parts, service: Service, mo
 def test_models_that_nobody_tells_of_cost_no_lookup(parts: Parts) -> None:
     """Every replica is asked for them, so a single one that hangs makes them fail, again and again."""
 
-    async def nowhere(method: str) -> list[Any]:
+    async def nowhere(method: str) -> Told:
         raise TimeoutError
 
     async def run() -> None:
-        service = Service(parts.store, parts.encode, parts.call, limits_of(breaker_failures=2), everywhere=nowhere)
+        service = Service(parts.store, parts.encode, parts.call, limits_of(breaker_failures=2), scorers=nowhere)
         for _ in range(5):
             with pytest.raises(ApiError, match="does not answer"):
                 await service.models()

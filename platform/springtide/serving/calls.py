@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from springtide.serving.batching import Batches, Seen
 from springtide.serving.engine import Json, Refusal, ScoreRequest
-from springtide.serving.models import Failure
+from springtide.serving.models import Failure, Told
 from springtide.serving.options import CALLS_PER_REPLICA
 from springtide.serving.query_cache import Encoded
 
@@ -31,10 +32,11 @@ class Answered(Generic[Found]):
 
 
 class Encoders:
-    """The TextEncoder behind its handle. timeout_s: of a call that queries share; who asks has a limit of its own."""
+    """The TextEncoder behind its handle. timeout_s: of a call with texts, which is shared: who asks has a limit of its
+    own; other_timeout_s: of all others."""
 
-    def __init__(self, handle: Any, timeout_s: float) -> None:
-        self._handle, self._timeout_s, self._seen = handle, timeout_s, Seen()
+    def __init__(self, handle: Any, timeout_s: float, other_timeout_s: float) -> None:
+        self._handle, self._timeout_s, self._other_timeout_s, self._seen = handle, timeout_s, other_timeout_s, Seen()
         self._queries = Batches(self._each, QUERIES_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * self._seen.count())
 
     async def encode(self, texts: list[str]) -> Encoded:
@@ -43,6 +45,10 @@ class Encoders:
             return await self._all(texts)
         one = await self._queries(texts[0])
         return Encoded(one.vectors[None], one.encoder)
+
+    async def everywhere(self, method: str) -> Told:
+        """Of every replica, if all answer in time; of none where none runs, which starts none."""
+        return await everywhere(self._handle, method, self._other_timeout_s / 2)
 
     async def _all(self, texts: list[str]) -> Encoded:
         found: Answered[Encoded] = await again_if_died(lambda: self._handle.encode.remote(texts))
@@ -70,15 +76,10 @@ class Scorers:
             return await self._requests(*arguments)
         return await again_if_died(lambda: getattr(self._handle, method).remote(*arguments))
 
-    async def everywhere(self, method: str) -> list[Any]:
-        """Of every replica; of one, where a single one of them does not answer in half the time there is."""
-        try:
-            sent = self._handle.broadcast(method)
-            found = await sent.results_async(timeout_s=self._other_timeout_s / 2, return_exceptions=True)
-        except Exception as error:
-            log.warning("one Scorer is asked for all of them: %r", error)
-            found = []
-        return [one for one in found if not isinstance(one, BaseException)] or [await self.call(method)]
+    async def everywhere(self, method: str) -> Told:
+        """Of every replica; of one for all, where some do not answer in half the time there is."""
+        told = await everywhere(self._handle, method, self._other_timeout_s / 2)
+        return told if told.answers else Told([await self.call(method)], None)
 
     async def _score(self, requests: list[ScoreRequest]) -> list[Json | Refusal | Failure]:
         async with asyncio.timeout(self._timeout_s):
@@ -90,6 +91,18 @@ class Scorers:
 
 def _events(requests: list[ScoreRequest]) -> int:
     return sum(max(LEAST_EVENTS, len(request.events)) for request in requests)
+
+
+async def everywhere(handle: Any, method: str, timeout_s: float) -> Told:
+    """What each replica answers that runs. Ray tells nothing of those that answered while another is too slow."""
+    try:
+        found = await handle.broadcast(method).results_async(timeout_s=timeout_s, return_exceptions=True)
+    except DeploymentUnavailableError:
+        return Told([], 0)
+    except Exception as error:
+        log.warning("not every replica answered %s: %r", method, error)
+        return Told([], None)
+    return Told([one for one in found if not isinstance(one, BaseException)], len(found))
 
 
 async def again_if_died(send: Callable[[], Awaitable[Any]]) -> Any:

@@ -61,6 +61,7 @@ class TextEncoder:
     def __init__(self) -> None:
         self._encoder: Any = None
         self._options: EncoderOptions | None = None  # of the encoder in use
+        self._refused: str | None = None  # why it is not the one that was configured last
         self._metrics = RayMetrics()
         self._thread = ThreadPoolExecutor(1)  # tokenizers of Hugging Face refuse two threads at once
         most = EncoderOptions().max_batch_tokens
@@ -79,8 +80,9 @@ class TextEncoder:
             if self._encoder is None:
                 raise _startup_error("TextEncoder", error) from None
             log.exception("TextEncoder keeps its old encoder, the new one failed to load")
+            self._refused = _sentence(error)
             return
-        self._encoder, self._options = encoder, options
+        self._encoder, self._options, self._refused = encoder, options, None
         self._batches.most, self._batches.wait_s = options.max_batch_tokens, options.batch_wait_ms / 1000
 
     async def encode(self, texts: list[str]) -> Answered[Encoded]:
@@ -93,6 +95,11 @@ class TextEncoder:
             encoders = {one.encoder for one in found}
             if len(encoders) == 1:  # else it was swapped in between
                 return Answered(_replica(), Encoded(np.stack([one.vectors for one in found]), encoders.pop()))
+
+    async def describe(self) -> Json:
+        """The encoder in use; `error` says why the one that was configured last was refused."""
+        error = {"error": self._refused} if self._refused is not None else {}
+        return {"encoder": self._encoder.identity, **error}
 
     def _encode(self, items: list[tuple[str, int]]) -> list[Encoded]:
         self._metrics.observe("springtide_batch_size", len(items), part="encoder")
@@ -222,9 +229,10 @@ class Ingress:
     """
 
     def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
-        other_timeout_s = options.other_timeout_s
-        encoders = Encoders(encoder, max(options.encoder_timeout_s, other_timeout_s))
-        scorers = Scorers(scorer, options.scorer_timeout_s, other_timeout_s)
+        limits = options.limits()
+        encoding_s = max(limits.encoder_timeout_s, limits.other_timeout_s)
+        encoders = Encoders(encoder, encoding_s, limits.other_timeout_s)
+        scorers = Scorers(scorer, limits.scorer_timeout_s, limits.other_timeout_s)
         self._edge = Edge(
             tokens=open_tokens(options.auth.tokens_file, options.auth.tokens_env) if options.auth else None,
             hosts=tuple(options.allowed_hosts),
@@ -236,9 +244,10 @@ class Ingress:
             _open_store(options),
             encoders.encode,
             scorers.call,
-            options.limits(),
+            limits,
             metrics=self._edge.counted,
-            everywhere=scorers.everywhere,
+            scorers=scorers.everywhere,
+            encoders=encoders.everywhere,
         )
         self._workspace = options.workspace
         self._log: str | None = None

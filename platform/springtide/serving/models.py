@@ -121,19 +121,30 @@ class Models:
         return next((name for name, engine in self.engines.items() if engine.label == model), None)
 
 
-def merged_models(answers: Sequence[Json]) -> Json:
+@dataclass(frozen=True)
+class Told:
+    """What the replicas of a deployment answered, and how many were asked; None: one spoke, or nobody, for all."""
+
+    answers: list[Json]
+    asked: int | None
+
+    def replicas(self) -> Json:
+        """`replicas` that answered, where several did, and `replicas_asked`, where some did not."""
+        counted = {"replicas": len(self.answers)} if len(self.answers) > 1 else {}
+        return counted if self.asked == len(self.answers) else {**counted, "replicas_asked": self.asked}
+
+
+def merged_models(told: Told) -> Json:
     """What `models` says in each replica of a Scorer, as one answer.
 
-    `replicas` says of how many, where there are several. A model that is not the same in all of them has `versions`
-    (null: a replica without it), and `error` if any refused it.
+    A model that is not the same in all of them has `versions` (null: a replica without it), and `error` if any refused
+    it.
     """
-    if len(answers) == 1:
-        return dict(answers[0])
-    told = [{model["name"]: model for model in answer["models"]} for answer in answers]
-    names = list(dict.fromkeys(name for models in told for name in models))
+    by_replica = [{model["name"]: model for model in answer["models"]} for answer in told.answers]
+    names = list(dict.fromkeys(name for models in by_replica for name in models))
     merged = []
     for name in names:
-        of_replicas = [models.get(name, {}) for models in told]
+        of_replicas = [models.get(name, {}) for models in by_replica]
         model = dict(next(one for one in of_replicas if one))
         versions = {one.get("version") for one in of_replicas}
         if len(versions) > 1:
@@ -141,7 +152,15 @@ def merged_models(answers: Sequence[Json]) -> Json:
         if errors := [one["error"] for one in of_replicas if "error" in one]:
             model["error"] = errors[0]
         merged.append(model)
-    return {**answers[0], "models": merged, "replicas": len(answers)}
+    return {**told.answers[0], "models": merged, **told.replicas()}
+
+
+def merged_encoders(told: Told) -> Json:
+    """What `describe` says in each replica of a TextEncoder, as one answer: `encoders`, and `error` if any refused the
+    one that is configured."""
+    errors = [answer["error"] for answer in told.answers if "error" in answer]
+    encoders = sorted({answer["encoder"] for answer in told.answers})
+    return {"encoders": encoders, **({"error": errors[0]} if errors else {}), **told.replicas()}
 
 
 def load_models(

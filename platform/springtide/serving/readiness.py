@@ -19,7 +19,7 @@ TOKEN_VARIABLE = "SPRINGTIDE_TOKEN"
 
 
 class Refused(SpringtideError):
-    """The Scorers go on with the models before, but their configuration names one that they refused."""
+    """Replicas go on with the model or the text encoder before, and refused the one that their configuration names."""
 
 
 def wait_running(details: Callable[[], Json], config: Json, deadline: float) -> None:
@@ -74,7 +74,8 @@ def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
     """Wait for /readyz, for every model and version that a configuration asks for, and, where items have texts, for its
     text encoder; return the models' labels.
 
-    Raises SpringtideError at once when a model was refused, which leaves the old ones serving, and at the deadline.
+    Raises Refused at once when a model or the encoder was, which leaves the old ones serving, and SpringtideError at
+    the deadline.
     """
     wanted, encoder = versions(config), encoder_of(config)
     reason = "no answer"
@@ -89,9 +90,12 @@ def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
                         "has the scope read"
                     )
                 served = serving(answer["models"], wanted)
-                if served and _reads(url, answer, encoder):
+                reading = encoder if any(model.get("text") for model in answer["models"]) else None
+                if served and not _silent(answer) and _read_by(url, answer["encoder"], reading):
                     return served
                 reason = f"queries are not read by {encoder}" if served else "the old models are still served"
+                if _silent(answer):
+                    reason = "not every replica tells what it serves"
             else:
                 reason = f"/readyz says {json.dumps(state)[:300]}"
         except (OSError, ValueError, KeyError) as error:
@@ -106,12 +110,26 @@ def encoder_of(config: Json) -> str | None:
     return next((part["user_config"].get("encoder") for part in parts), None)
 
 
-def _reads(url: str, models: Json, encoder: str | None) -> bool:
-    """Whether a text asked now is read by this encoder: one that failed to load leaves the one before in place."""
-    if encoder is None or not any(model.get("text") for model in models["models"]):
+def _silent(answer: Json) -> bool:
+    """Whether replicas did not tell: one of them may have refused."""
+    return "replicas_asked" in answer or "replicas_asked" in answer["encoder"]
+
+
+def _read_by(url: str, told: Json, encoder: str | None) -> bool:
+    """Whether texts are read by this encoder (None: there are none): in every replica, and in one that a text starts.
+
+    Raises Refused if one failed to load it.
+    """
+    if encoder is None:
         return True
+    if "error" in told:
+        raise Refused(
+            f"the text encoder {encoder} was refused: {told['error']}; queries are still read by "
+            f"{', '.join(told['encoders'])}"
+        )
     status, answer = get(f"{url}/v1/encode", {"text": "ready"})
-    return status == 200 and name_in(str(answer.get("encoder"))) == encoder
+    readers = [*told["encoders"], str(answer.get("encoder"))]
+    return status == 200 and all(name_in(reader) == encoder for reader in readers)
 
 
 def versions(config: Json) -> dict[str, str | None]:

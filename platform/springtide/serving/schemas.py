@@ -373,9 +373,19 @@ class ExposureInfo(Response):
     waiting: int
 
 
-class ModelsResponse(Response):
+class Replicas(Response):
+    replicas: int | None = Field(None, description="how many told, where several did")
+    replicas_asked: int | None = Field(None, description="where not all of them told; null: one too slow to count them")
+
+
+class EncoderInfo(Replicas):
+    encoders: list[str] = Field(description="name@weights in the TextEncoder's replicas; none while it has none")
+    error: str | None = Field(None, description="why the encoder that is configured was refused, if it was")
+
+
+class ModelsResponse(Replicas):
     models: list[ModelInfo]
-    replicas: int | None = Field(None, description="of the Scorer, where several told of their models")
+    encoder: EncoderInfo
     split: dict[str, float] | None = Field(None, description="share of the users that each model answers")
     shadows: list[ShadowInfo] | None = None
     exposures: ExposureInfo | None = None

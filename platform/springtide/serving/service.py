@@ -28,7 +28,7 @@ from springtide.serving.guard import Breaker, Guard, Unavailable, log_failure
 from springtide.serving.health import Health
 from springtide.serving.history_cache import HistoryCache
 from springtide.serving.metrics import Metrics, NoMetrics
-from springtide.serving.models import Failure, merged_models
+from springtide.serving.models import Failure, Told, merged_encoders, merged_models
 from springtide.serving.options import Limits, TrafficOptions
 from springtide.serving.popular import PopularItems
 from springtide.serving.query_cache import Encoded, QueryCache
@@ -52,7 +52,7 @@ WRITE_THREADS = 64  # of their own, so that writes that wait keep no read waitin
 Json = dict[str, Any]
 Encode = Callable[[list[str]], Awaitable[Encoded]]  # texts -> [n, D] float32, L2-normalised
 Call = Callable[..., Awaitable[Any]]  # (method of the scorer, its arguments) -> its answer
-Everywhere = Callable[[str], Awaitable[list[Any]]]  # method of the scorer -> the answer of each of its replicas
+Everywhere = Callable[[str], Awaitable[Told]]  # method of a deployment -> the answer of each of its replicas
 
 
 class Backend(Protocol):
@@ -80,16 +80,17 @@ class Service:
         limits: Limits,
         *,
         metrics: Metrics | None = None,
-        everywhere: Everywhere | None = None,
+        scorers: Everywhere | None = None,
+        encoders: Everywhere | None = None,
     ) -> None:
-        """everywhere: reaches every replica of the Scorer, absent: `call`."""
+        """scorers, encoders: reach every replica; absent: `call` speaks for the Scorer, and nobody for the encoder."""
         self.store = store
         self._stop_retaining = retain_in_background(store)
         self.histories = HistoryCache(store, HISTORY_USED, limits.history_cache_events, metrics)
         self.seeding = "ok"  # or why the stored histories are not complete yet
         self.popular: PopularItems | None = None  # the answer while the scorer is down
         self._encode, self._call = encode, call
-        self._everywhere = everywhere or self._one
+        self._scorers, self._encoders = scorers or self._one, encoders or _nobody
         self._limits = limits
         self._metrics = metrics or NoMetrics()
 
@@ -243,9 +244,10 @@ class Service:
             raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
 
     async def models(self) -> Json:
-        """As every replica of the Scorer has it."""
+        """As every replica of the Scorer has it, and which encoders read texts."""
         try:
-            answer = merged_models(await self._inventory.run(self._everywhere, "models"))
+            scorers, encoders = await self._inventory.run(self._everywhere)
+            answer = {**merged_models(scorers), "encoder": merged_encoders(encoders)}
         except Exception as error:
             raise _no_scorer("models", error) from None
         if split := shares(self.traffic.options):
@@ -318,8 +320,11 @@ class Service:
             raise ApiError(answer.status, answer.code, answer.message)
         return dict(answer)
 
-    async def _one(self, method: str) -> list[Any]:
-        return [await self._call(method)]
+    async def _everywhere(self) -> tuple[Told, Told]:
+        return await asyncio.gather(self._scorers("models"), self._encoders("describe"))
+
+    async def _one(self, method: str) -> Told:
+        return Told([await self._call(method)], 1)
 
     async def _stored(self, work: Callable[..., Any], *arguments: Any) -> Any:
         return await self._reads.run(self._in_threads, self._store_threads, work, *arguments)
@@ -327,6 +332,10 @@ class Service:
     @staticmethod
     async def _in_threads(threads: ThreadPoolExecutor, work: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+
+
+async def _nobody(method: str) -> Told:
+    return Told([], 0)
 
 
 def _no_scorer(method: str, error: Exception) -> ApiError:
