@@ -101,17 +101,39 @@ def test_other_methods_go_alone() -> None:
     assert replica.calls == ["a", "b"]
 
 
-def test_queries_share_calls_and_lists_of_texts_go_alone() -> None:
+def test_queries_share_calls_and_have_none_of_a_long_list_before_them_but_one() -> None:
     replica = Replica(lambda texts: Answered("a", Encoded(np.array([[len(t)] for t in texts], np.float32), "bert@1")))
 
     async def calls() -> list[Any]:
         encoders = Encoders(replica, 5, 5)
-        return await asyncio.gather(*(encoders.encode(["x" * n]) for n in range(9)), encoders.encode(["a", "bcd"]))
+        lists = [asyncio.create_task(encoders.encode(["list"] * 40)) for _ in range(3)]
+        await asyncio.sleep(0)
+        return await asyncio.gather(*(encoders.encode(["x" * n]) for n in range(9)), *lists)
 
-    *single, both = run(calls)
-    assert [one.vectors.tolist() for one in single] == [[[n]] for n in range(9)]
-    assert both.vectors.tolist() == [[1], [3]] and {one.encoder for one in [*single, both]} == {"bert@1"}
-    assert ["a", "bcd"] in replica.calls and len(replica.calls) < 9
+    found = run(calls)
+    assert [one.vectors.tolist() for one in found[:9]] == [[[n]] for n in range(9)]
+    assert [one.vectors.tolist() for one in found[9:]] == [[[4]] * 40] * 3
+    assert {one.encoder for one in found} == {"bert@1"}
+    of_lists = [n for n, texts in enumerate(replica.calls) if texts[0] == "list"]
+    queries = [n for n, texts in enumerate(replica.calls) if texts[0] != "list"]
+    assert max(map(len, replica.calls)) == 16 and len(queries) < 9
+    assert sum(n < max(queries) for n in of_lists) == 1 and len(of_lists) == 8
+
+
+def test_a_list_of_texts_is_read_by_one_encoder() -> None:
+    """Which may be swapped after the first of its calls."""
+    asked: list[int] = []
+
+    def answer(texts: list[str]) -> Answered[Encoded]:
+        asked.append(len(texts))
+        return Answered("a", Encoded(np.full((len(texts), 1), len(asked)), f"bert@{min(len(asked), 2)}"))
+
+    async def calls() -> list[Any]:
+        return [await Encoders(Replica(answer), 5, 5).encode(["x"] * 20)]
+
+    (found,) = run(calls)
+    assert found.encoder == "bert@2" and found.vectors.tolist() == [[3]] * 16 + [[4]] * 4
+    assert asked == [16, 4, 16, 4]
 
 
 class Replicas(Replica):

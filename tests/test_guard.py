@@ -117,14 +117,6 @@ def test_the_guard_counts_time_outs_and_errors_but_not_callers_who_left() -> Non
     asyncio.run(run())
 
 
-def test_a_longer_limit_for_one_call() -> None:
-    async def echo(value: int) -> int:
-        await asyncio.sleep(0.1)
-        return value
-
-    assert asyncio.run(Guard("part", 0.01, Breaker(2, 60.0)).run(echo, 7, timeout_s=10)) == 7
-
-
 def test_what_fails_for_all_that_share_a_call_is_one_failure() -> None:
     async def run(errors: list[Exception]) -> bool:
         guard = Guard("scorer", 1.0, Breaker(3, 10.0, Clock()))

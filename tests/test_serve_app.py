@@ -43,6 +43,7 @@ from springtide.serving.schemas import (
     MAX_BODY_BYTES,
     MAX_HISTORY,
     ApiError,
+    EncodeRequest,
     HistoryEvent,
     Identifier,
     ItemBody,
@@ -789,6 +790,30 @@ def test_lookups_cost_nobody_a_recommendation(parts: Parts, service: Service, mo
         door.set()
         assert all(isinstance(found, ApiError) for found in await asyncio.gather(*crowd, return_exceptions=True))
         assert "degraded" not in await service.recommend(RecommendRequest(user_id="u"))
+
+    asyncio.run(run())
+
+
+def test_texts_to_encode_cost_nobody_a_query(parts: Parts, service: Service) -> None:
+    """Neither by their failures, which open no circuit of queries, nor by their number."""
+    read, door = parts.encode, asyncio.Event()
+
+    async def encode(texts: list[str]) -> Encoded:
+        if len(texts) > 1:
+            await door.wait()
+            raise ConnectionError("replica died")
+        return await read(texts)
+
+    async def run() -> None:
+        service._encode, many = encode, EncodeRequest(texts=["a", "b"])
+        crowd = [asyncio.create_task(service.encode(many)) for _ in range(service_module.TEXTS)]
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="does not answer"):  # at once: it would wait for long
+            await asyncio.wait_for(service.encode(many), 0.1)
+        assert "degraded" not in await service.recommend(RecommendRequest(query="love"))
+        door.set()
+        assert all(isinstance(found, ApiError) for found in await asyncio.gather(*crowd, return_exceptions=True))
+        assert "degraded" not in await service.recommend(RecommendRequest(query="another"))
 
     asyncio.run(run())
 

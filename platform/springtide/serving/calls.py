@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -38,27 +39,29 @@ class Encoders:
     def __init__(self, handle: Any, timeout_s: float, other_timeout_s: float) -> None:
         self._handle, self._timeout_s, self._other_timeout_s, self._seen = handle, timeout_s, other_timeout_s, Seen()
         self._queries = Batches(self._each, QUERIES_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * self._seen.count())
+        # Lists of texts go a few at a time, so that a query finds at most one such call of this Ingress before it.
+        self._lists = Batches(self._each, QUERIES_IN_A_CALL, at_once=self._seen.count)
 
     async def encode(self, texts: list[str]) -> Encoded:
-        """[n, D] float32 of n texts."""
-        if len(texts) > 1:
-            return await self._all(texts)
-        one = await self._queries(texts[0])
-        return Encoded(one.vectors[None], one.encoder)
+        """[n, D] float32 of n texts, all of one encoder."""
+        if len(texts) == 1:
+            one = await self._queries(texts[0])
+            return Encoded(one.vectors[None], one.encoder)
+        while True:
+            found = await asyncio.gather(*map(self._lists, texts))
+            encoders = {one.encoder for one in found}
+            if len(encoders) == 1:  # else it was swapped in between
+                return Encoded(np.stack([one.vectors for one in found]), encoders.pop())
 
     async def everywhere(self, method: str) -> Told:
         """Of every replica, if all answer in time; of none where none runs, which starts none."""
         return await everywhere(self._handle, method, self._other_timeout_s / 2)
 
-    async def _all(self, texts: list[str]) -> Encoded:
-        found: Answered[Encoded] = await again_if_died(lambda: self._handle.encode.remote(texts))
-        self._seen.note(found.replica)
-        return found.answer
-
     async def _each(self, texts: list[str]) -> list[Encoded]:
         async with asyncio.timeout(self._timeout_s):
-            found = await self._all(texts)
-        return [Encoded(vector, found.encoder) for vector in found.vectors]
+            found: Answered[Encoded] = await again_if_died(lambda: self._handle.encode.remote(texts))
+        self._seen.note(found.replica)
+        return [Encoded(vector, found.answer.encoder) for vector in found.answer.vectors]
 
 
 class Scorers:

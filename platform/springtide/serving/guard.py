@@ -83,11 +83,11 @@ class Guard:
         self._at_once, self._inside = at_once, 0
         self._failed_lately: deque[object] = deque(maxlen=FAILED_LATELY)
 
-    async def run(
-        self, call: Callable[..., Awaitable[Result]], *arguments: Any, timeout_s: float | None = None
-    ) -> Result:
-        """The call's answer, within timeout_s (None: the part's own). Raises Unavailable, TimeoutError or what the
-        call raises. A call that several share fails once, whether it ends or they are tired of waiting."""
+    async def run(self, call: Callable[..., Awaitable[Result]], *arguments: Any) -> Result:
+        """The call's answer. Raises Unavailable, TimeoutError or what the call raises.
+
+        A call that several share fails once, whether it ends or they are tired of waiting.
+        """
         if self._at_once is not None and self._inside >= self._at_once:
             self._failed("full")
             raise Unavailable("as many calls of it are under way as it may take")
@@ -100,7 +100,7 @@ class Guard:
         shared = RIDE.set(ride)
         self._inside += 1
         try:
-            async with asyncio.timeout(timeout_s or self.timeout_s):  # wait_for would make a task of each call
+            async with asyncio.timeout(self.timeout_s):  # wait_for would make a task of each call
                 answer = await call(*arguments)
             succeeded = True
             return answer

@@ -47,6 +47,7 @@ from springtide.serving.traffic import Traffic, shares
 
 log = logging.getLogger("springtide.serving")
 LOOKUPS = 16  # calls of a Scorer under way at once, but for recommendations
+TEXTS = 16  # requests to encode under way at once, but for queries of recommendations
 STORE_THREADS = 16  # a store that hangs holds these, not the threads that everything else shares
 WRITE_THREADS = 64  # of their own, so that writes that wait keep no read waiting; they share commits
 Json = dict[str, Any]
@@ -102,6 +103,8 @@ class Service:
         # Similar items, interests and what is asked of models: their failures are no reason to answer recommendations
         # with popular items, and a crowd of them takes no place in the Scorer from those.
         self._lookups = guard("lookups", limits.other_timeout_s, LOOKUPS)
+        # Texts to encode stand to queries in the same way.
+        self._texts = guard("texts", limits.other_timeout_s, TEXTS)
         # What is asked of every replica fails with any one of them, which is no reason to refuse what one can answer.
         self._inventory = guard("models", limits.other_timeout_s)
         self._reads = guard("store", limits.store_timeout_s)
@@ -238,7 +241,7 @@ class Service:
     async def _encoded(self, texts: list[str]) -> Encoded:
         """[n, D]. Raises ApiError 503 if the encoder does not answer."""
         try:
-            return await self._encoder.run(self._encode, texts, timeout_s=self._limits.other_timeout_s)
+            return await self._texts.run(self._encode, texts)
         except Exception as error:
             log_failure("texts not encoded", error)
             raise ApiError(503, "encoder_unavailable", "the text encoder does not answer at the moment") from None
