@@ -55,6 +55,7 @@ from springtide.serving.store import SQLiteStore
 ITEMS = 12
 HERE = "http://127.0.0.1"
 WIDTH = 4
+AS_JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
@@ -603,18 +604,45 @@ def test_a_large_body_is_read_apart_from_the_event_loop(
     assert stored.status_code == 202 and parts.store.count() == 1000
 
 
+def test_many_small_values_are_read_apart_and_refused_at_the_first_wrong_one(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: list[str] = []
+    real = bodies.parsed
+    monkeypatch.setattr(bodies, "parsed", lambda *a: [where.append(threading.current_thread().name), real(*a)][1])
+    ids = [str(n) for n in range(9999)]
+    for body, status, message in (
+        (
+            {"history": [0] * 9999},
+            422,
+            "history.0: input should be a valid dictionary or object to extract fields from",
+        ),
+        ({"history": [{}] * 9999}, 422, "history.0.item_id: field required"),
+        ({"user_id": "u", "filters": {"exclude_items": [*ids, "a", "b"]}}, 422, "filters.exclude_items: list should"),
+        ({"user_id": "u", "filters": {"exclude_items": [*ids, None]}}, 422, "filters.exclude_items.9999: input should"),
+        ({"history": [{"item_id": one} for one in ids[:6500]]}, 200, ""),
+    ):
+        content = json.dumps(body, separators=(",", ":"))
+        assert len(content) < AT_ONCE
+        answer = client.post("/v1/recommend", content=content, headers=AS_JSON)
+        assert answer.status_code == status and answer.json().get("error", {}).get("message", "").startswith(message)
+        assert "more)" not in answer.text
+    assert len(where) == 5 and all(name.startswith("large-bodies") for name in where)
+    recommend(client, history=[{"item_id": one} for one in ids[:300]])
+    assert not where[-1].startswith("large-bodies")
+
+
 def test_the_largest_texts_are_read_apart_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     where: list[str] = []
     real = bodies.parsed
     monkeypatch.setattr(bodies, "parsed", lambda *a: [where.append(threading.current_thread().name), real(*a)][1])
-    as_json = {"Content-Type": "application/json"}
     texts = json.dumps({"texts": ["ü" * 2000] * 64})  # six bytes a character
-    assert len(client.post("/v1/encode", content=texts, headers=as_json).json()["vectors"]) == 64
+    assert len(client.post("/v1/encode", content=texts, headers=AS_JSON).json()["vectors"]) == 64
     item = json.dumps({"title": "ü" * 20_000, "text": "ü" * 20_000})
-    put = client.put("/v1/items/new/one", content=item, headers=as_json)
+    put = client.put("/v1/items/new/one", content=item, headers=AS_JSON)
     assert (put.status_code, put.json()["item_id"]) == (200, "new/one")
     assert len(where) == 2 and all(name.startswith("large-bodies") for name in where)
-    refused = [client.put(f"/v1/items/{'x' * 513}", content=c, headers=as_json) for c in (item, '{"title": "t"}')]
+    refused = [client.put(f"/v1/items/{'x' * 513}", content=c, headers=AS_JSON) for c in (item, '{"title": "t"}')]
     assert [answer.status_code for answer in refused] == [422, 422]
     assert refused[0].json() == refused[1].json()  # as for a small body
 

@@ -1,9 +1,9 @@
 """Bodies are read as FastAPI reads them, but for less, and large ones apart from the event loop.
 
 FastAPI looks for dependencies in every request, which takes a tenth of the time of an Ingress; no route here has any.
-While a large body is parsed, everybody else is answered. Python's JSON parser shares the interpreter with nobody until
-it is done, so bodies of many values were refused before (limits.too_deep): others wait for some ten milliseconds at
-most.
+While a large body, or one of many values, is parsed, everybody else is answered. Python's JSON parser shares the
+interpreter with nobody until it is done, so bodies of very many values were refused before (limits.too_deep): others
+wait for some ten milliseconds at most.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 
 AT_ONCE = 128 * 2**10  # bytes that are read within a millisecond or two, where a thread would cost as much
+A_VALUE = 64  # bytes of text that take as long as checking one value
 TOGETHER = 2  # large bodies that are read at the same time; others wait for their turn
 _threads = ThreadPoolExecutor(TOGETHER, "large-bodies")
 Result = TypeVar("Result")
@@ -31,6 +32,14 @@ async def read_apart(size: int, work: Callable[[], Result]) -> Result:
     if size <= AT_ONCE:
         return work()
     return await asyncio.get_running_loop().run_in_executor(_threads, work)
+
+
+def weight(body: bytes) -> int:
+    """Bytes of plain text that would take as long to read: what stands in many lists, objects and values takes longer.
+
+    Commas and openers within strings count too, which costs a thread at most.
+    """
+    return max(len(body), A_VALUE * sum(map(body.count, (b",", b"[", b"{"))))
 
 
 class BodyRoute(APIRoute):
@@ -53,7 +62,7 @@ class BodyRoute(APIRoute):
             if not body or not (kind == "application/json" or kind.endswith("+json")):
                 return await usual(request)
             given = {name: _fitting(request.path_params[name], adapters[name], "path", name) for name in of_path}
-            given[last] = await read_apart(len(body), lambda: parsed(body, adapters[last]))
+            given[last] = await read_apart(weight(body), lambda: parsed(body, adapters[last]))
             response: Response = await endpoint(**given)
             return response
 

@@ -6,7 +6,7 @@ import math
 import time
 import unicodedata
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -96,6 +96,10 @@ Timestamp = Annotated[
 Rating = Annotated[float, Field(allow_inf_nan=False, ge=-1e9, le=1e9)]
 Query = Annotated[str, Field(min_length=1, max_length=MAX_QUERY), AfterValidator(_speaking)]
 Count = Annotated[int, Field(ge=1, le=MAX_K)]
+Part = TypeVar("Part")
+Several = Annotated[
+    list[Part], Field(fail_fast=True)
+]  # to its first error: the others would cost more than the whole list
 
 
 class Request(BaseModel):
@@ -122,9 +126,9 @@ class Event(HistoryEvent):
 
 
 class Filters(Request):
-    categories: list[Identifier] = Field(default=[], max_length=1000, description="keep items of any of these")
-    exclude_items: list[Identifier] = Field(default=[], max_length=10_000)
-    allow_items: list[Identifier] | None = Field(None, max_length=10_000, description="keep these items only")
+    categories: Several[Identifier] = Field(default=[], max_length=1000, description="keep items of any of these")
+    exclude_items: Several[Identifier] = Field(default=[], max_length=10_000)
+    allow_items: Several[Identifier] | None = Field(None, max_length=10_000, description="keep these items only")
 
 
 class RecommendRequest(Request):
@@ -135,7 +139,7 @@ class RecommendRequest(Request):
     )
 
     user_id: Identifier | None = None
-    history: list[HistoryEvent] | None = Field(
+    history: Several[HistoryEvent] | None = Field(
         None,
         max_length=MAX_HISTORY,
         description=f"oldest first unless timestamps say otherwise; the most recent {HISTORY_USED} events are used",
@@ -162,7 +166,7 @@ class EncodeRequest(Request):
     """`text` for one vector, `texts` for several."""
 
     text: Query | None = None
-    texts: list[Query] | None = Field(None, min_length=1, max_length=MAX_TEXTS)
+    texts: Several[Query] | None = Field(None, min_length=1, max_length=MAX_TEXTS)
 
     @model_validator(mode="after")
     def _one_of(self) -> EncodeRequest:
@@ -175,7 +179,7 @@ class ItemBody(Request):
     """An item as the catalogue would have it. Its text says what it is like; absent: title and categories."""
 
     title: Annotated[str, Field(max_length=MAX_ITEM_TEXT), AfterValidator(_plain)] = ""
-    categories: list[Identifier] = Field(default=[], max_length=100)
+    categories: Several[Identifier] = Field(default=[], max_length=100)
     text: Annotated[str, Field(min_length=1, max_length=MAX_ITEM_TEXT), AfterValidator(_speaking)] | None = None
 
     @model_validator(mode="after")
@@ -195,7 +199,7 @@ def _one_or_list(value: Any) -> str:
 
 
 EventsBody = Annotated[
-    Annotated[Event, Tag("event")] | Annotated[list[Event], Field(min_length=1, max_length=MAX_EVENTS), Tag("list")],
+    Annotated[Event, Tag("event")] | Annotated[Several[Event], Field(min_length=1, max_length=MAX_EVENTS), Tag("list")],
     Discriminator(_one_or_list),
 ]
 
