@@ -773,8 +773,8 @@ def test_a_password_may_stand_in_the_environment(tmp_path: Path, monkeypatch: py
         open_store(server.url)
     monkeypatch.setenv(store_redis.PASSWORD_VARIABLE, "over the hills")
     open_store(server.url).close()
-    with pytest.raises(SpringtideError, match="cannot be used") as told:
-        open_store(server.url.replace("redis://", "redis://:mistaken@"))
+    with pytest.raises(SpringtideError, match="cannot be used") as told:  # who refuses a password is there
+        open_store(server.url.replace("redis://", "redis://:mistaken@"), may_be_absent=True)
     assert "mistaken" not in str(told.value)
     server.stop()
 
@@ -814,6 +814,45 @@ def test_a_dead_redis_is_told_in_time_and_comes_back(tmp_path: Path) -> None:
     assert items(store) == ["a"]
     assert store.append([event("2")]) == 1
     store.close()
+    server.stop()
+
+
+def test_a_redis_that_comes_later_is_taken_then(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server = RedisServer(tmp_path)
+    store = open_store(server.url, timeout_s=0.2, may_be_absent=True)
+    assert "answers go on without it until it comes" in caplog.text
+    for work in (lambda: store.history("u"), lambda: store.append([event("1")])):
+        with pytest.raises(SpringtideError, match="cannot be used"):
+            work()
+    server.start()
+    assert store.append([event("1")]) == 1 and items(store) == ["a"]
+    store.close()
+    server.stop()
+
+
+def test_a_redis_that_comes_later_and_may_lose_events_acknowledges_none(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path)
+    strict, lenient = (
+        open_store(server.url, timeout_s=0.2, may_be_absent=True, require_aof=aof) for aof in (True, False)
+    )
+    server.start("--appendfsync", "everysec")
+    for work in (lambda: strict.append([event("1")]), lambda: strict.put_item(added("a"))):
+        for _ in range(2):
+            with pytest.raises(SpringtideError, match="appendfsync everysec and may lose events"):
+                work()
+    assert strict.history("u") == [] and strict.items_since() == []
+    assert lenient.append([event("1")]) == 1
+    redis.Redis(port=server.port).config_set("appendfsync", "always")
+    assert strict.append([event("2")]) == 1  # it was set right
+    strict.close()
+    lenient.close()
+    server.stop()
+
+
+def test_a_redis_that_is_there_and_may_lose_events_is_refused_though_it_might_be_absent(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path).start("--appendfsync", "everysec")
+    with pytest.raises(SpringtideError, match="appendfsync everysec and may lose events"):
+        open_store(server.url, may_be_absent=True)
     server.stop()
 
 

@@ -313,9 +313,10 @@ def build(args: dict[str, Any]) -> Application:
 
 
 def _open_store(options: AppOptions) -> HistoryStore:
-    retention = Retention(options.retention_events, options.retention_days)
+    """Whether it answers or not: without it answers are degraded, and without an Ingress there are none."""
+    retention, aof = Retention(options.retention_events, options.retention_days), options.require_aof
     # Patience of a write: an import of a log may hold the lock meanwhile. A read is given up before, by the service.
-    return open_store(options.store, retention, timeout_s=options.other_timeout_s, require_aof=options.require_aof)
+    return open_store(options.store, retention, timeout_s=options.other_timeout_s, require_aof=aof, may_be_absent=True)
 
 
 def _store_to_follow(url: str) -> HistoryStore:

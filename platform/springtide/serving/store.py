@@ -117,12 +117,18 @@ def file_of(url: str) -> Path | None:
 
 
 def open_store(
-    url: str, retention: Retention | None = None, *, timeout_s: float = TIMEOUT_S, require_aof: bool = True
+    url: str,
+    retention: Retention | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    require_aof: bool = True,
+    may_be_absent: bool = False,
 ) -> HistoryStore:
     """Open the event log that `url` names (see `file_of`).
 
     timeout_s: longest wait for a lock of another process, or for Redis. require_aof: refuse a Redis that could lose an
-    event it has acknowledged. Raises SpringtideError if the log cannot be used or the address is of no known kind.
+    event it has acknowledged. may_be_absent: open a Redis that does not answer yet; calls fail until it comes. Raises
+    SpringtideError if the log cannot be used or the address is of no known kind.
     """
     try:
         path = file_of(url)
@@ -132,4 +138,4 @@ def open_store(
         return SQLiteStore(path, retention, timeout_s=timeout_s)
     from springtide.serving.store_redis import RedisStore
 
-    return RedisStore(url, retention, timeout_s=timeout_s, require_aof=require_aof)
+    return RedisStore(url, retention, timeout_s=timeout_s, require_aof=require_aof, may_be_absent=may_be_absent)

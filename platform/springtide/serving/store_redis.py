@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +44,7 @@ from springtide.serving.store_rows import (
     milliseconds,
 )
 
+log = logging.getLogger("springtide.serving")
 # More than the threads of an Ingress, 64 for writes and 16 for reads: no read waits for a write to give its connection
 # back. Opened as they are needed.
 CONNECTIONS = 128
@@ -57,11 +59,14 @@ PASSWORD_VARIABLE = "SPRINGTIDE_REDIS_PASSWORD"
 class RedisStore:
     """A HistoryStore in one Redis database (not Redis Cluster: a call touches keys of several users).
 
+    may_be_absent: a Redis that does not answer yet is no error here; every call says so until it comes.
+
     Guarantee with require_aof: Redis writes each command to its append-only file and calls fsync before it answers
     (appendonly yes, appendfsync always), so an acknowledged event survives `kill -9` of the server and a power cut. The
-    server is asked when the store is opened; weaker settings are refused, `everysec` too, which may lose the last
-    second. A server that may evict keys to free memory is refused as well. A replica that takes over after a failure of
-    its primary may lack the last events: replication is asynchronous, and nothing here waits for it.
+    server is asked when the store is opened, or, if it came later, before anything is acknowledged; weaker settings are
+    refused, `everysec` too, which may lose the last second. A server that may evict keys to free memory is refused as
+    well. A replica that takes over after a failure of its primary may lack the last events: replication is
+    asynchronous, and nothing here waits for it.
 
     A password stands in the address or, out of sight of configurations, in the environment variable PASSWORD_VARIABLE.
     Every call ends within 2 * timeout_s: a connection that turns out to be dead is opened once more. A call of `append`
@@ -69,7 +74,13 @@ class RedisStore:
     """
 
     def __init__(
-        self, url: str, retention: Retention | None = None, *, timeout_s: float = 10.0, require_aof: bool = True
+        self,
+        url: str,
+        retention: Retention | None = None,
+        *,
+        timeout_s: float = 10.0,
+        require_aof: bool = True,
+        may_be_absent: bool = False,
     ) -> None:
         self.retention = retention or Retention()
         parts = urlsplit(url)
@@ -91,12 +102,23 @@ class RedisStore:
         self._trim_seeded = self._redis.register_script(TRIM_SEEDED)
         self._put_item = self._redis.register_script(PUT_ITEM)
         self._items_since = self._redis.register_script(ITEMS_SINCE)
-        with self._told():
-            self._redis.ping()
-        if require_aof:
+        self._to_check = require_aof
+        try:
+            with self._told():
+                self._redis.ping()
             self._check_durable()
+        except SpringtideError as error:
+            if not (may_be_absent and _is_absence(error.__cause__)):
+                raise
+            log.error("%s; answers go on without it until it comes", error)
 
     def _check_durable(self) -> None:
+        """Raises SpringtideError if it may lose events; asks once, and again as long as it would."""
+        if self._to_check:
+            self._ask_durable()
+            self._to_check = False
+
+    def _ask_durable(self) -> None:
         hint = "set it in redis.conf, or set require_aof: false if events may be lost"
         wanted = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no"}
         try:
@@ -125,6 +147,7 @@ class RedisStore:
         rows = event_rows(events)
         arguments = [value for row in rows for value in (row[0], row[1], row[3], _packed(row))]
         with self._told():
+            self._check_durable()
             return int(self._append(args=[milliseconds(), *arguments])) if rows else 0
 
     def since(self, cursor: int = 0, limit: int = 1000) -> tuple[list[dict[str, Any]], int]:
@@ -261,6 +284,7 @@ class RedisStore:
         vector = None if item["vector"] is None else base64.b64encode(item["vector"]).decode()
         text = json.dumps({**item, "vector": vector}, ensure_ascii=False)
         with self._told():
+            self._check_durable()
             revision = self._put_item(args=[item["item_id"], text, -1 if most is None else most])
         return None if revision is None else int(revision)
 
@@ -317,6 +341,12 @@ class RedisStore:
             f"the event log {self._name} cannot be used: {_without_arguments(error)}; "
             "check that Redis runs there and accepts this client"
         )
+
+
+def _is_absence(error: BaseException | None) -> bool:
+    """Whether nobody answers, or one who still reads its files. Who refuses a password is there."""
+    refused = (redis.AuthenticationError, redis.exceptions.AuthorizationError)
+    return isinstance(error, (redis.ConnectionError, redis.TimeoutError)) and not isinstance(error, refused)
 
 
 def _without_arguments(error: Exception) -> str:
