@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from springtide.serving.calls import Answered, Encoders, Scorers
 from springtide.serving.engine import ScoreRequest
+from springtide.serving.metrics import PrometheusMetrics
 from springtide.serving.models import Failure, Told
 from springtide.serving.options import CALLS_PER_REPLICA
 from springtide.serving.query_cache import Encoded
@@ -62,6 +64,25 @@ def test_requests_that_wait_share_calls_and_each_has_its_own_answer() -> None:
 
     assert run(calls) == [Failure("unlucky") if k == 13 else {"k": k} for k in range(40)]
     assert len(replica.calls) <= CALLS_PER_REPLICA and max(map(len, replica.calls)) == 32
+
+
+def test_metrics_tell_how_many_wait_for_a_call() -> None:
+    metrics, replica = PrometheusMetrics(), Replica(scored, takes=0.05)
+
+    def waiting() -> float:
+        (found,) = re.findall(r'springtide_waiting{part="scorer"} (.*)', metrics.text().decode())
+        return float(found)
+
+    async def calls() -> list[Any]:
+        scorers, asked = Scorers(replica, 5, 5, metrics), []
+        for k in range(CALLS_PER_REPLICA + 3):
+            asked.append(asyncio.create_task(scorers.call("score", request(k))))
+            await asyncio.sleep(0.001)
+        seen = waiting()
+        await asyncio.gather(*asked)
+        return [seen, waiting()]
+
+    assert run(calls) == [3, 0]
 
 
 def test_long_histories_fill_a_call_sooner() -> None:

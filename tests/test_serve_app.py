@@ -32,6 +32,7 @@ from springtide.serving.engine import Engine, ScoreRequest
 from springtide.serving.exposures import ExposureLog
 from springtide.serving.exposures import read as read_exposures
 from springtide.serving.given import recent_events
+from springtide.serving.metrics import PrometheusMetrics
 from springtide.serving.models import Failure, Told
 from springtide.serving.options import AppOptions, ExposureOptions, Limits, TrafficOptions
 from springtide.serving.policies import Policies
@@ -785,6 +786,29 @@ def test_a_refusal_of_the_model_is_no_fault_of_it(client: TestClient) -> None:
     for _ in range(10):
         assert recommend(client, user_id="u", model="no such").status_code == 404
     assert "degraded" not in recommend(client, user_id="u").json()
+
+
+def test_metrics_tell_the_version_that_answers(parts: Parts) -> None:
+    """As the Scorer says it, and not what popular items are named in its place."""
+    metrics = PrometheusMetrics()
+    service = Service(parts.store, parts.encode, parts.call, limits_of(), metrics=metrics)
+    service.popular = PopularItems(toy_popularity(), "films@next", exclude_seen=True)
+
+    def served() -> dict[str, float]:
+        found = re.findall(r'springtide_model{model="(.*)"} (.*)', metrics.text().decode())
+        return {model: float(value) for model, value in found}
+
+    async def run() -> None:
+        await service.recommend(RecommendRequest(user_id="u"))
+        assert served() == {"films@abc": 1}
+        parts.engine.label, parts.scorer = "films@next", "dead"
+        await service.recommend(RecommendRequest(user_id="u"))
+        assert served() == {"films@abc": 1}
+        parts.scorer = "ok"
+        await service.recommend(RecommendRequest(user_id="u"))
+        assert served() == {"films@abc": 0, "films@next": 1}
+
+    asyncio.run(run())
 
 
 def test_a_model_that_fails_costs_those_who_ask_another_nothing(

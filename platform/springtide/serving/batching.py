@@ -39,11 +39,13 @@ class Batches(Generic[Item, Answer]):
         most: int,
         size: Callable[[list[Item]], int] = len,
         at_once: Callable[[], int] = lambda: 1,
+        tell: Callable[[int], None] = lambda waiting: None,
     ) -> None:
         """most: the `size` of a batch, which grows with its items; an item that is larger is a batch of its own.
-        at_once: batches under way; what comes while there are as many waits for the first of them to end."""
+        at_once: batches under way; what comes while there are as many waits for the first of them to end.
+        tell: how many wait, as they come and are taken."""
         self.most, self.wait_s = most, 0.0  # wait_s: for others to come, before a batch is made
-        self._work, self._size, self._at_once = work, size, at_once
+        self._work, self._size, self._at_once, self._tell = work, size, at_once, tell
         self._waiting: deque[tuple[Item, asyncio.Future[Answer], Ride]] = deque()
         self._line = object()  # all that wait until the next batch ends
         self._workers: set[asyncio.Task[None]] = set()
@@ -54,6 +56,7 @@ class Batches(Generic[Item, Answer]):
         ride = RIDE.get() or Ride()
         ride.shared = self._line
         self._waiting.append((item, answer, ride))
+        self._tell(len(self._waiting))
         if len(self._workers) < self._at_once():
             # In a context of its own: it goes on for others after the request that starts it.
             self._workers.add(loop.create_task(self._drain(), context=contextvars.Context()))
@@ -109,6 +112,7 @@ class Batches(Generic[Item, Answer]):
                 answers.append(answer)
                 ride.shared = batch
             self._waiting.popleft()
+        self._tell(len(self._waiting))
         return items, answers
 
 

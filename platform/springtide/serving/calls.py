@@ -14,6 +14,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from springtide.serving.batching import Batches, Seen
 from springtide.serving.engine import Json, Refusal, ScoreRequest
+from springtide.serving.metrics import Metrics, NoMetrics
 from springtide.serving.models import Failure, Told
 from springtide.serving.options import CALLS_PER_REPLICA
 from springtide.serving.query_cache import Encoded
@@ -36,11 +37,16 @@ class Encoders:
     """The TextEncoder behind its handle. timeout_s: of a call with texts, which is shared: who asks has a limit of its
     own; other_timeout_s: of all others."""
 
-    def __init__(self, handle: Any, timeout_s: float, other_timeout_s: float) -> None:
+    def __init__(self, handle: Any, timeout_s: float, other_timeout_s: float, metrics: Metrics | None = None) -> None:
         self._handle, self._timeout_s, self._other_timeout_s, self._seen = handle, timeout_s, other_timeout_s, Seen()
-        self._queries = Batches(self._each, QUERIES_IN_A_CALL, at_once=lambda: CALLS_PER_REPLICA * self._seen.count())
+        self._queries = Batches(
+            self._each,
+            QUERIES_IN_A_CALL,
+            at_once=lambda: CALLS_PER_REPLICA * self._seen.count(),
+            tell=_telling("encoder", metrics),
+        )
         # Lists of texts go a few at a time, so that a query finds at most one such call of this Ingress before it.
-        self._lists = Batches(self._each, QUERIES_IN_A_CALL, at_once=self._seen.count)
+        self._lists = Batches(self._each, QUERIES_IN_A_CALL, at_once=self._seen.count, tell=_telling("texts", metrics))
 
     async def encode(self, texts: list[str]) -> Encoded:
         """[n, D] float32 of n texts, all of one encoder."""
@@ -67,10 +73,14 @@ class Encoders:
 class Scorers:
     """The Scorer behind its handle. timeout_s: of a call with requests to score; other_timeout_s: of all others."""
 
-    def __init__(self, handle: Any, timeout_s: float, other_timeout_s: float) -> None:
+    def __init__(self, handle: Any, timeout_s: float, other_timeout_s: float, metrics: Metrics | None = None) -> None:
         self._handle, self._timeout_s, self._other_timeout_s, self._seen = handle, timeout_s, other_timeout_s, Seen()
         self._requests = Batches(
-            self._score, EVENTS_IN_A_CALL, _events, at_once=lambda: CALLS_PER_REPLICA * self._seen.count()
+            self._score,
+            EVENTS_IN_A_CALL,
+            _events,
+            at_once=lambda: CALLS_PER_REPLICA * self._seen.count(),
+            tell=_telling("scorer", metrics),
         )
 
     async def call(self, method: str, *arguments: Any) -> Any:
@@ -90,6 +100,11 @@ class Scorers:
             found = await again_if_died(lambda: self._handle.score.remote(requests))
         self._seen.note(found.replica)
         return found.answer
+
+
+def _telling(part: str, metrics: Metrics | None) -> Callable[[int], None]:
+    counted = metrics or NoMetrics()
+    return lambda waiting: counted.set("springtide_waiting", waiting, part=part)
 
 
 def _events(requests: list[ScoreRequest]) -> int:

@@ -229,10 +229,6 @@ class Ingress:
     """
 
     def __init__(self, encoder: DeploymentHandle, scorer: DeploymentHandle, options: AppOptions) -> None:
-        limits = options.limits()
-        encoding_s = max(limits.encoder_timeout_s, limits.other_timeout_s)
-        encoders = Encoders(encoder, encoding_s, limits.other_timeout_s)
-        scorers = Scorers(scorer, limits.scorer_timeout_s, limits.other_timeout_s)
         self._edge = Edge(
             tokens=open_tokens(options.auth.tokens_file, options.auth.tokens_env) if options.auth else None,
             hosts=tuple(options.allowed_hosts),
@@ -240,6 +236,10 @@ class Ingress:
             access_log=options.access_log,
             max_concurrent=options.max_concurrent,
         )
+        limits = options.limits()
+        encoding_s = max(limits.encoder_timeout_s, limits.other_timeout_s)
+        encoders = Encoders(encoder, encoding_s, limits.other_timeout_s, self._edge.counted)
+        scorers = Scorers(scorer, limits.scorer_timeout_s, limits.other_timeout_s, self._edge.counted)
         self._service = Service(
             _open_store(options),
             encoders.encode,

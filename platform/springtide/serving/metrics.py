@@ -31,6 +31,9 @@ INSTRUMENTS: dict[str, Instrument] = {
     ),
     "springtide_part_failures": Instrument("counter", "calls that a part did not answer", ("part", "reason")),
     "springtide_in_flight": Instrument("gauge", "requests under way in this Ingress replica"),
+    "springtide_waiting": Instrument(
+        "gauge", "requests, or texts of lists, that wait in this Ingress replica for a call of a part", ("part",)
+    ),
     "springtide_shed": Instrument("counter", "requests refused at once because too many were under way"),
     "springtide_answers": Instrument(
         "counter", "recommendations by source, and whether degraded or empty", ("model", "source", "degraded", "empty")
@@ -38,7 +41,9 @@ INSTRUMENTS: dict[str, Instrument] = {
     "springtide_gate_short": Instrument(
         "histogram", "weight of the short branch", (), tuple(tenth / 10 for tenth in range(1, 11))
     ),
-    "springtide_model": Instrument("gauge", "1 for a model that is served", ("model",)),
+    "springtide_model": Instrument(
+        "gauge", "1 for a model that is served, or answered last under its name", ("model",)
+    ),
     "springtide_cache": Instrument("counter", "lookups in a cache, by result", ("cache", "result")),
     "springtide_batch_size": Instrument(
         "histogram", "requests or texts handled at once", ("part",), (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)

@@ -94,6 +94,7 @@ class Service:
         self._scorers, self._encoders = scorers or self._one, encoders or _nobody
         self._limits = limits
         self._metrics = metrics or NoMetrics()
+        self._answering: dict[str, str] = {}  # name of a model -> name@version that answered last
 
         def guard(name: str, timeout_s: float, at_once: int | None = None) -> Guard:
             return Guard(name, timeout_s, Breaker(limits.breaker_failures, limits.breaker_pause_s), metrics, at_once)
@@ -293,7 +294,9 @@ class Service:
     async def _score(self, wanted: ScoreRequest) -> Json:
         """The scorer's answer, without the query if another encoder read that, or popular items where it has none."""
         try:
-            return await self._ask("score", wanted, guard=self._scorer)
+            answer = await self._ask("score", wanted, guard=self._scorer)
+            self._answered_by(answer["model"])
+            return answer
         except ApiError as error:
             if error.code == ENCODER_MISMATCH:
                 log.error("answering without the query: %s", error.message)
@@ -302,6 +305,16 @@ class Service:
             if error.status != 503 or self.popular is None:
                 raise
         return self.popular.answer(wanted)
+
+    def _answered_by(self, model: str) -> None:
+        """Tell the version that answers under a name, as the Scorer says it: it may differ from what is configured."""
+        name = model.partition("@")[0]
+        before = self._answering.get(name)
+        if before != model:
+            self._answering[name] = model
+            self._metrics.set("springtide_model", 1, model=model)
+            if before is not None:
+                self._metrics.set("springtide_model", 0, model=before)
 
     async def _score_apart(self, request: ScoreRequest) -> Json:
         """For copies that nobody waits for: outside the batches, and past the circuit breaker of those that count."""
