@@ -79,8 +79,7 @@ def measure(
         bodies = write_lines(root / "events.jsonl", requests.events(batch, 200))
         for count in (count for count in args.connections if count > 1):
             result = running.load("/v1/events", bodies, count, args.seconds)
-            accepted = result["requests"] - result["errors"]
-            result["events_per_second"] = accepted * batch / result["seconds"]
+            result["events_per_second"] = result["whole"] * batch / result["seconds"]
             found[f"{kind}, {count}"] = result
     return found
 

@@ -42,14 +42,14 @@ class Running:
         return self.place.ask([sys.executable, "-c", ASK, f"{self.url}/v1/recommend", bodies], {**os.environ})
 
     def load(self, route: str, bodies: Path, connections: int, seconds: float, rate: float | None = None) -> Figures:
-        """What load.py found, with the rate and the CPU time of all the system's processes per request."""
+        """What load.py found, with the rate of whole answers and the CPU time of all the system's processes per one."""
         env = {**os.environ}  # without the tag: its CPU time is not the system's
         command: Command = [sys.executable, "benchmarks/load.py", self.url + route, bodies, str(connections),
                             str(seconds), *([] if rate is None else ["--rate", f"{rate:.3f}"])]  # fmt: skip
         cpu = self.place.cpu_seconds()
         result: Figures = json.loads(self.place.ask(command, env).splitlines()[-1])
-        result["cpu_ms_per_request"] = (self.place.cpu_seconds() - cpu) * 1e3 / max(1, result["requests"])
-        result["requests_per_second"] = result["requests"] / result["seconds"]
+        result["cpu_ms_per_request"] = (self.place.cpu_seconds() - cpu) * 1e3 / max(1, result["whole"])
+        result["requests_per_second"] = result["whole"] / result["seconds"]
         return result
 
 
