@@ -20,24 +20,26 @@ from springtide.serving.limits import Bodies, Crowd
 from springtide.serving.metrics import Metrics, PrometheusMetrics, SeveralMetrics
 from springtide.serving.observe import Observed, start_access_log
 from springtide.serving.replies import error_reply
+from springtide.serving.responses import (
+    EncodeResponse,
+    ErrorBody,
+    EventsResponse,
+    InterestsResponse,
+    ItemResponse,
+    ModelsResponse,
+    Readiness,
+    RecommendResponse,
+    SimilarResponse,
+)
 from springtide.serving.schemas import (
     MAX_BODY_BYTES,
     ApiError,
     Count,
     EncodeRequest,
-    EncodeResponse,
-    ErrorBody,
     EventsBody,
-    EventsResponse,
     Identifier,
-    InterestsResponse,
     ItemBody,
-    ItemResponse,
-    ModelsResponse,
-    Readiness,
     RecommendRequest,
-    RecommendResponse,
-    SimilarResponse,
 )
 from springtide.serving.security import Authorised, OwnHosts, SafeHeaders
 from springtide.serving.service import Backend
