@@ -313,15 +313,20 @@ def test_it_stops_at_an_encoder_that_one_replica_refuses(ingress: str) -> None:
         wait_ready(ingress, config, time.monotonic() + 20)
 
 
-@pytest.mark.parametrize("silent", ["replicas", "encoder"])
-def test_it_waits_until_every_replica_has_told(ingress: str, silent: str) -> None:
-    Answers.script, slow = [(200, [model("a", "1")])], {"encoders": [], "replicas_asked": None}
+@pytest.mark.parametrize(
+    ("silent", "reason"), [("replicas", "not every Scorer tells"), ("encoder", "not read by /new in every TextEncoder")]
+)
+def test_it_waits_until_every_replica_has_told(ingress: str, silent: str, reason: str) -> None:
+    config = scorer_of(a="1")
+    config["applications"][0]["deployments"].append({"name": "TextEncoder", "user_config": {"encoder": "/new"}})
+    Answers.script, Answers.read_by = [(200, [model("a", "1", text=True)])], ["/new@2"]
+    slow = {"encoders": [], "replicas_asked": None}
     setattr(Answers, silent, [slow, {"encoders": []}])
-    assert wait_ready(ingress, scorer_of(a="1"), time.monotonic() + 20) == ["a@1"]
+    assert wait_ready(ingress, config, time.monotonic() + 20) == ["a@1"]
     assert getattr(Answers, silent) == [{"encoders": []}]
     setattr(Answers, silent, [slow])
-    with pytest.raises(SpringtideError, match="not every replica tells what it serves"):
-        wait_ready(ingress, scorer_of(a="1"), time.monotonic() + 1)
+    with pytest.raises(SpringtideError, match=reason):
+        wait_ready(ingress, config, time.monotonic() + 1)
 
 
 def test_it_stops_at_a_refusal(ingress: str) -> None:

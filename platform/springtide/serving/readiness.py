@@ -91,11 +91,14 @@ def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
                     )
                 served = serving(answer["models"], wanted)
                 reading = encoder if any(model.get("text") for model in answer["models"]) else None
-                if served and not _silent(answer) and _read_by(url, answer["encoder"], reading):
+                if served is None:
+                    reason = "the old models are still served"
+                elif "replicas_asked" in answer:  # one of those that did not tell may have refused
+                    reason = "not every Scorer tells what it serves"
+                elif _read_by(url, answer["encoder"], reading):
                     return served
-                reason = f"queries are not read by {encoder}" if served else "the old models are still served"
-                if _silent(answer):
-                    reason = "not every replica tells what it serves"
+                else:
+                    reason = f"queries are not read by {encoder} in every TextEncoder"
             else:
                 reason = f"/readyz says {json.dumps(state)[:300]}"
         except (OSError, ValueError, KeyError) as error:
@@ -110,11 +113,6 @@ def encoder_of(config: Json) -> str | None:
     return next((part["user_config"].get("encoder") for part in parts), None)
 
 
-def _silent(answer: Json) -> bool:
-    """Whether replicas did not tell: one of them may have refused."""
-    return "replicas_asked" in answer or "replicas_asked" in answer["encoder"]
-
-
 def _read_by(url: str, told: Json, encoder: str | None) -> bool:
     """Whether texts are read by this encoder (None: there are none): in every replica, and in one that a text starts.
 
@@ -127,6 +125,8 @@ def _read_by(url: str, told: Json, encoder: str | None) -> bool:
             f"the text encoder {encoder} was refused: {told['error']}; queries are still read by "
             f"{', '.join(told['encoders'])}"
         )
+    if "replicas_asked" in told:
+        return False
     status, answer = get(f"{url}/v1/encode", {"text": "ready"})
     readers = [*told["encoders"], str(answer.get("encoder"))]
     return status == 200 and all(name_in(reader) == encoder for reader in readers)
