@@ -20,9 +20,10 @@ from springtide.config import Settings
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json
+from springtide.model.batch import History
 from springtide.model.carry import carry_over, rows_in
 from springtide.schemas import SEQUENCES, TEST, TRAIN, VALID
-from springtide.training import reach, update
+from springtide.training import job, reach, update
 from springtide.training.job import holdout_share, publish
 from springtide.training.sampling import Sampling, Since
 from springtide.training.sequences import count_new, epoch_batches, from_table, validation_cases
@@ -202,6 +203,16 @@ def test_users_are_held_out_where_the_validation_part_asks_nobody(tmp_path: Path
     assert holdout_share(chosen, prepared) == chosen.train.validation_share
     held = [from_table(pq.read_table(file), 0.5) for file in prepared.sequence_files]
     assert sum(len(validation_cases(part, 100)) for part in held) > 0
+
+
+def test_targets_that_are_left_out_as_seen_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """As where only purchases are predicted and each follows a view of the same item."""
+    seen, new = 2, 3
+    history = History(np.array([1, 2]), np.zeros(2, np.int64), np.full(2, np.nan, np.float32), np.arange(2))
+    job._warn_of_repeats([(history, new)] * 9 + [(history, seen)])
+    assert not caplog.records
+    job._warn_of_repeats([(history, new)] * 7 + [(history, seen)] * 3)
+    assert "3 of 10 validation targets" in caplog.text and "data.exclude_seen" in caplog.text
 
 
 def test_a_bundle_that_saw_the_test_part_is_refused(trained: tuple[Settings, Bundle]) -> None:

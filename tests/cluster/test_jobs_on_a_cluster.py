@@ -77,7 +77,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ]
     (folder / "goods.tsv").write_text("\n".join(titles) + "\n", encoding="utf-8")
     settings = {
-        "name": "tea",
+        "name": "茶",
         "workspace": str(folder / "workspace"),
         "data": {
             "events": {

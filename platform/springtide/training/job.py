@@ -41,6 +41,7 @@ DAMPED_FOR = 0.25  # share of the price of a wider reach that damping may take, 
 # A training worker keeps large arrays for its next step. To give them back to the system and have them cleared again is
 # up to a quarter of a step's CPU time. glibc reads these when a process starts; other C libraries ignore them.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
+MANY_REPEATS = 0.2  # share of the validation targets that a user had taken before, above which it is told
 ASKED_USERS = 1000  # users whose histories the index of a large catalogue is measured by
 # Settings of the section train that change no weight.
 OF_THE_BUNDLE = ("coverage_cost", "ann_items", "ann_recall")  # but what is recommended
@@ -201,6 +202,8 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
     chosen = run_folder.parent / CHOICES if refit else run_folder / CHOICES
     if not refit:
         hide, cases = settings.data.exclude_seen, _some_cases(prepared, share)
+        if hide:
+            _warn_of_repeats(cases)
         decay = choose_share(statistics, settings.model, cases, hide)
         write_json(chosen, {"neighbour_half_life": decay, "text_features": choose_text(settings, prepared, cases)})
     choices = json.loads(chosen.read_text(encoding="utf-8"))
@@ -238,6 +241,17 @@ def _some_cases(prepared: Prepared, share: float, limit: int = JUDGED_USERS) -> 
         if len(cases) < limit:
             cases += validation_cases(from_table(pq.read_table(file), share), limit - len(cases))
     return cases
+
+
+def _warn_of_repeats(cases: list[tuple[History, int]]) -> None:
+    """Tell where leaving out what was seen leaves out what is asked for, as where a purchase follows a view."""
+    repeated = sum(bool(np.isin(target, history.items)) for history, target in cases)
+    if repeated > MANY_REPEATS * len(cases):
+        log.warning(
+            "%d of %d validation targets are items that their user had taken before, which data.exclude_seen leaves "
+            "out, so they can only be missed; set data.exclude_seen to false where items are taken again",
+            repeated, len(cases),
+        )  # fmt: skip
 
 
 def _can_train(prepared: Prepared, share: float) -> bool:
