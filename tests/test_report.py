@@ -410,3 +410,5 @@ def test_the_verdict_follows_the_interval(value: float, low: float, high: float,
 
 def test_a_baseline_without_hits_has_no_ratio() -> None:
     assert verdict_of(0.1, 0, None)["kind"] == "better" and verdict_of(0, 0, None)["kind"] == "even"
+    few = verdict_of(0.1, 0.001, None)
+    assert few["kind"] == "even" and "too few targets" in few["sentence"]

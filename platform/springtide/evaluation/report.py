@@ -43,6 +43,9 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
     ratio = metrics["ratio_to_best"]["ndcg@10"]
     model, base = (m["ndcg@10"]["value"] for m in (metrics["model"], metrics["baselines"][metrics["best_baseline"]]))
     figures = f"NDCG@10 {figure_of(model)} against {figure_of(base)}."
+    if ratio is None and base > 0:
+        sentence = f"The best counting baseline, {best}, finds too few targets in its first ten to be compared with."
+        return {"kind": "even", "sentence": sentence, "detail": figures}
     if ratio is None:
         kind = "better" if model > 0 else "even"
         hits = "the model does" if model > 0 else "neither does the model"
@@ -55,7 +58,7 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
         sentence = f"The model beats the best counting baseline, {best}, by {percent:.1f} %."
         return {"kind": "better", "sentence": sentence, "detail": detail}
     if ratio["hi"] < 1:
-        sentence = f"The model loses to the best counting baseline, {best}, by {percent:.1f} %: deploy that instead."
+        sentence = f"The model loses to the best counting baseline, {best}, by {percent:.1f} %."
         return {"kind": "worse", "sentence": sentence, "detail": detail}
     side = "ahead of" if ratio["value"] > 1 else "behind" if ratio["value"] < 1 else "level with"
     distance = f"{percent:.1f} % " if ratio["value"] != 1 else ""

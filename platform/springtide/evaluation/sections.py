@@ -138,7 +138,7 @@ def _gain(replay: Metrics) -> str:
     last = list(replay["all"]["modes"])[-1]
     ratio = replay["all"]["ratios"].get(f"{last}/frozen")
     if ratio is None:
-        return "Frozen at the cut, the model finds none of them."
+        return "Frozen at the cut, the model finds too few of them to compare with."
     percent = (ratio["value"] - 1) * 100
     span = f"ratio {ratio_of(ratio['lo'])} to {ratio_of(ratio['hi'])}"
     if ratio["lo"] > 1:
