@@ -11,6 +11,7 @@ import torch
 
 from springtide.errors import SpringtideError
 from springtide.text import encoder as module
+from springtide.text.embed import warn_of_unknown
 from springtide.text.encoder import Encoder
 
 torch.set_num_threads(1)
@@ -79,6 +80,16 @@ def test_the_default_is_mean_pooled_normalised_and_in_order(default: Encoder) ->
 def test_the_default_knows_what_is_alike(default: Encoder) -> None:
     cat, kitten, tax = default.encode(["a cat sleeps", "a kitten is sleeping", "income tax forms"])
     assert cat @ kitten > 0.5 > cat @ tax
+
+
+def test_words_of_a_language_that_it_does_not_know_are_told(default: Encoder, caplog: pytest.LogCaptureFixture) -> None:
+    english, chinese = ["a waterproof tent for two"] * 3, ["跑步鞋 轻便透气", "电饭煲 家用智能", "苏泊尔破壁机"]
+    assert default.unknown_share(english) == default.unknown_share([]) == default.unknown_share([""]) == 0
+    assert default.unknown_share(chinese) > 0.3
+    warn_of_unknown(default, english)
+    assert not caplog.records
+    warn_of_unknown(default, english + chinese)
+    assert "unknown to the encoder" in caplog.text
 
 
 def test_long_texts_are_cut_at_the_token_limit(default: Encoder) -> None:

@@ -22,6 +22,8 @@ from springtide.schemas import VECTORS, check_schema
 from springtide.text.encoder import Encoder, weights_in
 
 log = logging.getLogger(__name__)
+LOOKED_AT = 1000  # texts in which unknown words are counted
+MANY_UNKNOWN = 0.2  # share of them above which it is told
 
 
 class EncodeBatch:
@@ -53,7 +55,8 @@ def run(settings: Settings) -> dict[str, Any]:
         raise SpringtideError(
             "no item has a text to encode; set data.items.text, or model.text_dim=0 and skip this job"
         )
-    Encoder(config.encoder, config.max_tokens)  # a wrong name fails here, in a sentence, and not in an actor
+    encoder = Encoder(config.encoder, config.max_tokens)  # a wrong name fails here, in a sentence, and not in an actor
+    warn_of_unknown(encoder, described["text"].to_pylist())
     made = made_from(items, config)  # before the weights are read: other ones put there meanwhile are not these
     connect()
     import ray
@@ -82,6 +85,18 @@ def run(settings: Settings) -> dict[str, Any]:
     width = len(table["vector"][0])
     log.info("%d of %d items have a text; vectors are %d wide", len(table), len(items), width)
     return {"vectors": str(final), "items": len(items), "encoded": len(table), "width": width}
+
+
+def warn_of_unknown(encoder: Encoder, texts: list[str]) -> None:
+    """Tell where the encoder does not know the language of the texts: queries in it would find little."""
+    step = -(-len(texts) // LOOKED_AT)
+    unknown = encoder.unknown_share(texts[::step])
+    if unknown > MANY_UNKNOWN:
+        log.warning(
+            "%.0f %% of the words in the items' texts are unknown to the encoder, so queries in their language find "
+            "little; set text.encoder to a model that knows it",
+            100 * unknown,
+        )
 
 
 def made_from(items: pa.Table, config: TextConfig) -> dict[str, Any]:

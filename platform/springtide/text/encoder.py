@@ -98,6 +98,14 @@ class Encoder:
             len(ids) for ids in self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens)["input_ids"]
         ]
 
+    def unknown_share(self, texts: Sequence[str]) -> float:
+        """Share of the tokens that are words which the encoder does not know; 0 where it spells out every word."""
+        if not texts or self._tokenizer.unk_token_id is None:
+            return 0.0
+        found = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens, add_special_tokens=False)
+        tokens = np.array([token for ids in found["input_ids"] for token in ids])
+        return float((tokens == self._tokenizer.unk_token_id).mean()) if len(tokens) else 0.0
+
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         """[n, dim] float32 of unit length; an empty text has a zero row, because it says nothing.
