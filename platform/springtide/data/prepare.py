@@ -98,7 +98,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def _files_of(config: DataConfig) -> tuple[list[SourceFile], list[SourceFile], list[str]]:
-    """Event files, item files, and the paths of files beside them that no name or setting says the format of."""
+    """Event files, item files, and the paths of files beside them that are not read; see list_files."""
     files: list[SourceFile] = []
     skipped: list[str] = []
     for position, source in enumerate(config.events):
@@ -110,7 +110,8 @@ def _files_of(config: DataConfig) -> tuple[list[SourceFile], list[SourceFile], l
     log.info("%d event files, %d item files", len(files), len(items))
     if skipped:
         log.warning(
-            "%d files, such as %s, are not read, because their names tell no format; set format, if they are logs",
+            "%d files, such as %s, are not read, because their names tell no format, or another than is set; set "
+            "format, or name them in paths, if they are logs",
             len(skipped), skipped[0],
         )  # fmt: skip
     return files, items, skipped

@@ -27,12 +27,17 @@ class Gate(Response):
     short: float | None
 
 
-class PastEvent(Response):
+class HistoryItem(Response):
+    """An event of a history as it is told: with the item's title, and what was given of the rest."""
+
     item_id: str
     title: str
     timestamp: int | None = None
     action: str | None = None
     rating: float | None = None
+
+
+class PastEvent(HistoryItem):
     weight: float
 
 
@@ -83,12 +88,7 @@ class ItemResponse(Response):
     revision: int = Field(description="grows with every item put")
 
 
-class WeighedEvent(Response):
-    item_id: str
-    title: str
-    timestamp: int | None = None
-    action: str | None = None
-    rating: float | None = None
+class WeighedEvent(HistoryItem):
     attention_long: float
     attention_short: float
 

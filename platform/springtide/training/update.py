@@ -35,6 +35,7 @@ from springtide.training.texts import feature_rows
 from springtide.training.worker import build_model, write_inputs
 
 log = logging.getLogger(__name__)
+# What decides which events are test events: those of other settings might have been learned from before.
 OF_THE_TEST = ("split", "target_actions", "min_user_events", "min_item_events", "deduplicate")
 BY_SIZE = ("dim", "long_layers")  # settings that the size of the log decides where they are 0
 
@@ -101,7 +102,6 @@ def _of_the_model(settings: Settings) -> dict[str, Any]:
     """The settings that a model's weights are good for, by their names."""
     named = {f"model.{name}": value for name, value in settings.model.model_dump().items()}
     named |= {f"train.{name}": getattr(settings.train, name) for name in ("rating_weight", "click_weight")}
-    # What decides which events are test events: other ones might have been learned from before.
     named |= {f"data.{name}": getattr(settings.data, name) for name in OF_THE_TEST}
     return named | {"text.encoder": settings.text.encoder}
 
