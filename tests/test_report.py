@@ -151,6 +151,12 @@ def test_the_page_is_self_contained_safe_and_accessible(evaluated: tuple[dict[st
     assert "#0102" not in page  # every placeholder colour became a theme colour
 
 
+def test_epochs_count_from_one(evaluated: tuple[dict[str, Any], dict[str, Any], str]) -> None:
+    _, metrics, page = evaluated
+    assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2, 3]
+    assert "3 epochs. Best validation NDCG@10 0.3000 in epoch 3." in page
+
+
 def test_the_same_figures_make_the_same_page(evaluated: tuple[dict[str, Any], dict[str, Any], str]) -> None:
     _, metrics, page = evaluated
     assert report.render(metrics, PREPARED) == page

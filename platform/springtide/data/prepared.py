@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from springtide.config_data import DataConfig
 from springtide.errors import SpringtideError
 from springtide.schemas import ITEMS, SEQUENCES, check_schema
+
+log = logging.getLogger(__name__)
+# Settings of the section data that decide which events there are, and which of them are learned from and which tested.
+OF_THE_SPLIT = ("split", "target_actions", "min_user_events", "min_item_events", "deduplicate")
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,11 @@ class Prepared:
         return _read(self.path / "sequences", SEQUENCES)
 
 
-def load_prepared(workspace: str | Path) -> Prepared:
-    """The prepared log of a workspace. Raises SpringtideError if there is none or it is not whole."""
+def load_prepared(workspace: str | Path, config: DataConfig | None = None) -> Prepared:
+    """The prepared log of a workspace. config: what the settings say of it now.
+
+    Raises SpringtideError if there is none, if it is not whole, or if it was split or filtered by other settings.
+    """
     path = Path(workspace).absolute() / "prepared"
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
@@ -59,7 +68,27 @@ def load_prepared(workspace: str | Path) -> Prepared:
         raise SpringtideError(f"{path / 'manifest.json'} is damaged; run the prepare job again") from None
     if missing:
         raise SpringtideError(f"the prepared log {path} lacks {missing[0]}; run the prepare job again")
-    return Prepared(path, manifest["content_hash"])
+    prepared = Prepared(path, manifest["content_hash"])
+    if config is not None:
+        _check_settings(prepared, config)
+    return prepared
+
+
+def _check_settings(prepared: Prepared, config: DataConfig) -> None:
+    """Refuse what the prepared log contradicts, as nobody could say afterwards what was learned from and tested."""
+    then, now = prepared.report.get("settings", {}), config.model_dump(mode="json")
+    for name in OF_THE_SPLIT:
+        if name in then and then[name] != now[name]:
+            raise SpringtideError(
+                f"data.{name} is {now[name]!r} in the settings, but the log {prepared.path} was prepared with "
+                f"{then[name]!r}; run the prepare job again, or set it back"
+            )
+    changed = [f"data.{name}" for name in ("events", "items") if name in then and then[name] != now[name]]
+    if changed:
+        log.warning(
+            "the log %s was prepared with another %s than the settings have now; run the prepare job again if what is "
+            "read has changed", prepared.path, " and ".join(changed),
+        )  # fmt: skip
 
 
 def _read(folder: Path, schema: pa.Schema) -> pa.Table:

@@ -57,7 +57,7 @@ def run(settings: Settings) -> dict[str, Any]:
             "the presets are fitted on the validation events too, so they cannot be judged by them; set "
             "evaluate.part=test or train.refit=false"
         )
-    prepared = load_prepared(workspace)
+    prepared = load_prepared(workspace, settings.data)
     judge = Judge(settings, prepared)
     # All of them before the first is trained: what one cannot take must not come to light after hours.
     presets = {preset: settings_of(settings, preset, judge.rated) for preset in settings.compare.presets}

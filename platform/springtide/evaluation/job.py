@@ -54,7 +54,7 @@ def run(settings: Settings) -> dict[str, Any]:
             "train again"
         )
     workspace = Path(settings.workspace)
-    prepared = load_prepared(workspace)
+    prepared = load_prepared(workspace, settings.data)
     bundle = load_bundle(workspace / "bundle")
     _check(settings, prepared, bundle)
     metrics = evaluate(settings, prepared, bundle)

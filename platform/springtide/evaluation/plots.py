@@ -131,7 +131,7 @@ def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    steps = [int(e["epoch"]) + 1 for e in epochs]  # counted from 0 in metrics.json
+    steps = [int(e["epoch"]) for e in epochs]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
@@ -142,9 +142,7 @@ def _training(epochs: list[dict[str, Any]]) -> dict[str, Any]:
     lower.set_xlabel("epoch")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
     best = max(epochs, key=lambda e: e["ndcg@10"])
-    told = (
-        f"{len(epochs)} epochs. Best validation NDCG@10 {figure_of(best['ndcg@10'])} in epoch {int(best['epoch']) + 1}."
-    )
+    told = f"{len(epochs)} epochs. Best validation NDCG@10 {figure_of(best['ndcg@10'])} in epoch {int(best['epoch'])}."
     return _plot(figure, "Training", told, "Validation NDCG@10 and training loss after each epoch.")
 
 

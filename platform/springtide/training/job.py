@@ -64,7 +64,7 @@ def run(settings: Settings) -> dict[str, Any]:
     there is nothing to train on.
     """
     submitted = time.time()
-    prepared = load_prepared(settings.workspace)
+    prepared = load_prepared(settings.workspace, settings.data)
     settings = sized(settings, prepared)
     run_folder = Path(settings.workspace) / "runs" / f"train-{fingerprint(settings, prepared)}"
     if (run_folder / "finished").exists():
@@ -359,7 +359,7 @@ def summarise(progress: Progress) -> dict[str, Any]:
         # None: there was nobody to validate on, and the last epoch stands.
         "validation": {
             "ndcg@10": progress.best_ndcg if any(e["users"] for e in progress.epochs) else None,
-            "epoch": progress.best_epoch,
+            "epoch": progress.best_epoch + 1,
         },
         "epochs": progress.epochs,
         "positions_per_cpu_second": sum(e["positions"] for e in running)

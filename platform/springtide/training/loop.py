@@ -115,7 +115,7 @@ def fit(
         record["validate_seconds"] = time.perf_counter() - trained
         record["seconds"] = time.perf_counter() - started
         record["cpu_seconds"] = float(all_sum(torch.tensor(time.process_time() - cpu, dtype=torch.float64)))
-        record["epoch"] = progress.epoch
+        record["epoch"] = progress.epoch + 1
         if record["ndcg"] > progress.best or not record["users"]:  # nobody to validate on: the last epoch stands
             progress.best, progress.best_epoch = record["ndcg"], progress.epoch
             progress.best_state = state

@@ -21,7 +21,7 @@ from torch import Tensor
 from springtide.bundle import Bundle, load_bundle
 from springtide.cluster import connect
 from springtide.config import Settings, with_values
-from springtide.data.prepared import Prepared, load_prepared
+from springtide.data.prepared import OF_THE_SPLIT, Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.model.carry import carry_over, rows_in
 from springtide.model.cosines import no_pairs
@@ -35,8 +35,6 @@ from springtide.training.texts import feature_rows
 from springtide.training.worker import build_model, write_inputs
 
 log = logging.getLogger(__name__)
-# What decides which events are test events: those of other settings might have been learned from before.
-OF_THE_TEST = ("split", "target_actions", "min_user_events", "min_item_events", "deduplicate")
 BY_SIZE = ("dim", "long_layers")  # settings that the size of the log decides where they are 0
 
 
@@ -47,7 +45,7 @@ def run(settings: Settings) -> dict[str, Any]:
     settings are of another model.
     """
     submitted = time.time()
-    prepared, path = load_prepared(settings.workspace), Path(settings.workspace) / "bundle"
+    prepared, path = load_prepared(settings.workspace, settings.data), Path(settings.workspace) / "bundle"
     bundle = load_bundle(path)
     settings = of_bundle(settings, bundle)
     if bundle.log == prepared.content_hash:
@@ -62,7 +60,7 @@ def run(settings: Settings) -> dict[str, Any]:
     count = ray.remote(num_cpus=0.5)(count_new)
     new = sum(ray.get([count.remote(file, since) for file in prepared.sequence_files]))
     inputs = write_update(settings, prepared, bundle, statistics, run_folder)
-    metrics: dict[str, Any] = {"epochs": [], "validation": {"ndcg@10": None, "epoch": -1}}
+    metrics: dict[str, Any] = {"epochs": [], "validation": {"ndcg@10": None, "epoch": None}}
     state = build_model(settings, len(prepared.actions), inputs)[0].state_dict()
     if new and settings.train.update_epochs:
         learning = with_values(settings, {"train.epochs": settings.train.update_epochs})
@@ -102,7 +100,8 @@ def _of_the_model(settings: Settings) -> dict[str, Any]:
     """The settings that a model's weights are good for, by their names."""
     named = {f"model.{name}": value for name, value in settings.model.model_dump().items()}
     named |= {f"train.{name}": getattr(settings.train, name) for name in ("rating_weight", "click_weight")}
-    named |= {f"data.{name}": getattr(settings.data, name) for name in OF_THE_TEST}
+    # Test events of other settings might have been learned from before.
+    named |= {f"data.{name}": getattr(settings.data, name) for name in OF_THE_SPLIT}
     return named | {"text.encoder": settings.text.encoder}
 
 

@@ -36,7 +36,7 @@ def run(settings: Settings) -> dict[str, Any]:
     results/tune.json. Raises SpringtideError for a wrong space, a cluster too small, or if every trial failed.
     """
     check_space(settings)
-    prepared = load_prepared(settings.workspace)
+    prepared = load_prepared(settings.workspace, settings.data)
     connect()
     import ray
 
