@@ -23,8 +23,9 @@ from springtide.files import write_json
 from springtide.model.batch import History
 from springtide.model.carry import carry_over, rows_in
 from springtide.schemas import SEQUENCES, TEST, TRAIN, VALID
-from springtide.training import job, reach, update
-from springtide.training.job import holdout_share, publish
+from springtide.training import reach, update
+from springtide.training.cases import holdout_share, warn_of_repeats
+from springtide.training.publish import publish
 from springtide.training.sampling import Sampling, Since
 from springtide.training.sequences import count_new, epoch_batches, from_table, validation_cases
 from springtide.training.statistics import Statistics, collect
@@ -209,9 +210,9 @@ def test_targets_that_are_left_out_as_seen_are_told(caplog: pytest.LogCaptureFix
     """As where only purchases are predicted and each follows a view of the same item."""
     seen, new = 2, 3
     history = History(np.array([1, 2]), np.zeros(2, np.int64), np.full(2, np.nan, np.float32), np.arange(2))
-    job._warn_of_repeats([(history, new)] * 9 + [(history, seen)])
+    warn_of_repeats([(history, new)] * 9 + [(history, seen)])
     assert not caplog.records
-    job._warn_of_repeats([(history, new)] * 7 + [(history, seen)] * 3)
+    warn_of_repeats([(history, new)] * 7 + [(history, seen)] * 3)
     assert "3 of 10 validation targets" in caplog.text and "data.exclude_seen" in caplog.text
 
 

@@ -98,7 +98,35 @@ def write_partition(
     catalogue: (item, item_id, alive); actions: vocabulary, position = number; cuts: (valid, test) first milliseconds of
     a temporal split.
     """
-    frame = frame_of(table).filter(IS_ROW)
+    frame = _outside_core(frame_of(table).filter(IS_ROW), catalogue, config)
+    events = _split(frame.filter(KEPT), config, cuts)
+    sequences = _sequences(events, catalogue, actions)
+    for folder, rows, schema in (
+        ("events", events.select(EVENTS.names), EVENTS),
+        ("sequences", sequences, SEQUENCES),
+        ("quarantine", _quarantine(frame, files), QUARANTINE),
+    ):
+        if len(rows) or folder != "quarantine":
+            pq.write_table(check_schema(_arrow(rows, schema), schema, folder), out / folder / f"{name}.parquet")
+    fates = frame.group_by("file", fate=pl.col("reason").fill_null("kept")).agg(rows=pl.len().cast(pl.Int64))
+    trained = events.filter(pl.col("part") == TRAIN).group_by("item_id").agg(events=pl.len().cast(pl.Int64))
+    tied = events.select(
+        same=(pl.col("timestamp") == pl.col("timestamp").shift(1).over("user_id")).fill_null(False), user="user_id"
+    )
+    return Written(
+        fates=fates.sort("file", "fate").to_arrow(),
+        train_events=trained.to_arrow(),
+        users=len(sequences),
+        parts={part: int((events["part"] == number).sum()) for part, number in PARTS.items()},
+        tied=int(tied["same"].sum()),
+        tied_last=int(tied.group_by("user", maintain_order=True).agg(pl.col("same").last())["same"].sum()),
+        actions=dict(events.group_by(pl.col("action").fill_null("<unknown>")).agg(pl.len()).sort("action").iter_rows()),
+        times=look_at_times(events),
+    )
+
+
+def _outside_core(frame: pl.DataFrame, catalogue: pa.Table, config: DataConfig) -> pl.DataFrame:
+    """Give the rows that the k-core filter drops their reason."""
     alive = catalogue.filter(catalogue["alive"]).select(["item_id"])
     core = _core(frame.lazy().filter(KEPT), alive, config.min_user_events).select("file", "row")
     frame = frame.join(core.with_columns(core=True).collect(), on=["file", "row"], how="left", maintain_order="left")
@@ -107,63 +135,34 @@ def write_partition(
     )
     outside = KEPT & pl.col("core").is_null()
     content = pl.concat_str("user_id", "item_id", "timestamp", separator="\t")
-    frame = frame.with_columns(
+    return frame.with_columns(
         reason=pl.when(outside).then(pl.lit(too_few)).otherwise("reason"),
         content=pl.when(outside).then(content).otherwise("content"),
     )
-    events = _split(frame.filter(KEPT), config, cuts)
-    fates = (
-        frame.group_by("file", fate=pl.col("reason").fill_null("kept"))
-        .agg(rows=pl.len().cast(pl.Int64))
-        .sort("file", "fate")
-    )
+
+
+def _quarantine(frame: pl.DataFrame, files: list[str]) -> pl.DataFrame:
+    """The rejected rows with the names of their files; a repeated row is counted, not rejected."""
     paths = pl.DataFrame({"file": range(len(files)), "path": files}, schema={"file": pl.Int32, "path": pl.String})
-    quarantine = (
-        frame.filter(~KEPT & (pl.col("reason") != DUPLICATE))
-        .join(paths, on="file", how="left")
-        .sort("file", "row")
-        .select(pl.col("path").alias("file"), "row", "reason", "content")
-    )
+    rejected = frame.filter(~KEPT & (pl.col("reason") != DUPLICATE)).join(paths, on="file", how="left")
+    return rejected.sort("file", "row").select(pl.col("path").alias("file"), "row", "reason", "content")
+
+
+def _sequences(events: pl.DataFrame, catalogue: pa.Table, actions: list[str]) -> pl.DataFrame:
+    """A row per user, items and actions as numbers."""
+    rows = pl.DataFrame(catalogue.select(["item", "item_id"]))
     numbers = pl.DataFrame(
         {"action": actions, "number": range(len(actions))}, schema={"action": pl.String, "number": pl.Int32}
     )
-    sequences = (
-        events.join(
-            pl.DataFrame(catalogue.select(["item", "item_id"])), on="item_id", how="left", maintain_order="left"
-        )
-        .join(numbers, on="action", how="left", maintain_order="left")
-        .group_by("user_id", maintain_order=True)
-        .agg(
-            items="item",
-            actions=pl.col("number").fill_null(0),
-            ratings=pl.col("rating").fill_null(float("nan")),
-            timestamps="timestamp",
-            parts="part",
-            targets="target",
-        )
-    )
-    for folder, rows, schema in (
-        ("events", events.select(EVENTS.names), EVENTS),
-        ("sequences", sequences, SEQUENCES),
-        ("quarantine", quarantine, QUARANTINE),
-    ):
-        if len(rows) or folder != "quarantine":
-            pq.write_table(check_schema(_arrow(rows, schema), schema, folder), out / folder / f"{name}.parquet")
-    tied = events.select(
-        same=(pl.col("timestamp") == pl.col("timestamp").shift(1).over("user_id")).fill_null(False), user="user_id"
-    )
-    return Written(
-        fates=fates.to_arrow(),
-        train_events=events.filter(pl.col("part") == TRAIN)
-        .group_by("item_id")
-        .agg(events=pl.len().cast(pl.Int64))
-        .to_arrow(),
-        users=len(sequences),
-        parts={part: int((events["part"] == number).sum()) for part, number in PARTS.items()},
-        tied=int(tied["same"].sum()),
-        tied_last=int(tied.group_by("user", maintain_order=True).agg(pl.col("same").last())["same"].sum()),
-        actions=dict(events.group_by(pl.col("action").fill_null("<unknown>")).agg(pl.len()).sort("action").iter_rows()),
-        times=look_at_times(events),
+    numbered = events.join(rows, on="item_id", how="left", maintain_order="left")
+    numbered = numbered.join(numbers, on="action", how="left", maintain_order="left")
+    return numbered.group_by("user_id", maintain_order=True).agg(
+        items="item",
+        actions=pl.col("number").fill_null(0),
+        ratings=pl.col("rating").fill_null(float("nan")),
+        timestamps="timestamp",
+        parts="part",
+        targets="target",
     )
 
 

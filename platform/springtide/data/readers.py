@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,13 +31,16 @@ MARK = "\U0010fffd"  # a private-use character that stands for one byte of inval
 END_COLUMNS = 4096  # more columns than any log has
 
 
+Bad = tuple[int, str, str]  # row, reason and content of what is no row of a table
+
+
 @dataclass(frozen=True)
 class RawChunk:
     """Some rows of one file. `table` holds the wanted columns by name; `rows` [n] int64 counts from 1."""
 
     table: pa.Table
     rows: pa.Array
-    bad_rows: list[tuple[int, str, str]]  # (row, reason, content) of rows that are no rows of a table
+    bad_rows: list[Bad]
     # Optional columns that the file has not shown up to here, all null in `table`: name -> sentence that says so.
     lacking: dict[str, str] = field(default_factory=dict)
 
@@ -133,7 +136,7 @@ def _read_delimited(
 ) -> Iterator[RawChunk]:
     if len({type(c) for c in columns}) > 1:
         raise SpringtideError(f"{file.path}: name all columns, or give all by position; not some of each")
-    bad: list[tuple[int, str, str]] = []
+    bad: list[Bad] = []
     headerless = isinstance(columns[0], int)
     names = [column_name(c) for c in columns]
     tabbed = file.format == "tsv"
@@ -154,21 +157,7 @@ def _read_delimited(
 
     with _open(file) as raw, _Marked(raw, f"\n{end}\n".encode()) as stream:
         try:
-            batches = pacsv.open_csv(
-                stream,
-                read_options=pacsv.ReadOptions(
-                    use_threads=False, block_size=BLOCK_BYTES, autogenerate_column_names=headerless, encoding="utf8"
-                ),
-                parse_options=pacsv.ParseOptions(
-                    delimiter="\t" if tabbed else ",",
-                    quote_char=False if tabbed else '"',
-                    newlines_in_values=not tabbed,
-                    invalid_row_handler=set_aside,
-                ),
-                convert_options=pacsv.ConvertOptions(
-                    column_types={name: pa.binary() for name in names}, strings_can_be_null=False, include_columns=names
-                ),
-            )
+            batches = _open_csv(stream, names, headerless, tabbed, set_aside)
         except pa.ArrowInvalid as error:
             if "Empty CSV" in str(error):
                 return
@@ -181,30 +170,54 @@ def _read_delimited(
             for chunk in _read_delimited(file, there, optional, separator):
                 yield replace(chunk, lacking=chunk.lacking | lacking)
             return
-        next_row, used = 1, 0
+        last = 0
         for batch in batches:
-            # Rows set aside still count, so a later row keeps the number that an editor shows for it.
-            numbers = []
-            limit = next_row + batch.num_rows
-            for number, _reason, _content in bad[used:]:
-                if number > limit:
-                    break
-                numbers.append(number)
-                limit += 1
-            rows = np.setdiff1d(np.arange(next_row, limit), numbers, assume_unique=True)
-            table = _unmarked(pa.Table.from_batches([batch]).select(names))
-            yield RawChunk(table, pa.array(rows, pa.int64()), bad[used : used + len(numbers)])
-            next_row, used = limit, used + len(numbers)
-        if used < len(bad):
-            next_row = bad[-1][0] + 1
-            yield RawChunk(
-                pa.table({name: pa.array([], pa.binary()) for name in names}), pa.array([], pa.int64()), bad[used:]
-            )
+            rows, aside, last = _number(batch.num_rows, bad, last)
+            yield RawChunk(_unmarked(pa.Table.from_batches([batch]).select(names)), pa.array(rows, pa.int64()), aside)
+        if bad:
+            last = bad[-1][0]
+            nothing = pa.table({name: pa.array([], pa.binary()) for name in names})
+            yield RawChunk(nothing, pa.array([], pa.int64()), bad)
         if not ended:
             raise SpringtideError(
-                f"cannot read {file.path} as {file.format}: the quote opened in row {next_row - 1} is never closed and"
+                f"cannot read {file.path} as {file.format}: the quote opened in row {last} is never closed and"
                 " swallows what follows; close it or remove that row"
             )
+
+
+def _open_csv(
+    stream: Any, names: list[str], headerless: bool, tabbed: bool, set_aside: Callable[[pacsv.InvalidRow], str]
+) -> pacsv.CSVStreamingReader:
+    """The wanted columns as bytes, batch by batch; set_aside is asked about every row with too many or too few."""
+    return pacsv.open_csv(
+        stream,
+        read_options=pacsv.ReadOptions(
+            use_threads=False, block_size=BLOCK_BYTES, autogenerate_column_names=headerless, encoding="utf8"
+        ),
+        parse_options=pacsv.ParseOptions(
+            delimiter="\t" if tabbed else ",",
+            quote_char=False if tabbed else '"',
+            newlines_in_values=not tabbed,
+            invalid_row_handler=set_aside,
+        ),
+        convert_options=pacsv.ConvertOptions(
+            column_types={name: pa.binary() for name in names}, strings_can_be_null=False, include_columns=names
+        ),
+    )
+
+
+def _number(count: int, bad: list[Bad], last: int) -> tuple[np.ndarray, list[Bad], int]:
+    """Numbers of the next `count` rows after row `last`, the rows set aside among them (taken off `bad`), and the last.
+
+    Rows set aside count too, so a later row keeps the number that an editor shows for it.
+    """
+    until, aside = last + count, 0
+    while aside < len(bad) and bad[aside][0] <= until + 1:
+        aside, until = aside + 1, until + 1
+    taken = bad[:aside]
+    del bad[:aside]  # in place, as the reader may be adding to it from its thread
+    rows = np.setdiff1d(np.arange(last + 1, until + 1), [number for number, _, _ in taken], assume_unique=True)
+    return rows, taken, until
 
 
 def _unmarked(table: pa.Table) -> pa.Table:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from springtide.bundle import Bundle, load_bundle
-from springtide.config import Settings
+from springtide.config import EvaluateConfig, Settings
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.evaluation import leakage, prequential, report, slices, ties
@@ -90,35 +90,20 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
     seconds: dict[str, float] = {}
     with _timed(seconds, "leakage"):
         found = leakage.check(events, split, VALID if refit else TRAIN)
-    cases = build_cases(events, PARTS[config.part], split, VALID if refit else TRAIN)
-    if not len(cases):
-        raise SpringtideError(
-            f"the {config.part} part holds no event to predict; take a longer log or another data.split, then run "
-            "prepare and train again"
-        )
-    ks = sorted({*config.ks, 10})
+    cases = _some_cases(events, config.part, split, VALID if refit else TRAIN)
     with _timed(seconds, "fit_baselines"):
         fitted = fit_baselines(events, build_cases(events, VALID, split), hide, refit)
 
-    recommender, gates = bundle.recommender, []
-
-    def model(histories: Sequence[History]) -> np.ndarray:
-        scores = recommender.score(histories)
-        gates.append(scores.gate_short)
-        return scores.logits
-
-    scorers: dict[str, Score] = {"model": model, **{name: fit.baseline.score for name, fit in fitted.items()}}
-    rankings: dict[str, Ranking] = {}
-    for name, score in scorers.items():
-        with _timed(seconds, name):
-            rankings[name] = rank_cases(
-                cases, score, depth=max(*ks, measure.MRR_AT), exclude_seen=hide, batch_size=config.batch_size
-            )
-        log.info("%s: %d users ranked over %d items", name, len(cases), events.catalogue)
+    recommender = bundle.recommender
+    scorers: dict[str, Score] = {
+        "model": lambda histories: recommender.score(histories).logits,
+        **{name: fit.baseline.score for name, fit in fitted.items()},
+    }
+    gates: list[np.ndarray] = []
+    rankings = _rankings(settings, cases, scorers | {"model": _keeping_gates(recommender, gates)}, seconds)
     gate = gate_histogram(np.concatenate(gates)[headline_mask(cases)[0]])
-    scorers["model"] = lambda histories: recommender.score(histories).logits
 
-    body = compare(cases, rankings, ks, config.bootstrap, split)
+    body = compare(cases, rankings, _ks(config), config.bootstrap, split)
     catalogue = Catalogue(
         events.fitted(TRAIN),
         category_table(prepared.items["categories"].to_pylist()),
@@ -151,6 +136,47 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
     }
     body["notes"] = notes_on(body)
     return body
+
+
+def _some_cases(events: FlatSequences, part: str, split: str, fitted: int) -> Cases:
+    cases = build_cases(events, PARTS[part], split, fitted)
+    if not len(cases):
+        raise SpringtideError(
+            f"the {part} part holds no event to predict; take a longer log or another data.split, then run prepare and "
+            "train again"
+        )
+    return cases
+
+
+def _ks(config: EvaluateConfig) -> list[int]:
+    """List lengths that are judged: 10, of the headline figure, always is."""
+    return sorted({*config.ks, 10})
+
+
+def _keeping_gates(recommender: Any, gates: list[np.ndarray]) -> Score:
+    """The model's scores, what its gate gave the short branch [B] left in `gates`, batch by batch."""
+
+    def score(histories: Sequence[History]) -> np.ndarray:
+        scores = recommender.score(histories)
+        gates.append(scores.gate_short)
+        return np.asarray(scores.logits)
+
+    return score
+
+
+def _rankings(
+    settings: Settings, cases: Cases, scorers: Mapping[str, Score], seconds: dict[str, float]
+) -> dict[str, Ranking]:
+    """Each scorer's ranking of the whole catalogue, the time that it took noted in `seconds`."""
+    config, rankings = settings.evaluate, dict[str, Ranking]()
+    depth = max(*_ks(config), measure.MRR_AT)
+    for name, score in scorers.items():
+        with _timed(seconds, name):
+            rankings[name] = rank_cases(
+                cases, score, depth=depth, exclude_seen=settings.data.exclude_seen, batch_size=config.batch_size
+            )
+        log.info("%s: %d users ranked over %d items", name, len(cases), cases.events.catalogue)
+    return rankings
 
 
 def _slices(

@@ -12,37 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from torch import Tensor
 
-from springtide.bundle import FORMAT, write_bundle
+from springtide.bundle import FORMAT
 from springtide.cluster import connect
-from springtide.config import SIZES, ModelConfig, Settings, with_values
+from springtide.config import SIZES, ModelConfig, Settings, TrainConfig, with_values
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json
-from springtide.model.batch import History
 from springtide.model.fusion import DEFAULT_DIM
-from springtide.text.embed import load_vectors
-from springtide.training.damping import choose_damping
+from springtide.training.cases import can_train, holdout_share, some_cases, warn_of_repeats
 from springtide.training.factors import item_factors
 from springtide.training.loop import Progress
-from springtide.training.reach import choose_reach, lift_until, users_read
-from springtide.training.sampling import Sampling, Since
-from springtide.training.sequences import epoch_batches, from_table, validation_cases
+from springtide.training.publish import choose_coverage, publish, summarise
+from springtide.training.sampling import Since
 from springtide.training.statistics import Statistics, collect_file, merge
-from springtide.training.tabulate import JUDGED_USERS, choose_share, tabulate
+from springtide.training.tabulate import choose_share, tabulate
 from springtide.training.texts import choose_text, feature_rows, fit_texts
-from springtide.training.worker import STOPPED, build_model, load_features, read_progress, train_worker, write_inputs
+from springtide.training.worker import STOPPED, read_progress, train_worker, write_inputs
 
 log = logging.getLogger(__name__)
-DAMPED_USERS = 3000  # validation users that the damping of popularity is judged by
-DAMPED_FOR = 0.25  # share of the price of a wider reach that damping may take, and lifting the rest
 # A training worker keeps large arrays for its next step. To give them back to the system and have them cleared again is
 # up to a quarter of a step's CPU time. glibc reads these when a process starts; other C libraries ignore them.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_ARENA_MAX": "1"}
-MANY_REPEATS = 0.2  # share of the validation targets that a user had taken before, above which it is told
-ASKED_USERS = 1000  # users whose histories the index of a large catalogue is measured by
 # Settings of the section train that change no weight.
 OF_THE_BUNDLE = ("coverage_cost", "ann_items", "ann_recall")  # but what is recommended
 HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", "update_epochs", *OF_THE_BUNDLE)
@@ -119,10 +110,6 @@ def train(
     Raises SpringtideError if the loss stops being finite.
     """
     connect()
-    import ray
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
     config = settings.train
     files = prepared.sequence_files
     if config.workers > len(files):
@@ -133,23 +120,42 @@ def train(
     _check_resources(settings)
     inputs = write_statistics(settings, prepared, run_folder, refit) if warm is None else warm.inputs
     cuts = prepared.report["split"]["cuts_ms"]
+    job = {
+        "settings": settings.model_dump(mode="json"),
+        "actions": len(prepared.actions),
+        "inputs": str(inputs),
+        "holdout_share": holdout_share(settings, prepared),
+        "refit": refit,
+        "since": None if warm is None else asdict(warm.since),
+        "asked_at": cuts[0] if cuts else None,
+        "submitted": submitted,
+    }
+    inputs.with_name(STOPPED).unlink(missing_ok=True)
+    result = _trainer(config, job, files, run_folder, callbacks).fit()
+    if inputs.with_name(STOPPED).exists():
+        raise SpringtideError(inputs.with_name(STOPPED).read_text(encoding="utf-8"))
+    if result.checkpoint is None:
+        raise SpringtideError("training ended without a checkpoint; see the messages of the workers above")
+    with result.checkpoint.as_directory() as folder:
+        return read_progress(Path(folder))
+
+
+def _trainer(
+    config: TrainConfig, job: dict[str, Any], files: list[Path], run_folder: Path, callbacks: list[Any] | None
+) -> Any:
+    """Ray's trainer of one run. job: what train_worker is given."""
+    import ray
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
     shards = {
         # Each worker has its own files, so the share of a worker is the same in every run and no row is dropped.
         f"train-{worker}": ray.data.read_parquet([str(file) for file in files[worker :: config.workers]])
         for worker in range(config.workers)
     }
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
-        train_loop_config={
-            "settings": settings.model_dump(mode="json"),
-            "actions": len(prepared.actions),
-            "inputs": str(inputs),
-            "holdout_share": holdout_share(settings, prepared),
-            "refit": refit,
-            "since": None if warm is None else asdict(warm.since),
-            "asked_at": cuts[0] if cuts else None,
-            "submitted": submitted,
-        },
+        train_loop_config=job,
         torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=config.workers,
@@ -168,20 +174,6 @@ def train(
         datasets=shards,
         dataset_config=DataConfig(datasets_to_split=[]),
     )
-    inputs.with_name(STOPPED).unlink(missing_ok=True)
-    result = trainer.fit()
-    if inputs.with_name(STOPPED).exists():
-        raise SpringtideError(inputs.with_name(STOPPED).read_text(encoding="utf-8"))
-    if result.checkpoint is None:
-        raise SpringtideError("training ended without a checkpoint; see the messages of the workers above")
-    with result.checkpoint.as_directory() as folder:
-        return read_progress(Path(folder))
-
-
-def holdout_share(settings: Settings, prepared: Prepared) -> float:
-    """The share of users to hold out, if the split's own validation part asks nobody with a history."""
-    asked = prepared.report["split"]["valid"] and _some_cases(prepared, 0.0, limit=1)
-    return 0.0 if asked else settings.train.validation_share
 
 
 def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, refit: bool = False) -> Path:
@@ -193,7 +185,7 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
     share = holdout_share(settings, prepared)
     statistics = count_events(settings, prepared, refit)
     users = prepared.report["users"]
-    if not statistics.transitions.nnz and not _can_train(prepared, share):
+    if not statistics.transitions.nnz and not can_train(prepared, share):
         raise SpringtideError(
             f"no user among {users} has an item to predict after another training event, so there is no sequence to "
             "learn from; use a longer log, or widen data.target_actions"
@@ -201,9 +193,9 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
     run_folder.mkdir(parents=True, exist_ok=True)
     chosen = run_folder.parent / CHOICES if refit else run_folder / CHOICES
     if not refit:
-        hide, cases = settings.data.exclude_seen, _some_cases(prepared, share)
+        hide, cases = settings.data.exclude_seen, some_cases(prepared, share)
         if hide:
-            _warn_of_repeats(cases)
+            warn_of_repeats(cases)
         decay = choose_share(statistics, settings.model, cases, hide)
         write_json(chosen, {"neighbour_half_life": decay, "text_features": choose_text(settings, prepared, cases)})
     choices = json.loads(chosen.read_text(encoding="utf-8"))
@@ -234,34 +226,6 @@ def _factors(config: ModelConfig, statistics: Statistics) -> np.ndarray | None:
     return item_factors(statistics.transitions, config.dim or DEFAULT_DIM)
 
 
-def _some_cases(prepared: Prepared, share: float, limit: int = JUDGED_USERS) -> list[tuple[History, int]]:
-    """Validation cases enough to choose a setting by, from the first files on."""
-    cases: list[tuple[History, int]] = []
-    for file in prepared.sequence_files:
-        if len(cases) < limit:
-            cases += validation_cases(from_table(pq.read_table(file), share), limit - len(cases))
-    return cases
-
-
-def _warn_of_repeats(cases: list[tuple[History, int]]) -> None:
-    """Tell where leaving out what was seen leaves out what is asked for, as where a purchase follows a view."""
-    repeated = sum(bool(np.isin(target, history.items)) for history, target in cases)
-    if repeated > MANY_REPEATS * len(cases):
-        log.warning(
-            "%d of %d validation targets are items that their user had taken before, which data.exclude_seen leaves "
-            "out, so they can only be missed; set data.exclude_seen to false where items are taken again",
-            repeated, len(cases),
-        )  # fmt: skip
-
-
-def _can_train(prepared: Prepared, share: float) -> bool:
-    for file in prepared.sequence_files:
-        batches = epoch_batches(from_table(pq.read_table(file), share), Sampling(200, 256, 50_000), (0,))
-        if any(bool((batch.targets >= 0).any()) for batch in batches):
-            return True
-    return False
-
-
 def write_trained(
     settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress, bundle: Path
 ) -> dict[str, Any]:
@@ -279,7 +243,7 @@ def write_trained(
         final = train(again, prepared, folder, time.time(), refit=True)
     coverage = {"damping": 0.0, "reach": 0.0, "lifted": 0.0}
     if validated and settings.train.coverage_cost:
-        coverage = _coverage(settings, prepared, run_folder, progress)
+        coverage = choose_coverage(settings, prepared, run_folder, progress)
     metrics = summarise(progress)
     metrics |= {
         **coverage,
@@ -287,87 +251,6 @@ def write_trained(
         "refit_epochs": final.epochs if final is not progress else [],
     }
     return publish(settings, prepared, folder / "inputs.safetensors", final.best_state, metrics, bundle)
-
-
-def publish(
-    settings: Settings,
-    prepared: Prepared,
-    inputs: Path,
-    state: dict[str, Tensor],
-    metrics: dict[str, Any],
-    bundle: Path,
-) -> dict[str, Any]:
-    """Write the bundle of trained weights. metrics: of the run, those of _coverage too. Returns them completed."""
-    model, tables = build_model(settings, len(prepared.actions), inputs)
-    model.load_state_dict(state)
-    model.channels.damping.fill_(metrics["damping"])
-    if metrics["lifted"]:
-        cuts, hide = prepared.report["split"]["cuts_ms"], settings.data.exclude_seen
-        histories = _latest_histories(settings, prepared, users_read(len(prepared.items)))
-        log.info("reading the lists of %d users, so that they hold more of the catalogue", len(histories))
-        if histories:
-            share, lifted = metrics["reach"], metrics["lifted"]
-            lift_until(model, histories, cuts[-1] if cuts else None, hide, share, lifted)
-    metrics = metrics | {"parameters": sum(p.numel() for p in model.parameters())}
-    vectors, made = load_vectors(settings, prepared.items), load_features(inputs)
-    asked = [history for history, _ in _some_cases(prepared, holdout_share(settings, prepared), ASKED_USERS)]
-    log_hash = prepared.content_hash
-    write_bundle(
-        bundle, model, settings, prepared.items, prepared.actions, tables, vectors, metrics, log_hash, made, asked
-    )
-    return metrics
-
-
-def _coverage(settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress) -> dict[str, float]:
-    """`damping`, how much of the popularity to take off, `reach`, the share of the catalogue that lists shall hold, and
-    `lifted`, the items per user that were lifted for it.
-
-    All are judged by the model that has not seen the validation events.
-    """
-    model, _ = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
-    model.load_state_dict(progress.best_state)
-    cuts, hide = prepared.report["split"]["cuts_ms"], settings.data.exclude_seen
-    asked_at, cost = cuts[0] if cuts else None, settings.train.coverage_cost
-    share = holdout_share(settings, prepared)
-    damping = choose_damping(model, _some_cases(prepared, share, DAMPED_USERS), asked_at, hide, DAMPED_FOR * cost)
-    model.channels.damping.fill_(damping)
-    cases = _some_cases(prepared, share, users_read(len(prepared.items)))
-    reach, lifted = choose_reach(model, cases, asked_at, hide, (1 - DAMPED_FOR) * cost)
-    return {"damping": damping, "reach": reach, "lifted": lifted}
-
-
-def _latest_histories(settings: Settings, prepared: Prepared, limit: int) -> list[History]:
-    """What users that a model of this log is validated on have done by now, validation events included."""
-    share = holdout_share(settings, prepared)
-    histories: list[History] = []
-    for file in prepared.sequence_files:
-        if len(histories) == limit:
-            break
-        table = pq.read_table(file)
-        validated, now = from_table(table, share), from_table(table, share, refit=True)
-        users = np.flatnonzero((validated.valid_target >= 0) & (validated.train_end > validated.start))
-        histories += [now.history(user, int(now.train_end[user])) for user in users[: limit - len(histories)]]
-    return histories
-
-
-def summarise(progress: Progress) -> dict[str, Any]:
-    """The run in numbers: accuracy, and how fast. The first epoch counts as start-up where there are more."""
-    running = progress.epochs[1:] or progress.epochs
-    loop = sum(e["seconds"] + e["report_seconds"] for e in running)
-    around = sum(e["wait_seconds"] + e["report_seconds"] for e in running)
-    return {
-        # None: there was nobody to validate on, and the last epoch stands.
-        "validation": {
-            "ndcg@10": progress.best_ndcg if any(e["users"] for e in progress.epochs) else None,
-            "epoch": progress.best_epoch + 1,
-        },
-        "epochs": progress.epochs,
-        "positions_per_cpu_second": sum(e["positions"] for e in running)
-        / max(1e-9, sum(e["cpu_seconds"] for e in running)),
-        "seconds_to_first_step": progress.epochs[0]["first_step_seconds"],
-        "epoch_seconds": loop / len(running),
-        "ray_share": around / max(1e-9, loop),
-    }
 
 
 def _check_resources(settings: Settings) -> None:

@@ -26,7 +26,8 @@ from springtide.errors import SpringtideError
 from springtide.model.carry import carry_over, rows_in
 from springtide.model.cosines import no_pairs
 from springtide.text.embed import load_vectors
-from springtide.training.job import Warm, count_events, fingerprint, publish, summarise, train
+from springtide.training.job import Warm, count_events, fingerprint, train
+from springtide.training.publish import publish, summarise
 from springtide.training.sampling import Since
 from springtide.training.sequences import count_new
 from springtide.training.statistics import Statistics

@@ -8,6 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from springtide.model.tables import Tables, from_arrays
 from springtide.schemas import SEQUENCES, check_schema
 from springtide.text.features import TextFeatures
 from springtide.text.features import from_arrays as features_from_arrays
-from springtide.training.loop import Diverged, Progress, bare, fit, make_optimizer, rank, seed_of, world_size
+from springtide.training.loop import Diverged, Feed, Progress, bare, fit, make_optimizer, rank, seed_of, world_size
 from springtide.training.sampling import Since, sampling_of
 from springtide.training.sequences import (
     Sequences,
@@ -169,6 +170,26 @@ class ShardFeed:
         return self._asked_at
 
 
+@dataclass
+class Timed:
+    """A feed that notes when the first batch is there; everything before it is start-up."""
+
+    feed: Feed
+    submitted: float  # in seconds since 1970
+    first_step: float = 0.0  # in seconds since then; 0: not yet
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        for batch in self.feed.epoch(epoch):
+            self.first_step = self.first_step or time.time() - self.submitted
+            yield batch
+
+    def cases(self) -> list[tuple[History, int]]:
+        return self.feed.cases()
+
+    def asked_at(self) -> int | None:
+        return self.feed.asked_at()
+
+
 # ---------------------------------------------------------------- checkpoints
 def save_checkpoint(folder: Path, model: FusionModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Model, optimizer, best weights so far and the record of the epochs. Tensors and JSON only."""
@@ -225,13 +246,7 @@ def train_worker(job: dict[str, Any]) -> None:
     device = ray.train.torch.get_device() if config.use_gpu else torch.device("cpu")
     model, _ = build_model(settings, job["actions"], Path(job["inputs"]))
     optimizer = make_optimizer(model.to(device), config)
-    progress = Progress()
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            progress = load_checkpoint(Path(folder), model, optimizer)
-        if rank() == 0:
-            print(f"resumed after epoch {progress.epoch}", flush=True)
+    progress = _resumed(model, optimizer)
     wrapped = ray.train.torch.prepare_model(
         model, move_to_device=False, parallel_strategy_kwargs={"broadcast_buffers": False} if world_size() > 1 else None
     )
@@ -240,28 +255,18 @@ def train_worker(job: dict[str, Any]) -> None:
         Path(job["inputs"]).with_name(PLACEMENT_GROUP).write_text(group.id.hex(), encoding="utf-8")
     shard = ray.train.get_dataset_shard(f"train-{ray.train.get_context().get_world_rank()}")
     since = None if job["since"] is None else Since(**job["since"])
-    feed = ShardFeed(shard, settings.model, config, job["holdout_share"], job["refit"], job["asked_at"], since)
-    clock = {"first_step": 0.0, "report": 0.0}
-
-    class FirstStep:
-        """Notes when the first batch is there; everything before it is start-up."""
-
-        def epoch(self, epoch: int) -> Iterator[Batch]:
-            for batch in feed.epoch(epoch):
-                clock["first_step"] = clock["first_step"] or time.time() - job["submitted"]
-                yield batch
-
-        def cases(self) -> list[tuple[History, int]]:
-            return feed.cases()
-
-        def asked_at(self) -> int | None:
-            return feed.asked_at()
+    feed = Timed(
+        ShardFeed(shard, settings.model, config, job["holdout_share"], job["refit"], job["asked_at"], since),
+        job["submitted"],
+    )
+    report_seconds = 0.0
 
     def after_epoch(progress: Progress) -> None:
+        nonlocal report_seconds
         started = time.perf_counter()
         record = progress.epochs[-1]
-        record["first_step_seconds"] = clock["first_step"]
-        record["report_seconds"] = clock["report"]  # of the epoch before: this one's report is still to come
+        record["first_step_seconds"] = feed.first_step
+        record["report_seconds"] = report_seconds  # of the epoch before: this one's report is still to come
         metrics = {key: record[key] for key in ("loss", "ndcg", "ndcg@10", "hr@10", "epoch")}
         metrics |= {"best": progress.best_ndcg}
         with tempfile.TemporaryDirectory() as folder:
@@ -271,10 +276,10 @@ def train_worker(job: dict[str, Any]) -> None:
                 ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
             else:
                 ray.train.report(metrics, checkpoint=None)
-        clock["report"] = time.perf_counter() - started
+        report_seconds = time.perf_counter() - started
 
     try:
-        fit(wrapped, optimizer, FirstStep(), config, settings.data.exclude_seen, progress, after_epoch, device)
+        fit(wrapped, optimizer, feed, config, settings.data.exclude_seen, progress, after_epoch, device)
     except Diverged as error:
         # All workers stop here. Raised, it would count as a worker's death, after which Ray tries again in vain.
         if rank() == 0:
@@ -282,6 +287,20 @@ def train_worker(job: dict[str, Any]) -> None:
     except RuntimeError as error:
         where = f"worker {rank()} of {world_size()} failed in epoch {progress.epoch + 1}"
         raise RuntimeError(f"{where}: {error}") from error
+
+
+def _resumed(model: FusionModel, optimizer: torch.optim.Optimizer) -> Progress:
+    """Where the run's last checkpoint stands, its weights put into the model; the very start if there is none."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return Progress()
+    with checkpoint.as_directory() as folder:
+        progress = load_checkpoint(Path(folder), model, optimizer)
+    if rank() == 0:
+        print(f"resumed after epoch {progress.epoch}", flush=True)
+    return progress
 
 
 def _line(progress: Progress, config: TrainConfig) -> str:
