@@ -58,9 +58,11 @@ class Run:
 
 
 # ---------------------------------------------------------------- faults: each returns when it was over, or when it was
-def kill(title: str) -> Callable[[Run], float]:
+def kill(title: str, place: int = 0) -> Callable[[Run], float]:
+    """place: of the process among those of that title, by age."""
+
     def fault(run: Run) -> float:
-        run.cluster.kill(title)
+        run.cluster.kill(title, place)
         return time.monotonic()
 
     return fault
@@ -187,8 +189,9 @@ FAULTS = {
     "encoder": Fault("kill -9 of the only TextEncoder", kill("ServeReplica:springtide:TextEncoder")),
     "ingress": Fault("kill -9 of one Ingress", kill("ServeReplica:springtide:Ingress")),
     "proxy": Fault("kill -9 of the proxy", kill("PROXY")),
-    "keeper": Fault(
-        "kill -9 of springtide-haproxy, which keeps HAProxy", kill("springtide-haproxy -db"), needs="haproxy"
+    "keeper": Fault("kill -9 of springtide-haproxy, as Ray knows it", kill("springtide-haproxy -db"), needs="haproxy"),
+    "kept": Fault(
+        "kill -9 of its child, and HAProxy with it", kill("springtide-haproxy -db", place=-1), needs="haproxy"
     ),
     "manager": Fault("kill -9 of Ray's manager of HAProxy", kill("HAProxyManager"), needs="haproxy"),
     "controller": Fault("kill -9 of Serve's controller", kill("ServeController")),

@@ -115,12 +115,13 @@ class Cluster:
         return int(self.place.ask([sys.executable, "-c", LOST, store, acknowledged], self.env))
 
     # ------------------------------------------------------------ what breaks
-    def kill(self, title: str) -> None:
-        """kill -9 of one process whose command line holds `title`. Raises SystemExit if there is none."""
+    def kill(self, title: str, place: int = 0) -> None:
+        """kill -9 of one process whose command line holds `title`: of the oldest, or that one of them by age. Raises
+        SystemExit if there is none."""
         found = [process for process in self.processes() if title in process[1]]
         if not found:
             raise SystemExit(f"nothing called {title} runs among {sorted({name[:60] for _, name in self.processes()})}")
-        found[0][0].kill()
+        sorted((process for process, _ in found), key=lambda process: process.create_time())[place].kill()
 
     def processes(self) -> list[tuple[psutil.Process, str]]:
         """Everything in the namespace, with its command line."""

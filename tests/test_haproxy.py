@@ -123,7 +123,12 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
     started = Ray(tmp_path_factory.mktemp("h"))  # a short name: those of sockets have a limit
     yield started
     for process in started.started:
-        process.kill()
+        family = [process]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family += psutil.Process(process.pid).children(recursive=True)
+        for one in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
         process.wait()
 
 
@@ -183,8 +188,17 @@ def until(true: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def haproxy_of(process: subprocess.Popen[bytes]) -> psutil.Process:
+def keeper_of(process: subprocess.Popen[bytes]) -> psutil.Process:
+    """The child of the process that Ray knows."""
     return psutil.Process(process.pid).children()[0]
+
+
+def haproxy_of(process: subprocess.Popen[bytes]) -> psutil.Process:
+    return keeper_of(process).children()[0]
+
+
+def gone(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
 def waiting(admin: Path) -> int:
@@ -267,7 +281,8 @@ def test_a_public_front_stays_as_it_was_asked_for() -> None:
 def test_every_port_is_on_loopback_and_ray_knows_the_process(ray: Ray) -> None:
     ray.write()
     process = ray.start()
-    found = [*psutil.Process(process.pid).net_connections("tcp"), *haproxy_of(process).net_connections("tcp")]
+    family = [psutil.Process(process.pid), keeper_of(process), haproxy_of(process)]
+    found = [connection for one in family for connection in one.net_connections("tcp")]
     listening = {tuple(c.laddr) for c in found if c.status == psutil.CONN_LISTEN}
     assert listening == {("127.0.0.1", port) for port in ray.ports}
     assert str(ray.file) in psutil.Process(process.pid).cmdline()
@@ -363,12 +378,30 @@ def test_a_killed_haproxy_is_back_with_its_replicas_and_nobody_is_turned_away(ra
         assert haproxy_of(process).pid != haproxy.pid
 
 
-def test_a_haproxy_that_cannot_live_is_given_up(ray: Ray, replica: Replica) -> None:
+def test_a_killed_keeper_is_back_with_its_replicas_and_nobody_is_turned_away(ray: Ray, replica: Replica) -> None:
+    ray.write(replica.port)
+    process = ray.start()
+    for _ in range(2):
+        keeper, haproxy = keeper_of(process), haproxy_of(process)
+        keeper.kill()
+        until(lambda haproxy=haproxy: gone(haproxy))
+        assert [ray.ask().status for _ in range(20)] == [200] * 20
+        assert pid_of(ray.admin) == process.pid
+        assert keeper_of(process).pid != keeper.pid
+    new = ray.reload(process)  # and can be replaced as ever
+    until(lambda: process.poll() is not None)
+    assert ray.ask().status == 200 and new.poll() is None
+
+
+@pytest.mark.parametrize("of", [keeper_of, haproxy_of])
+def test_what_cannot_live_is_given_up(
+    ray: Ray, replica: Replica, of: Callable[[subprocess.Popen[bytes]], psutil.Process]
+) -> None:
     ray.write(replica.port)
     process = ray.start()
     while process.poll() is None:
-        for child in psutil.Process(process.pid).children():
-            child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            of(process).kill()
         time.sleep(0.02)
     assert process.wait() != 0
 
@@ -430,12 +463,31 @@ def test_before_ray_has_told_of_any_application_callers_come_again(ray: Ray, rep
     assert ray.ask().status == 200
 
 
-def test_haproxy_ends_with_its_keeper(ray: Ray) -> None:
-    ray.write()
+def test_when_the_process_that_ray_knows_is_killed_its_haproxy_serves_on(ray: Ray, replica: Replica) -> None:
+    ray.write(replica.port)
     process = ray.start()
-    haproxy = haproxy_of(process)
+    keeper, haproxy = keeper_of(process), haproxy_of(process)
     process.kill()
-    until(lambda: not haproxy.is_running() or haproxy.status() == psutil.STATUS_ZOMBIE)
+    process.wait()
+    until(lambda: not ray.admin.exists())  # so Ray's health check fails, and its next manager starts anew
+    assert [ray.ask().status for _ in range(20)] == [200] * 20
+    ray.write()
+    ignorant = ray.start()
+    assert ray.ask().status == 200 and not gone(haproxy)
+    ray.write(replica.port)
+    new = ray.reload(ignorant)
+    assert ray.ask().status == 200
+    until(lambda: gone(keeper) and gone(haproxy) and ignorant.poll() is not None)
+    assert ray.ask().status == 200 and new.poll() is None
+
+
+def test_haproxy_ends_where_nobody_comes_after_it(ray: Ray, replica: Replica) -> None:
+    ray.write(replica.port)
+    process = ray.start()
+    keeper, haproxy = keeper_of(process), haproxy_of(process)
+    process.kill()  # as Ray does too, where it shuts Serve down
+    until(lambda: gone(keeper) and gone(haproxy))
+    assert not list(ray.folder.glob("*.sock")) and not list(ray.folder.glob("haproxy.cfg.[0-9]*"))
 
 
 def test_it_outlives_rays_manager_but_not_the_raylet(ray: Ray, replica: Replica) -> None:

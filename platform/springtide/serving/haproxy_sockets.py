@@ -45,6 +45,8 @@ def take_front(admin: Path, addresses: Iterable[str], reuse_port: bool) -> Front
     reuse_port: whether others may listen there too, as Ray allows them where several nodes share a machine.
     """
     front = _handed_over(admin)
+    if front.owner is None:
+        front = _handed_over(_left(admin))
     wanted = list(addresses)
     for address in sorted(front.sockets.keys() - wanted):
         front.sockets.pop(address).close()
@@ -98,18 +100,28 @@ def open_admin(path: Path) -> socket.socket:
     return one
 
 
-def answer(connection: socket.socket, haproxy: Path, front: Front) -> None:
-    """One command of Ray, answered by HAProxy under our process id, or one of our successor, who gets the front."""
+def left_to(admin: Path) -> None:
+    """From now on only whoever comes after us finds us there, and Ray finds nobody."""
+    with contextlib.suppress(FileNotFoundError):
+        admin.rename(_left(admin))
+
+
+def _left(admin: Path) -> Path:
+    return admin.with_name(f"{admin.name}.left")
+
+
+def answer(connection: socket.socket, haproxy: Path, front: Front, pid: int) -> None:
+    """One command of Ray, answered by HAProxy under this process id, or one of our successor, who gets the front."""
     with connection, contextlib.suppress(OSError):  # whoever asked hears nothing, and asks again
         connection.settimeout(PATIENCE_S)
         command = b""
         while not command.endswith(b"\n") and (part := connection.recv(65536)):
             command += part
         if command == HAND_OVER:
-            told = {"front": list(front.sockets), "pid": os.getpid(), "haproxy": str(haproxy)}
+            told = {"front": list(front.sockets), "pid": pid, "haproxy": str(haproxy)}
             socket.send_fds(connection, [json.dumps(told).encode()], list(front.descriptors().values()))
             return
-        connection.sendall(_PID.sub(b"Pid: %d" % os.getpid(), ask(haproxy, command)))
+        connection.sendall(_PID.sub(b"Pid: %d" % pid, ask(haproxy, command)))
 
 
 def ask(haproxy: Path, command: bytes) -> bytes:
