@@ -26,6 +26,7 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions
 
 from springtide.errors import SpringtideError
+from springtide.serving.haproxy import notice_s
 from springtide.serving.haproxy_config import (
     Limits,
     admin_socket,
@@ -374,7 +375,7 @@ def test_a_killed_haproxy_is_back_with_its_replicas_and_nobody_is_turned_away(ra
         haproxy = haproxy_of(process)
         haproxy.kill()
         assert [ray.ask().status for _ in range(20)] == [200] * 20
-        assert pid_of(ray.admin) == process.pid
+        until(lambda: pid_of(ray.admin) == process.pid)
         assert haproxy_of(process).pid != haproxy.pid
 
 
@@ -386,7 +387,7 @@ def test_a_killed_keeper_is_back_with_its_replicas_and_nobody_is_turned_away(ray
         keeper.kill()
         until(lambda haproxy=haproxy: gone(haproxy))
         assert [ray.ask().status for _ in range(20)] == [200] * 20
-        assert pid_of(ray.admin) == process.pid
+        until(lambda: pid_of(ray.admin) == process.pid)
         assert keeper_of(process).pid != keeper.pid
     new = ray.reload(process)  # and can be replaced as ever
     until(lambda: process.poll() is not None)
@@ -399,11 +400,16 @@ def test_what_cannot_live_is_given_up(
 ) -> None:
     ray.write(replica.port)
     process = ray.start()
-    while process.poll() is None:
+
+    def dead() -> bool:
         with contextlib.suppress(psutil.NoSuchProcess, IndexError):
             of(process).kill()
-        time.sleep(0.02)
+        return process.poll() is not None
+
+    until(dead)
     assert process.wait() != 0
+    if of is keeper_of:
+        assert "killed 5 times in a row" in (ray.folder / "haproxy.log").read_text()
 
 
 def test_a_reload_by_ray_costs_no_request_and_ends_the_old_one(ray: Ray, replica: Replica) -> None:
@@ -482,26 +488,105 @@ def test_when_the_process_that_ray_knows_is_killed_its_haproxy_serves_on(ray: Ra
 
 
 def test_haproxy_ends_where_nobody_comes_after_it(ray: Ray, replica: Replica) -> None:
+    ray.settings = {"SPRINGTIDE_HAPROXY_LINGER_S": "1", "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25"}
     ray.write(replica.port)
     process = ray.start()
     keeper, haproxy = keeper_of(process), haproxy_of(process)
     process.kill()  # as Ray does too, where it shuts Serve down
     until(lambda: gone(keeper) and gone(haproxy))
-    assert not list(ray.folder.glob("*.sock")) and not list(ray.folder.glob("haproxy.cfg.[0-9]*"))
+    assert not list(ray.folder.glob("*.sock*")) and not list(ray.folder.glob("haproxy.cfg.[0-9]*"))
 
 
-def test_it_outlives_rays_manager_but_not_the_raylet(ray: Ray, replica: Replica) -> None:
+def test_it_waits_for_as_long_as_rays_health_check_takes() -> None:
+    assert notice_s({}, 20) == 3 * 10 + 20
+    assert notice_s({"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "0.25"}, 20) == 20.75
+
+
+def test_one_that_is_killed_while_it_takes_over_costs_no_request(ray: Ray, replica: Replica) -> None:
+    """Whenever that is: the old one serves on, or the one that has taken its place."""
+    ray.write(replica.port)
+    old = ray.start()
+    for pause in (0.1, 0.2, 0.3, 0.4, 0.5):
+        command = [sys.executable, "-m", "springtide.serving.haproxy", "-db", "-f", str(ray.file), "-dR"]
+        command += ["-sf", str(old.pid), "-x", str(ray.admin)]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as new:
+            time.sleep(pause)
+            new.kill()
+        assert [ray.ask().status for _ in range(10)] == [200] * 10
+        time.sleep(1.2)  # an orphan knows by now
+        assert [ray.ask().status for _ in range(10)] == [200] * 10
+        if old.poll() is not None:
+            old = ray.start()  # as Ray's next manager does
+            assert ray.ask().status == 200
+
+
+@dataclass
+class Family:
+    """springtide-haproxy below a manager and a raylet that can die before it."""
+
+    raylet: subprocess.Popen[bytes]
+    known: int  # the process that Ray knows
+
+    @property
+    def keeper(self) -> psutil.Process:
+        return psutil.Process(self.known).children()[0]
+
+    def kill_manager(self) -> None:
+        os.killpg(psutil.Process(self.raylet.pid).children()[0].pid, signal.SIGKILL)  # as a raylet does
+
+    def end_raylet(self) -> None:
+        self.raylet.communicate()
+
+
+@pytest.fixture
+def family(ray: Ray, replica: Replica) -> Iterator[Family]:
     ray.write(replica.port)
     haproxy = [sys.executable, "-m", "springtide.serving.haproxy", "-db", "-f", str(ray.file), "-dR"]
     manager = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(60)"
     raylet = "import subprocess, sys; subprocess.Popen(sys.argv[1:], process_group=0).wait(); sys.stdin.read()"
     command = [sys.executable, "-c", raylet, sys.executable, "-c", manager, *haproxy]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    until(lambda: pid_of(ray.admin))
-    kept = pid_of(ray.admin)
-    assert kept is not None
-    os.killpg(psutil.Process(process.pid).children()[0].pid, signal.SIGKILL)  # as a raylet does
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        until(lambda: pid_of(ray.admin))
+        known = pid_of(ray.admin)
+        assert known is not None
+        yield Family(process, known)
+    until(lambda: not psutil.pid_exists(known))
+
+
+def test_it_outlives_rays_manager_but_not_the_raylet(ray: Ray, family: Family) -> None:
+    family.kill_manager()
     time.sleep(1.5)
     assert ray.ask().status == 200
-    process.communicate()  # the raylet ends
-    until(lambda: not psutil.pid_exists(kept))
+    haproxy = family.keeper.children()[0]
+    family.keeper.kill()
+    until(lambda: gone(haproxy))
+    for _ in range(2):
+        assert ray.ask().status == 200
+        time.sleep(1.5)
+    family.end_raylet()
+    until(lambda: not psutil.pid_exists(family.known))
+
+
+def test_nobody_waits_for_one_that_answers_its_last_requests(ray: Ray, replica: Replica, family: Family) -> None:
+    statuses: list[int] = []
+    replica.answering.clear()
+    caller = threading.Thread(target=lambda: statuses.append(ray.ask(timeout=20).status))
+    caller.start()
+    until(lambda: replica.held)
+    family.kill_manager()
+    family.end_raylet()
+
+    def refused() -> bool:
+        try:
+            ray.ask("/v1/models", timeout=0.5, body=None, method="GET")
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    until(refused)
+    assert psutil.pid_exists(family.known)
+    replica.answering.set()
+    caller.join(20)
+    assert statuses == [200]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from springtide.config import Settings
+from springtide.config_data import ColumnRule, EventColumns
 from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
 from springtide.evaluation import compare
@@ -54,6 +55,23 @@ def test_settings_of_another_split_are_refused(settings: Settings, name: str) ->
 def test_every_stage_that_learns_or_judges_refuses_them(settings: Settings, stage: Any) -> None:
     with pytest.raises(SpringtideError, match=r"^data\.min_item_events is 2 in the settings"):
         stage.run(changed(settings, "min_item_events", 2))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"action": "view"}, {"keep": [ColumnRule(column="price", above=0)]}, {"columns": EventColumns(item_id="sku")}],
+)
+def test_other_events_of_the_same_files_are_refused(settings: Settings, rule: dict[str, Any]) -> None:
+    source = settings.data.events[0].model_copy(update=rule)
+    with pytest.raises(SpringtideError, match=r"^data\.events reads other columns, or by other rules, than when"):
+        load_prepared(settings.workspace, changed(settings, "events", [source]).data)
+
+
+def test_the_order_of_the_actions_says_nothing(settings: Settings) -> None:
+    report = Path(settings.workspace) / "prepared" / "report.json"
+    of_two = changed(settings, "target_actions", ["a", "b"]).data
+    write_json(report, load_prepared(settings.workspace).report | {"settings": of_two.model_dump(mode="json")})
+    load_prepared(settings.workspace, changed(settings, "target_actions", ["b", "a"]).data)
 
 
 def test_another_source_is_told_and_what_changes_no_event_is_not(

@@ -17,8 +17,9 @@ from springtide.errors import SpringtideError
 from springtide.schemas import ITEMS, SEQUENCES, check_schema
 
 log = logging.getLogger(__name__)
-# Settings of the section data that decide which events there are, and which of them are learned from and which tested.
+# Settings of the section data that decide which events are learned from and which tested.
 OF_THE_SPLIT = ("split", "target_actions", "min_user_events", "min_item_events", "deduplicate")
+WHERE = ("paths", "format")  # of a source: the same events may have moved
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,30 @@ def _check_settings(prepared: Prepared, config: DataConfig) -> None:
     """Refuse what the prepared log contradicts, as nobody could say afterwards what was learned from and tested."""
     then, now = prepared.report.get("settings", {}), config.model_dump(mode="json")
     for name in OF_THE_SPLIT:
-        if name in then and then[name] != now[name]:
+        if name in then and _unordered(then[name]) != _unordered(now[name]):
             raise SpringtideError(
                 f"data.{name} is {now[name]!r} in the settings, but the log {prepared.path} was prepared with "
                 f"{then[name]!r}; run the prepare job again, or set it back"
             )
+    if "events" in then and _read_as(then["events"]) != _read_as(now["events"]):
+        raise SpringtideError(
+            f"data.events reads other columns, or by other rules, than when the log {prepared.path} was prepared; run "
+            "the prepare job again, or set it back"
+        )
     changed = [f"data.{name}" for name in ("events", "items") if name in then and then[name] != now[name]]
     if changed:
         log.warning(
             "the log %s was prepared with another %s than the settings have now; run the prepare job again if what is "
             "read has changed", prepared.path, " and ".join(changed),
         )  # fmt: skip
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _read_as(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in source.items() if name not in WHERE} for source in sources]
 
 
 def _read(folder: Path, schema: pa.Schema) -> pa.Table:

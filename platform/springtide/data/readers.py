@@ -172,7 +172,7 @@ def _read_delimited(
             return
         last = 0
         for batch in batches:
-            rows, aside, last = _number(batch.num_rows, bad, last)
+            rows, aside, last = _take_numbers(batch.num_rows, bad, last)
             yield RawChunk(_unmarked(pa.Table.from_batches([batch]).select(names)), pa.array(rows, pa.int64()), aside)
         if bad:
             last = bad[-1][0]
@@ -206,7 +206,7 @@ def _open_csv(
     )
 
 
-def _number(count: int, bad: list[Bad], last: int) -> tuple[np.ndarray, list[Bad], int]:
+def _take_numbers(count: int, bad: list[Bad], last: int) -> tuple[np.ndarray, list[Bad], int]:
     """Numbers of the next `count` rows after row `last`, the rows set aside among them (taken off `bad`), and the last.
 
     Rows set aside count too, so a later row keeps the number that an editor shows for it.

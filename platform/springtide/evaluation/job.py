@@ -90,7 +90,7 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
     seconds: dict[str, float] = {}
     with _timed(seconds, "leakage"):
         found = leakage.check(events, split, VALID if refit else TRAIN)
-    cases = _some_cases(events, config.part, split, VALID if refit else TRAIN)
+    cases = _cases_of(events, config.part, split, VALID if refit else TRAIN)
     with _timed(seconds, "fit_baselines"):
         fitted = fit_baselines(events, build_cases(events, VALID, split), hide, refit)
 
@@ -138,7 +138,8 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
     return body
 
 
-def _some_cases(events: FlatSequences, part: str, split: str, fitted: int) -> Cases:
+def _cases_of(events: FlatSequences, part: str, split: str, fitted: int) -> Cases:
+    """What the part asks. Raises SpringtideError if that is nothing."""
     cases = build_cases(events, PARTS[part], split, fitted)
     if not len(cases):
         raise SpringtideError(

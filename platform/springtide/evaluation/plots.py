@@ -40,7 +40,7 @@ def plots_of(metrics: Mapping[str, Any], scorers: Mapping[str, Mapping[str, Any]
             plots.append(_by_group(groups, scorers, heading, axis, caption))
     if metrics.get("gate"):
         plots.append(_gate(metrics["gate"]))
-    epochs = [e for e in metrics.get("epochs") or [] if {"epoch", "loss", "ndcg@10"} <= set(e)]
+    epochs = [e for e in metrics.get("epochs") or [] if {"loss", "ndcg@10"} <= set(e)]
     if epochs:
         plots.append(_training(epochs))
     return plots
@@ -131,7 +131,7 @@ def _gate(gate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(epochs: list[dict[str, Any]]) -> dict[str, Any]:
-    steps = [int(e["epoch"]) for e in epochs]
+    steps = range(1, len(epochs) + 1)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True)
@@ -141,8 +141,8 @@ def _training(epochs: list[dict[str, Any]]) -> dict[str, Any]:
         axes.grid(axis="y")
     lower.set_xlabel("epoch")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    best = max(epochs, key=lambda e: e["ndcg@10"])
-    told = f"{len(epochs)} epochs. Best validation NDCG@10 {figure_of(best['ndcg@10'])} in epoch {int(best['epoch'])}."
+    best, step = max((epoch["ndcg@10"], -step) for epoch, step in zip(epochs, steps, strict=True))
+    told = f"{len(epochs)} epochs. Best validation NDCG@10 {figure_of(best)} in epoch {-step}."
     return _plot(figure, "Training", told, "Validation NDCG@10 and training loss after each epoch.")
 
 

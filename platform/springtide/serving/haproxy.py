@@ -14,15 +14,13 @@ that it knows dies, the child serves on until the next HAProxy knows the replica
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -39,13 +37,11 @@ from springtide.serving.haproxy_config import (
     serves,
     shedding,
 )
-from springtide.serving.haproxy_face import ENDING, PASSED_ON, QUICK_DEATHS, Deaths, face, plain
-from springtide.serving.haproxy_sockets import Front, answer, left_to, open_admin, pid_of, take_front
+from springtide.serving.haproxy_face import ENDING, PASSED_ON, QUICK_DEATHS, Deaths, face, plain, when_parent_dies
+from springtide.serving.haproxy_sockets import Admin, Front, answer, is_answered, open_admin, pid_of, take_front
 
 START_S = 20.0  # for HAProxy to answer
-LINGER_S = 30.0  # to serve on when Ray's manager has died
-ALONE_S = 10.0  # to serve on when the process that Ray knows was killed, as Ray also does where it shuts Serve down
-PR_SET_PDEATHSIG = 1
+RAYS_PERIOD_S, RAYS_CHECKS = 10.0, 3  # of Ray's health check of this program, unless it is told otherwise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,12 +55,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.execv(binary, [binary, *given])
     try:
         file = Path(given[given.index("-f") + 1])
-        config = shedding(discreet(on_loopback(file.read_text(encoding="utf-8"))), Limits.of(os.environ))
+        limits = Limits.of(os.environ)
+        config = shedding(discreet(on_loopback(file.read_text(encoding="utf-8"))), limits)
         if "-c" in given:
             return _check(binary, given, file, config)
         os.setpgid(0, 0)  # the raylet kills the whole group of a manager that died
         front = take_front(admin_socket(config), front_addresses(config), reuse_port="-dR" not in given)
-        keeper = Keeper(binary, given, file, config, front, known_as=os.getpid(), manager=os.getppid())
+        before, manager = front.owner is not None and str(front.owner) not in _after(given, "-sf"), os.getppid()
+        keeper = Keeper(
+            binary, given, file, config, limits, front, known_as=os.getpid(), manager=manager, raylet=_parent(manager),
+            before=before, behind=before and not serves(config),
+        )  # fmt: skip
         return face(keeper.run, front.close)
     except (OSError, IndexError, SpringtideError) as error:
         print(f"springtide-haproxy: {error}", file=sys.stderr)
@@ -95,20 +96,28 @@ class Keeper:
     given: list[str]  # arguments by Ray
     file: Path  # by which Ray knows its processes
     config: str
+    limits: Limits
     front: Front
     known_as: int  # the process that Ray knows
     manager: int  # Ray's, its parent
-    before: int | None = None  # another one, of which Ray's manager knows nothing
+    raylet: int  # whose parent is this
+    before: bool  # there is another one, the front's owner, of which Ray's manager knows nothing
     behind: bool = False  # that one serves in our place
     child: subprocess.Popen[bytes] | None = None
     left: list[subprocess.Popen[bytes]] = field(default_factory=list)  # children that answer their last requests
     ended_by: int | None = None  # a signal
-    alone_since: float = 0.0  # 0: Ray and the process that it knows are there
+    alone: tuple[bool, bool] | None = None  # faceless, and whether Ray's manager is there; None: both are
+    alone_since: float = 0.0
 
     @property
     def inner(self) -> Path:
         """HAProxy's admin socket, beside the one where Ray asks."""
         return admin_socket(self.config).with_name(f"{os.getpid()}.sock")
+
+    @property
+    def faceless(self) -> bool:
+        """Whether the process that Ray knows has died."""
+        return os.getppid() != self.known_as
 
     def run(self, first: bool) -> int:
         """Until somebody ends it; the status is HAProxy's. first: nobody kept this front before."""
@@ -116,76 +125,92 @@ class Keeper:
         signal.set_wakeup_fd(told, warn_on_full_buffer=False)
         for number in (*PASSED_ON, signal.SIGCHLD):
             signal.signal(number, self._heard)
-        _when_parent_dies(signal.SIGCHLD)
+        when_parent_dies(signal.SIGCHLD)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         _sweep(self.file.parent)
+        path = admin_socket(self.config)
+        if not first and is_answered(path):
+            return 0  # by whoever came after us, and serves
+        # Ray believes in the one before until this is opened, and must not miss us for long while we come back.
+        admin = None if first else open_admin(path)
         try:
-            if status := self._start(*(self._succeed() if first else ())):
+            if status := self._start(*(self._succeed() if first else ()), first=first):
                 return status
-            if not self.behind:
-                self._displace()
-            with open_admin(admin_socket(self.config)) as listening:
-                return self._keep(listening, heard)
+            if self.ended_by is None:
+                if not self.behind:
+                    self._displace()
+                admin = admin or open_admin(path)
+                if status := self._keep(admin, heard):
+                    return status
+            return self._end(admin)
         finally:
+            if admin is not None:
+                admin.close()
             self.inner.unlink(missing_ok=True)
             _own(self.file).unlink(missing_ok=True)
 
     def _succeed(self) -> list[str]:
         """Arguments by which HAProxy takes over from the one before."""
         successor_of = _after(self.given, "-sf")
-        if self.front.owner is not None and str(self.front.owner) not in successor_of:
-            self.before = self.front.owner
-        self.behind = self.before is not None and not serves(self.config)
         replaced = ["-sf", *successor_of] if successor_of else []
         taken = ["-x", str(self.front.owners_haproxy)] if self.front.owners_haproxy is not None else []
         return [*replaced, *taken]
 
-    def _keep(self, listening: socket.socket, heard: int) -> int:
-        """Answer Ray and start HAProxy again whenever it dies."""
-        raylet, deaths = _parent(self.manager), Deaths()
+    def _keep(self, admin: Admin, heard: int) -> int:
+        """Answer Ray and start HAProxy again whenever it dies, until we are to end; a status if that cannot be done."""
+        deaths = Deaths()
         while self.ended_by is None:
-            ready = select.select([listening.fileno(), heard], [], [], 1.0)[0]
+            ready = select.select([admin.listening.fileno(), heard], [], [], 1.0)[0]
             if heard in ready:
                 os.read(heard, 4096)
-            if listening.fileno() in ready:
-                answer(listening.accept()[0], self.inner, self.front, self._pid())
+            if admin.listening.fileno() in ready:
+                pid = os.getpid() if self.faceless else self.known_as
+                answer(admin.listening.accept()[0], self.inner, self.front, pid)
             if self._status() is not None and self.ended_by is None:
                 if deaths.too_many():
                     print(f"springtide-haproxy: HAProxy died {QUICK_DEATHS} times in a row", file=sys.stderr)
                     return 1
                 if status := self._start():
                     return status
-            if self.before is not None and not _alive(self.before):
-                self.before, self.behind = None, False
+            if self.before and not _alive(self.front.keeper):
+                self.before = self.behind = False
                 if status := self._replace_child():
                     return status
-            self._linger(raylet)
-        listening.close()
-        self.front.close()  # or callers would wait for nobody
-        assert self.child is not None
-        self.child.send_signal(self.ended_by)  # once more, if it was not yet there when we heard it
-        status = self.child.wait()
-        # In its last moments, all requests answered, HAProxy no longer listens to the signal to stop, and dies of it.
-        return 0 if -status == self.ended_by == signal.SIGUSR1 else plain(status)
+            self._linger(admin)
+        return 0
 
-    def _pid(self) -> int:
-        """By which Ray and whoever comes after us know us: our parent's, while it is there to pass signals on."""
-        return self.known_as if os.getppid() == self.known_as else os.getpid()
-
-    def _linger(self, raylet: int) -> None:
-        """End some time after Ray's manager has died, or the process that it knows, or with the raylet."""
-        faceless = os.getppid() != self.known_as
-        if not faceless and _parent(self.known_as) == self.manager:
+    def _linger(self, admin: Admin) -> None:
+        """End with the raylet, and some time after Ray's manager has died, or the process that it knows."""
+        faceless = self.faceless
+        managed = _alive(self.manager) if faceless else _parent(self.known_as) == self.manager
+        if managed and not faceless:
             return
-        if faceless and not self.alone_since:
+        if faceless:
             # Ray asks nothing of us but whether we answer. It must not believe that all is well: it could neither
             # reload nor end us. So it finds nobody, and starts another one, who finds us.
-            left_to(admin_socket(self.config))
-        self.alone_since = self.alone_since or time.monotonic()
-        if not _alive(raylet) or time.monotonic() - self.alone_since > (ALONE_S if faceless else LINGER_S):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            admin.leave()
+        if self.alone != (faceless, managed):
+            self.alone, self.alone_since = (faceless, managed), time.monotonic()
+        patience = notice_s(os.environ, self.limits.linger_s) if managed else self.limits.linger_s
+        if not _alive(self.raylet) or time.monotonic() - self.alone_since > patience:
+            os.kill(os.getpid() if faceless else self.known_as, signal.SIGUSR1)  # who passes it on
 
-    def _start(self, *more: str) -> int:
+    def _end(self, admin: Admin | None) -> int:
+        """Let HAProxy answer its last requests; its status. Nobody can connect any more."""
+        assert self.child is not None and self.ended_by is not None
+        if admin is not None:
+            admin.close()
+        self.front.close()  # or callers would wait for nobody
+        self.child.send_signal(self.ended_by)  # once more, if it was not yet there when we heard it
+        while not self.faceless or self.alone:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self.child.wait(1.0)
+                # In its last moments, all requests answered, HAProxy no longer listens to the signal, and dies of it.
+                return 0 if -status == self.ended_by == signal.SIGUSR1 else plain(status)
+        self.child.kill()  # Ray does not wait for those that drain, where it shuts Serve down
+        return plain(self.child.wait())
+
+    def _start(self, *more: str, first: bool = False) -> int:
         """Start HAProxy and wait until it answers; 0, or the status with which it ended instead."""
         fronts = None if self.behind else self.front.descriptors()
         own = _own(self.file)
@@ -195,12 +220,15 @@ class Keeper:
             command,
             pass_fds=list((fronts or {}).values()),
             # When we are killed, nobody would know of it any more.
-            preexec_fn=partial(_when_parent_dies, signal.SIGKILL),  # noqa: PLW1509 (there are no threads)
+            preexec_fn=partial(when_parent_dies, signal.SIGKILL),  # noqa: PLW1509 (there are no threads)
         )
         deadline = time.monotonic() + START_S
         while pid_of(self.inner) != self.child.pid:
             if (status := self._status()) is not None:
                 return plain(status) or 1
+            if first and (self.ended_by is not None or self.faceless):
+                self.child.kill()  # the one before serves on, if it was not yet told to go
+                return plain(self.child.wait())
             if time.monotonic() > deadline:
                 raise SpringtideError(f"HAProxy did not answer within {START_S:.0f} s")
             time.sleep(0.01)
@@ -213,10 +241,12 @@ class Keeper:
 
     def _displace(self) -> None:
         """Take the place of the one before, which stops once its requests are answered."""
-        if self.before is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.before, signal.SIGUSR1)
-            self.before = None
+        if self.before:
+            before = next((pid for pid in (self.front.owner, self.front.keeper) if _is_of(self.file, pid)), None)
+            if before is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(before, signal.SIGUSR1)
+            self.before = False
 
     def _replace_child(self) -> int:
         """Start another HAProxy, now with the front; the status of `_start`."""
@@ -252,8 +282,21 @@ def _after(given: Sequence[str], flag: str) -> list[str]:
     return list(takewhile(str.isdecimal, rest))
 
 
-def _alive(pid: int) -> bool:
-    return _state(pid)[0] != "Z"
+def notice_s(environ: Mapping[str, str], linger_s: float) -> float:
+    """How long to serve on for Ray's health check to find that the process that it knows is dead, and `linger_s`."""
+    period = float(environ.get("RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S") or RAYS_PERIOD_S)
+    return RAYS_CHECKS * period + linger_s
+
+
+def _is_of(file: Path, pid: int | None) -> bool:
+    """Whether this is one of us still, and not another process that has got its number since."""
+    with contextlib.suppress(OSError):
+        return os.fsencode(file) in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return False
+
+
+def _alive(pid: int | None) -> bool:
+    return pid is not None and _state(pid)[0] != "Z"
 
 
 def _parent(pid: int) -> int:
@@ -274,11 +317,6 @@ def _sweep(folder: Path) -> None:
         numbers = [part for part in left.name.split(".") if part.isdecimal()]
         if numbers and left.name in (f"{numbers[0]}.sock", f"haproxy.cfg.{numbers[0]}") and not _alive(int(numbers[0])):
             left.unlink(missing_ok=True)
-
-
-def _when_parent_dies(number: int) -> None:
-    """Have this signal sent to us then."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 if __name__ == "__main__":

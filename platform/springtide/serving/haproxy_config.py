@@ -33,11 +33,13 @@ Change = Callable[[str, str], list[str]]  # section, line -> what stands in the 
 
 @dataclass(frozen=True)
 class Limits:
-    """When HAProxy refuses a request; Ingress' own `max_concurrent` stays behind it."""
+    """When HAProxy refuses a request (Ingress' own `max_concurrent` stays behind it), and how long it outlives Ray's
+    manager."""
 
     at_once: int = MAX_CONCURRENT // 2  # requests that one Ingress gets
     waiting: int = MAX_CONCURRENT // 2  # requests that wait for a place in any Ingress; a further one is refused
     wait_ms: int = 1000  # then one that waits is refused too
+    linger_s: int = 20  # to serve on when Ray's manager of HAProxy has died, and also where Serve was shut down
 
     @property
     def large(self) -> int:
@@ -46,12 +48,14 @@ class Limits:
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Limits:
-        """As SPRINGTIDE_HAPROXY_AT_ONCE, ..._WAITING and ..._WAIT_MS say. Raises SpringtideError for no number."""
+        """As SPRINGTIDE_HAPROXY_AT_ONCE, ..._WAITING, ..._WAIT_MS and ..._LINGER_S say. Raises SpringtideError for no
+        number."""
         default = cls()
         return cls(
             at_once=_number(environment, "AT_ONCE", default.at_once),
             waiting=_number(environment, "WAITING", default.waiting),
             wait_ms=_number(environment, "WAIT_MS", default.wait_ms),
+            linger_s=_number(environment, "LINGER_S", default.linger_s),
         )
 
 

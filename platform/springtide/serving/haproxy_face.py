@@ -6,10 +6,12 @@ after its health check is the parent alone, so the child serves on until then.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +21,7 @@ from springtide.errors import SpringtideError
 
 PASSED_ON = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTTOU, signal.SIGTTIN)
 ENDING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 QUICK_S, QUICK_DEATHS = 2.0, 5  # so many deaths, each so soon after a start: then it is Ray's turn
 
 
@@ -38,8 +41,10 @@ def face(work: Callable[[bool], int], ended: Callable[[], None]) -> int:
     """Run `work` in a child, and again in another one when that is killed, and pass signals on to it.
 
     work is told whether it is the first to do it, begins with the signals PASSED_ON blocked, and its status is ours.
-    ended: called as soon as a signal asks us to end. The working directory, descriptors and memory are those of here.
+    It has the memory and descriptors of here, and what it has started must die with it (see when_parent_dies): another
+    one begins when all that is gone. ended: called as soon as a signal asks us to end, and not when the work does.
     """
+    _libc().prctl(PR_SET_CHILD_SUBREAPER, 1)
     child, ending, first = 0, False, True
     deaths = Deaths()
 
@@ -64,6 +69,7 @@ def face(work: Callable[[bool], int], ended: Callable[[], None]) -> int:
         first = False
         if status >= 0 or ending:
             return plain(status)
+        _reap()
         if deaths.too_many():
             print(f"springtide-haproxy: killed {QUICK_DEATHS} times in a row", file=sys.stderr)
             return 1
@@ -74,12 +80,30 @@ def plain(status: int) -> int:
     return status if status >= 0 else 128 - status
 
 
+def when_parent_dies(number: int) -> None:
+    """Have this signal sent to us then."""
+    _libc().prctl(PR_SET_PDEATHSIG, number)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+def _reap() -> None:
+    """Wait for what a killed child has left: until its threads are gone, its ports are taken."""
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+
+
 def _end_with(work: Callable[[bool], int], first: bool) -> NoReturn:
     status = 1
     try:
         status = work(first)
     except (OSError, SpringtideError) as error:
         print(f"springtide-haproxy: {error}", file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

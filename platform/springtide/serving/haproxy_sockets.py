@@ -28,7 +28,8 @@ class Front:
     """Listening sockets by the address that HAProxy's configuration gives them, and who has them too."""
 
     sockets: dict[str, socket.socket] = field(default_factory=dict)
-    owner: int | None = None  # process id; None: nobody
+    owner: int | None = None  # the process that Ray knows; None: nobody
+    keeper: int | None = None  # the one that keeps them, its child, or the same when that has lost its parent
     owners_haproxy: Path | None = None  # its admin socket
 
     def descriptors(self) -> dict[str, int]:
@@ -69,7 +70,7 @@ def _handed_over(admin: Path) -> Front:
         return Front()
     owner = json.loads(told)
     sockets = {a: socket.socket(fileno=d) for a, d in zip(owner["front"], descriptors, strict=True)}
-    return Front(sockets, owner["pid"], Path(owner["haproxy"]))
+    return Front(sockets, owner["pid"], owner["keeper"], Path(owner["haproxy"]))
 
 
 def _listen(address: str, reuse_port: bool) -> socket.socket:
@@ -88,7 +89,36 @@ def _listen(address: str, reuse_port: bool) -> socket.socket:
 
 
 # ---------------------------------------------------------------- the admin socket
-def open_admin(path: Path) -> socket.socket:
+@dataclass
+class Admin:
+    """Where Ray asks."""
+
+    path: Path
+    listening: socket.socket
+    file: int  # inode of our socket's name
+
+    def leave(self) -> None:
+        """From now on only whoever comes after us finds us, and Ray finds nobody."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.path.stat().st_ino == self.file:  # or somebody has come after us already
+                self.path.rename(_left(self.path))
+
+    def close(self) -> None:
+        self.listening.close()
+        left = _left(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            if left.stat().st_ino == self.file:
+                left.unlink()
+
+
+def is_answered(path: Path) -> bool:
+    """Whether anybody listens there."""
+    with socket.socket(socket.AF_UNIX) as asked:
+        asked.settimeout(PATIENCE_S)
+        return asked.connect_ex(str(path)) == 0
+
+
+def open_admin(path: Path) -> Admin:
     """Listen there, in the place of whoever listened there before."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.new")
     beside.unlink(missing_ok=True)
@@ -96,14 +126,9 @@ def open_admin(path: Path) -> socket.socket:
     one.bind(str(beside))
     beside.chmod(0o600)
     one.listen(64)
+    file = beside.stat().st_ino
     beside.replace(path)
-    return one
-
-
-def left_to(admin: Path) -> None:
-    """From now on only whoever comes after us finds us there, and Ray finds nobody."""
-    with contextlib.suppress(FileNotFoundError):
-        admin.rename(_left(admin))
+    return Admin(path, one, file)
 
 
 def _left(admin: Path) -> Path:
@@ -118,7 +143,7 @@ def answer(connection: socket.socket, haproxy: Path, front: Front, pid: int) -> 
         while not command.endswith(b"\n") and (part := connection.recv(65536)):
             command += part
         if command == HAND_OVER:
-            told = {"front": list(front.sockets), "pid": pid, "haproxy": str(haproxy)}
+            told = {"front": list(front.sockets), "pid": pid, "keeper": os.getpid(), "haproxy": str(haproxy)}
             socket.send_fds(connection, [json.dumps(told).encode()], list(front.descriptors().values()))
             return
         connection.sendall(_PID.sub(b"Pid: %d" % pid, ask(haproxy, command)))

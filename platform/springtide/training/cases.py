@@ -48,6 +48,7 @@ def latest_histories(settings: Settings, prepared: Prepared, limit: int) -> list
 
 
 def can_train(prepared: Prepared, share: float) -> bool:
+    """Whether anybody has an item to predict after another training event."""
     for file in prepared.sequence_files:
         batches = epoch_batches(from_table(pq.read_table(file), share), Sampling(200, 256, 50_000), (0,))
         if any(bool((batch.targets >= 0).any()) for batch in batches):

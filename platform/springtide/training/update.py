@@ -103,6 +103,7 @@ def _of_the_model(settings: Settings) -> dict[str, Any]:
     named |= {f"train.{name}": getattr(settings.train, name) for name in ("rating_weight", "click_weight")}
     # Test events of other settings might have been learned from before.
     named |= {f"data.{name}": getattr(settings.data, name) for name in OF_THE_SPLIT}
+    named["data.target_actions"] = sorted(settings.data.target_actions or []) or None
     return named | {"text.encoder": settings.text.encoder}
 
 
