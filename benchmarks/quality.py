@@ -44,7 +44,7 @@ from quality_logs import (
     source_files,
     split_hashes,
 )
-from quality_peers import COUNTING, counting_peer, judged, of_lists, ratio
+from quality_peers import COUNTING, chance_between, counting_peer, judged, of_lists, ratio
 from quality_report import (
     GIVEN,
     count,
@@ -294,7 +294,8 @@ def measure(
 
 # ---------------------------------------------------------------- a paired comparison
 def pair_with_peer(bench: Bench, log: Log, runs: Mapping[Variant, dict[str, Any]]) -> None:
-    """Add "paired_peer" to each run: its name, its NDCG@10 and our ratio to it with a paired interval."""
+    """Add "paired_peer" to each run: its name, its NDCG@10 and our ratio to it with a paired interval; and
+    "chance_between_seeds"."""
     runs = {variant: run for variant, run in runs.items() if not bench.ablates(variant)}
     if not runs:
         return
@@ -309,9 +310,12 @@ def pair_with_peer(bench: Bench, log: Log, runs: Mapping[Variant, dict[str, Any]
             name = COUNTING[log.name][0]
             published = {peer["name"]: peer["ndcg@10"] for peer in load_peers()[log.name]["peers"]}[name]
             theirs = counting_peer(log.name, cases, published)
+        ours = {v: of_lists(cases, bench.run_folder(log, v) / "ranks.parquet", ids) for v in runs}
+        chance = chance_between(list(ours.values()))
         for variant, run in runs.items():
-            ours = of_lists(cases, bench.run_folder(log, variant) / "ranks.parquet", ids)
-            run["paired_peer"] = {"name": name, "ndcg@10": float(theirs.mean()), "ratio": ratio(theirs, ours)}
+            found = ratio(theirs, ours[variant])
+            run["paired_peer"] = {"name": name, "ndcg@10": float(theirs.mean()), "ratio": found}
+            run["chance_between_seeds"] = chance
     except (OSError, ValueError, KeyError, SpringtideError, pl.exceptions.PolarsError) as error:
         print(f"  not paired with a peer: {error}", flush=True)
 

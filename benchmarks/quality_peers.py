@@ -6,7 +6,8 @@ chosen for it; its NDCG@10 must come out as it is written there, or it is not co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,16 @@ def of_lists(cases: Cases, lists: Path, item_ids: list[str]) -> np.ndarray:
         wanted, items = item_ids[target], best.get(user, [])
         ranks[case] = items.index(wanted) + 1 if wanted in items else 0
     return np.asarray(user_metrics(ranks, [10])["ndcg@10"])
+
+
+def chance_between(seeds: Sequence[np.ndarray]) -> float | None:
+    """How far two seeds may lie apart though both models are equally good, as a share of their mean: the standard error
+    of the difference of their means over the same users, [C] each; the mean over all pairs. None below two seeds.
+    """
+    pairs = list(itertools.combinations(seeds, 2))
+    errors = [np.std(one - other, ddof=1) / np.sqrt(len(one)) for one, other in pairs]
+    mean = np.mean([seed.mean() for seed in seeds])
+    return float(np.mean(errors) / mean) if pairs and mean else None
 
 
 def ratio(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float] | None:

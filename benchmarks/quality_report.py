@@ -106,7 +106,12 @@ def summarise(runs: Sequence[Run], peers: Mapping[str, Any]) -> dict[str, Any]:
             ratio = {**paired["ratio"], "paired": True}
     return {
         "seeds": [run["seed"] for run in runs],
-        "ndcg@10": {**ours, "spread": statistics.stdev(values) if len(values) > 1 else None, "of_seeds": values},
+        "ndcg@10": {
+            **ours,
+            "spread": statistics.stdev(values) if len(values) > 1 else None,
+            "of_seeds": values,
+            "chance": runs[0].get("chance_between_seeds"),
+        },
         **{key: statistics.fmean(run[key]["value"] for run in runs) for key in ("hr@10", "coverage@10")},
         "peer": peer if same else None,
         "ratio_to_peer": ratio if same else None,
@@ -178,6 +183,10 @@ def notes_on(summaries: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if found["live_to_frozen"]:
             notes.append(f"{name}, replayed event by event after the cut: a model that learns as it goes has "
                          f"{ratio_text(found['live_to_frozen'])} of the NDCG@10 of a frozen one.")  # fmt: skip
+        if (chance := found["ndcg@10"]["chance"]) is not None:
+            spread = found["ndcg@10"]["spread"] / found["ndcg@10"]["value"]
+            notes.append(f"{name}, seeds: standard deviation {spread:.1%} of the mean; two equally good models would "
+                         f"differ by {chance:.1%} (standard error, paired by user).")  # fmt: skip
     notes += [BEST] * bool(ratios) + [PAIRED] * any(found["paired_peer"] for found in summaries.values())
     notes.append(OWN)
     if any(len(found["seeds"]) > 1 for found in summaries.values()):

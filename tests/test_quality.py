@@ -204,6 +204,10 @@ def test_the_table_says_what_it_should() -> None:
         assert said in row
     for note in (report.BEST, report.OWN, report.SEEDS, "over 1 log: 1.300", "2.00 [1.50, 2.50]"):
         assert note in text
+    assert "differ by" not in text
+    found = report.summarise([a_run(0, chance_between_seeds=0.04), a_run(1, 0.27, chance_between_seeds=0.04)], PEERS)
+    text = report.render({"one": found}, {}, {"one": "One"})
+    assert "one, seeds: standard deviation 5.4% of the mean; two equally good models would differ by 4.0%" in text
 
 
 def test_markdown_has_as_many_cells_in_every_row() -> None:

@@ -13,6 +13,7 @@ import pytest
 from quality_peers import (
     COUNTING,
     AnotherFigure,
+    chance_between,
     counting_peer,
     fading,
     head_and_tail,
@@ -114,3 +115,12 @@ def test_lists_are_judged_by_the_place_of_the_target(tmp_path: Path) -> None:
     assert halved is not None
     assert [halved[bound] for bound in ("value", "lo", "hi")] == pytest.approx([0.5] * 3)
     assert ratio(np.zeros(12), found) is None
+
+
+def test_chance_between_seeds_is_what_drawing_other_users_would_do() -> None:
+    draw = np.random.default_rng(0)
+    hits = draw.random((2, 400, 500)) < 0.1  # two models, as good as one another, judged by 400 draws of 500 users
+    differences = hits[0].mean(1) - hits[1].mean(1)
+    expected = np.mean([chance_between([one, other]) for one, other in zip(*hits.astype(float), strict=True)])
+    assert expected == pytest.approx(differences.std() / 0.1, rel=0.1)
+    assert chance_between([hits[0, 0].astype(float)]) is None and chance_between([np.zeros(3), np.zeros(3)]) is None
