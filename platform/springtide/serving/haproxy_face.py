@@ -1,7 +1,7 @@
-"""Two processes for one: the one that Ray knows, and its child, which does the work. HAProxy outlives either of them.
+"""Two processes for one: the one that Ray knows, and its child, which does the work. Either may be killed.
 
-Nobody can start again what was killed but its parent, so the parent does nothing else; and what Ray starts again only
-after its health check is the parent alone, so the child serves on until then.
+Nobody but its parent can start at once what was killed, so the parent does nothing else; and the parent is all that Ray
+starts again, after its health check, so the child serves on until then.
 """
 
 from __future__ import annotations
