@@ -375,7 +375,7 @@ def test_a_killed_haproxy_is_back_with_its_replicas_and_nobody_is_turned_away(ra
         haproxy = haproxy_of(process)
         haproxy.kill()
         assert [ray.ask().status for _ in range(20)] == [200] * 20
-        until(lambda: pid_of(ray.admin) == process.pid)
+        assert pid_of(ray.admin) == process.pid
         assert haproxy_of(process).pid != haproxy.pid
 
 
@@ -387,7 +387,7 @@ def test_a_killed_keeper_is_back_with_its_replicas_and_nobody_is_turned_away(ray
         keeper.kill()
         until(lambda haproxy=haproxy: gone(haproxy))
         assert [ray.ask().status for _ in range(20)] == [200] * 20
-        until(lambda: pid_of(ray.admin) == process.pid)
+        assert pid_of(ray.admin) == process.pid
         assert keeper_of(process).pid != keeper.pid
     new = ray.reload(process)  # and can be replaced as ever
     until(lambda: process.poll() is not None)

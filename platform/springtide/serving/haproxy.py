@@ -99,8 +99,8 @@ class Keeper:
     limits: Limits
     front: Front
     known_as: int  # the process that Ray knows
-    manager: int  # Ray's, its parent
-    raylet: int  # whose parent is this
+    manager: int  # Ray's manager of HAProxy, the parent of that process
+    raylet: int  # the manager's parent
     before: bool  # there is another one, the front's owner, of which Ray's manager knows nothing
     behind: bool = False  # that one serves in our place
     child: subprocess.Popen[bytes] | None = None
