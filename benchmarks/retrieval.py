@@ -32,6 +32,7 @@ from harness import describe, machine, table, write_result
 from springtide.bundle import Bundle
 from springtide.config import parse_settings
 from springtide.model.cosines import HEARD, NEAREST, Pairs
+from springtide.model.decayed import DecayedCounts
 from springtide.model.fusion import FusionModel
 from springtide.model.indexing import make_index
 from springtide.model.recommender import Recommender
@@ -211,7 +212,8 @@ def make_tables(popularity: np.ndarray, successors: int, neighbours: int, rng: n
     lenders = ranked[rng.integers(0, min(LENDING, items), (items, LENDERS))]
     cosines = rng.uniform(0.2, 0.9, (items, LENDERS)).astype(np.float32)
     return Tables(popularity, (3.0, 1.0), transitions, inverse, known, make_pairs(popularity, known, rng), END_MS,
-                  float("inf"), recent, edges, 1e9, lenders, cosines)  # fmt: skip
+                  float("inf"), recent, edges, 1e9, lenders, cosines,
+                  DecayedCounts(popularity.astype(np.float64), END_MS, float("inf")))  # fmt: skip
 
 
 def make_pairs(popularity: np.ndarray, dense: np.ndarray, rng: np.random.Generator) -> Pairs:

@@ -13,6 +13,7 @@ import torch
 from springtide.bundle import write_bundle
 from springtide.config import ModelConfig, Settings, parse_settings
 from springtide.model.batch import History
+from springtide.model.decayed import DecayedCounts
 from springtide.model.fusion import FusionModel
 from springtide.model.tables import Tables
 from springtide.schemas import ITEMS, SEQUENCES, TRAIN
@@ -123,7 +124,8 @@ def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:
     made = fit_features("meaning", text, items["text"].to_pylist(), settings.model.text_dim)
     features = made.apply(text, items["text"].to_pylist())
     counted = tables_of(toy_sequences(seed), len(items), settings.model, text=features)
-    tables = replace(counted, popularity=events)
+    popular = DecayedCounts(events.astype(np.float64), counted.end, float("inf"))
+    tables = replace(counted, popularity=events, popular=popular)
     torch.manual_seed(seed)
     model = FusionModel(
         settings.model,

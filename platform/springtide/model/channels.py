@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from springtide.config import ModelConfig
 from springtide.model.batch import Batch
 from springtide.model.borrowing import Borrowing
+from springtide.model.decayed import DecayedCounts
 from springtide.model.inputs import CONTEXT
 from springtide.model.memory import TransitionMemory
 from springtide.model.neighbours import SHORT_DECAY, Neighbours
@@ -32,21 +33,18 @@ class RecentPopularity(nn.Module):
 
     def load(self, counts: np.ndarray, edges: np.ndarray, half_life: float) -> None:
         """Take decayed counts [T, I] before `edges` [T] ms. half_life: ms."""
-        self._latest, self._end, self._half_life = counts[-1].astype(np.float64), int(edges[-1]), half_life
+        self._latest = DecayedCounts(counts[-1].astype(np.float64), int(edges[-1]), half_life)
         self.register_buffer("table", torch.from_numpy(_in_means(counts)), persistent=False)
         self.register_buffer("edges", torch.from_numpy(edges.astype(np.int64)), persistent=False)
 
     def observe(self, items: np.ndarray, times: np.ndarray) -> None:
         """Add events of after the last edge: catalogue rows and ms."""
-        end = max(self._end, int(times.max(initial=self._end)))
-        self._latest *= 0.5 ** ((end - self._end) / self._half_life)
-        np.add.at(self._latest, items, 0.5 ** ((end - times) / self._half_life))
-        self._end = end
-        self.table[-1] = torch.from_numpy(_in_means(self._latest)).to(self.table.device)
+        self._latest = self._latest.after(items, times)
+        self.table[-1] = torch.from_numpy(_in_means(self._latest.counts)).to(self.table.device)
 
     def grow(self, count: int) -> None:
         """Add `count` items without an event."""
-        self._latest = np.pad(self._latest, (0, count))
+        self._latest = self._latest.grown(count)
         self.table = F.pad(self.table, (0, count))
 
     def forward(self, now: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from springtide.model.cosines import Pairs
+from springtide.model.decayed import DecayedCounts
 from springtide.model.fusion import FusionModel
 
 
@@ -28,6 +29,7 @@ class Tables:
     recent_half_life: float  # ms
     lenders: np.ndarray  # [I, N] int64, see borrowing.nearest_by_text
     cosines: np.ndarray  # [I, N] float32
+    popular: DecayedCounts  # of the events that may be predicted: the order for users of whom nothing is known
 
     def fill(self, model: FusionModel) -> None:
         """Put the counts into the channels that the model has."""
@@ -60,6 +62,8 @@ class Tables:
             "recent_edges": self.recent_edges.astype(np.int64),
             "lenders": self.lenders.astype(np.int32),
             "cosines": np.ascontiguousarray(self.cosines, np.float32),
+            "popular": np.ascontiguousarray(self.popular.counts, np.float64),
+            "popular_at": np.array([self.popular.moment, self.popular.half_life], np.float64),
         }
 
 
@@ -68,6 +72,8 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Tables:
     size = len(arrays["popularity"])
     end, half_life, recent_half_life = arrays["times"].tolist()
     mean, deviation = arrays["rating_stats"].tolist()
+    popular = arrays.get("popular", arrays["popularity"].astype(np.float64))  # a bundle of before has all events alike
+    moment, fades = arrays.get("popular_at", np.array([end, np.inf])).tolist()
     pairs = sp.csr_matrix((arrays["pairs"], arrays["pair_indices"], arrays["pair_indptr"]), shape=(size, size))
     return Tables(
         arrays["popularity"],
@@ -83,4 +89,5 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Tables:
         recent_half_life,
         arrays["lenders"].astype(np.int64),
         arrays["cosines"],
+        DecayedCounts(popular, int(moment), fades),
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
 
 from springtide.errors import SpringtideError
 from springtide.schemas import ITEMS, check_schema
@@ -26,7 +27,7 @@ class PopularItems:
     """The most popular items of one bundle; of equals, the first of the catalogue first. Never changes."""
 
     def __init__(self, items: pa.Table, label: str, exclude_seen: bool, policies: Policies | None = None) -> None:
-        """items: the columns item_id, title, categories and events of schemas.ITEMS; label: name@version.
+        """items: the columns item_id, title and categories of schemas.ITEMS and events, counts; label: name@version.
 
         Of policies the filters apply, and what counts as seen; an order by popularity knows no caps and no diversity.
         """
@@ -40,7 +41,7 @@ class PopularItems:
         self._catalogue = _catalogue_of(ranked)
 
     def answer(self, request: ScoreRequest) -> Json:
-        """A degraded answer to a request: k items if the MOST hold k that pass; a score is ln(1 + training events)."""
+        """A degraded answer to a request: k items if the MOST hold k that pass; a score is ln(1 + events)."""
         out = barred(
             self._catalogue,
             categories=request.categories,
@@ -77,11 +78,20 @@ def load_popular(bundle: str | Path, name: str, policies: Policies | None = None
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))["settings"]
         items = check_schema(pq.read_table(path / "items.parquet"), ITEMS, str(path / "items.parquet"))
         seen = bool(settings["data"]["exclude_seen"])
-        return PopularItems(items.select(_COLUMNS), f"{name}@{version}", seen, policies)
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+        return PopularItems(_with_counts(items.select(_COLUMNS), path), f"{name}@{version}", seen, policies)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, pa.ArrowException) as error:
         raise SpringtideError(
             f"cannot read the popular items of the bundle {path}: {' '.join(str(error).split())[:300]}; train it again"
         ) from None
+
+
+def _with_counts(items: pa.Table, bundle: Path) -> pa.Table:
+    """With the events that the model offers newcomers by, old ones less where they say less."""
+    with safe_open(bundle / "memory.safetensors", "numpy") as arrays:
+        if "popular" not in arrays.keys():  # noqa: SIM118 - no mapping; a bundle of before has all events alike
+            return items
+        counts = pa.array(arrays.get_tensor("popular"))
+    return items.set_column(items.schema.get_field_index("events"), "events", counts)
 
 
 def _catalogue_of(items: pa.Table) -> Catalogue:

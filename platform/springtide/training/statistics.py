@@ -26,7 +26,8 @@ class Statistics:
     ratings: tuple[float, float, float]  # number, sum, sum of squares
     taken: sp.csr_matrix  # [U, I] int64: the time in ms at which a user last took an item, plus one
     wanted: np.ndarray  # [E] int64 items of the events that may be predicted,
-    wanted_at: np.ndarray  # [E] int64 and their times in ms
+    wanted_at: np.ndarray  # [E] int64 their times in ms,
+    wanted_first: np.ndarray  # [E] bool and whether they are the first of their users
 
     @property
     def rating_stats(self) -> tuple[float, float]:
@@ -60,6 +61,7 @@ def collect(sequences: Sequences, items: int, config: ModelConfig) -> Statistics
         _last_taken(user[targets], rows[targets], times[targets], (len(spans), items)),
         rows[targets],
         times[targets],
+        np.diff(user[targets], prepend=-1) != 0,
     )
 
 
@@ -87,6 +89,7 @@ def merge(parts: list[Statistics]) -> Statistics:
         )
     transitions.sort_indices()
     taken = sp.vstack([part.taken for part in parts], format="csr")
-    wanted, wanted_at = (np.concatenate([getattr(part, name) for part in parts]) for name in ("wanted", "wanted_at"))
+    names = ("wanted", "wanted_at", "wanted_first")
+    wanted = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
     totals = (float(ratings[0]), float(ratings[1]), float(ratings[2]))
-    return Statistics(popularity, transitions, totals, taken, wanted, wanted_at)
+    return Statistics(popularity, transitions, totals, taken, *wanted)

@@ -11,9 +11,11 @@ from springtide.model.batch import History, scoring_batch
 from springtide.model.borrowing import nearest_by_text
 from springtide.model.cosines import Pairs, count_pairs, no_pairs
 from springtide.model.counting.ease import regularised_inverse
+from springtide.model.decayed import DecayedCounts, decayed_table
 from springtide.model.neighbours import Neighbours
 from springtide.model.tables import Tables
 from springtide.ranks import block_size, gains, hide, places
+from springtide.training.newcomers import newcomers_half_life
 from springtide.training.statistics import Statistics
 
 RECENT_ROWS = 64  # moments at which recent popularity is tabulated
@@ -52,6 +54,7 @@ def tabulate(
         config.recent_half_life * (end - start) or float("inf"),
         lenders,
         cosines,
+        popular(statistics),
     )
 
 
@@ -100,15 +103,16 @@ def recent_popularity(
     start, end = (int(times.min()), int(times.max())) if len(times) else (0, 0)
     if end == start:
         return np.zeros((1, catalogue), np.float32), np.array([end + 1])
-    half_life = share * (end - start)
     edges = np.unique(np.append(np.quantile(times, np.linspace(0, 1, RECENT_ROWS)[1:-1]).astype(np.int64), end + 1))
-    bucket = np.searchsorted(edges, times, side="right")  # an event at an edge is not before it
-    # Each bucket's events, weighed as they count at its own edge; then carried on from edge to edge.
-    weight = 0.5 ** ((edges[bucket] - times) / half_life)
-    fresh = sp.csr_matrix((weight, (bucket, items)), shape=(len(edges), catalogue)).toarray()
-    for row in range(1, len(edges)):
-        fresh[row] += fresh[row - 1] * 0.5 ** ((edges[row] - edges[row - 1]) / half_life)
-    return fresh.astype(np.float32), edges
+    return decayed_table(items, times, catalogue, share * (end - start), edges).astype(np.float32), edges
+
+
+def popular(statistics: Statistics) -> DecayedCounts:
+    """What newcomers are offered, at the end of the log."""
+    items, times, catalogue = statistics.wanted, statistics.wanted_at, len(statistics.popularity)
+    half_life = newcomers_half_life(items, times, statistics.wanted_first, catalogue)
+    moment = int(times.max(initial=0))
+    return DecayedCounts(np.zeros(catalogue), moment, half_life).after(items, times)
 
 
 def choose_share(

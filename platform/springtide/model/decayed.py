@@ -1,0 +1,42 @@
+"""How often items were taken, where an event weighs half after a half-life: what is popular now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class DecayedCounts:
+    """Of I items, as they were at one moment. As time goes by all of them fade alike, so their order stays."""
+
+    counts: np.ndarray  # [I] float64
+    moment: int  # ms
+    half_life: float  # ms; inf = every event weighs alike
+
+    def after(self, items: np.ndarray, times: np.ndarray) -> DecayedCounts:
+        """With more events: catalogue rows and ms. The moment is that of the latest event, if it is later."""
+        moment = max(self.moment, int(times.max(initial=self.moment)))
+        counts = self.counts * 0.5 ** ((moment - self.moment) / self.half_life)
+        np.add.at(counts, items, 0.5 ** ((moment - times) / self.half_life))
+        return DecayedCounts(counts, moment, self.half_life)
+
+    def grown(self, count: int) -> DecayedCounts:
+        """With `count` more items that have no event."""
+        return DecayedCounts(np.pad(self.counts, (0, count)), self.moment, self.half_life)
+
+
+def decayed_table(
+    items: np.ndarray, times: np.ndarray, catalogue: int, half_life: float, edges: np.ndarray
+) -> np.ndarray:
+    """[T, I] float64: the counts before each of `edges` [T] ms, ascending, of events (catalogue rows, ms)."""
+    bucket = np.searchsorted(edges, times, side="right")  # an event at an edge is not before it
+    before = bucket < len(edges)
+    items, times, bucket = items[before], times[before], bucket[before]
+    # Each bucket's events, weighed as they count at its own edge; then carried on from edge to edge.
+    table = np.zeros((len(edges), catalogue))
+    np.add.at(table, (bucket, items), 0.5 ** ((edges[bucket] - times) / half_life))
+    for row in range(1, len(edges)):
+        table[row] += table[row - 1] * 0.5 ** ((edges[row] - edges[row - 1]) / half_life)
+    return table
