@@ -1,4 +1,4 @@
-"""Whom nothing is known of: offered what is popular, of late where the log's own newcomers tell so."""
+"""What is popular, and how soon it is forgotten: for whom nothing is known of, and for recent popularity."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from springtide.model.recommender import Recommender
 from springtide.model.tables import from_arrays
 from springtide.serving.engine import ScoreRequest
 from springtide.serving.popular import load_popular
-from springtide.training.newcomers import LEAST, newcomers_half_life
+from springtide.training.half_lives import LEAST, USUAL, newcomers_half_life, recent_half_life
 from springtide.training.statistics import collect, merge
 from springtide.training.tabulate import popular
 from toy import sequences_of, tables_of, toy_bundle, toy_settings
@@ -72,27 +72,33 @@ def fashions(length: int, users: int = 600, catalogue: int = 300) -> tuple[np.nd
 
 def test_fashions_are_followed_as_fast_as_they_go() -> None:
     slow, fast = (newcomers_half_life(*fashions(length), 300) for length in (60, 10))
-    assert fast < slow < 600_000
+    assert fast < slow < 1
+    slow, fast = (recent_half_life(*fashions(length)[:2], 300) for length in (60, 10))
+    assert fast < slow <= USUAL
 
 
-def test_without_a_trend_every_event_counts() -> None:
+def test_without_a_trend_nothing_is_forgotten() -> None:
     rng = np.random.default_rng(1)
     chances = 1 / np.arange(1, 301)
     items = rng.choice(300, 4000, p=chances / chances.sum())
     assert newcomers_half_life(items, np.arange(4000), np.ones(4000, bool), 300) == FOREVER
+    assert recent_half_life(items, np.arange(4000), 300) in (USUAL, 0.3)
 
 
-def test_what_a_newcomer_takes_is_not_counted_before() -> None:
-    """Everybody takes something new and comes back for it: counted with themselves the latest would win."""
+def test_what_is_taken_is_not_counted_before() -> None:
+    """Everybody takes something new, twice: if events counted for themselves the latest would win."""
     items, times = np.repeat(np.arange(300), 2), np.repeat(1000 * np.arange(300), 2)
     assert newcomers_half_life(items, times, np.tile([True, False], 300), 300) == FOREVER
+    assert recent_half_life(items, times, 300) == USUAL
 
 
 @pytest.mark.parametrize("users", [0, 1, LEAST])
 def test_too_few_newcomers_or_no_times_choose_nothing(users: int) -> None:
-    items, times, first = (array[: 2 * users] for array in fashions(10))
-    assert newcomers_half_life(items, times, first, 300) == FOREVER
-    assert newcomers_half_life(*(array * 0 + 1 for array in fashions(10)[:2]), fashions(10)[2], 300) == FOREVER
+    items, times, first = fashions(10)
+    few = slice(None, 2 * users)
+    assert newcomers_half_life(items[few], times[few], first[few], 300) == FOREVER
+    assert newcomers_half_life(items, np.full(len(items), 7), first, 300) == FOREVER
+    assert recent_half_life(items[:2], times[:2], 300) == recent_half_life(items, np.full(len(items), 7), 300) == USUAL
 
 
 def test_the_first_of_each_user_that_may_be_predicted() -> None:

@@ -82,7 +82,9 @@ class ModelConfig(Section):
     text_neighbours: bool = True  # how near an item's text is to those of the history
     popularity: bool = True  # a learned multiple of log popularity
     recent_popularity: bool = True  # the same of the popularity at the time of the request
-    recent_half_life: float = Field(0.1, gt=0)  # of recent popularity, as a share of the log's span
+    # Of recent popularity, as a share of the log's span. Absent: 0.1, unless another is clearly better on its own at
+    # telling what is taken in the log's last fifth.
+    recent_half_life: float | None = Field(None, gt=0)
 
     @model_validator(mode="wrap")
     @classmethod

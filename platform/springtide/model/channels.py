@@ -33,18 +33,18 @@ class RecentPopularity(nn.Module):
 
     def load(self, counts: np.ndarray, edges: np.ndarray, half_life: float) -> None:
         """Take decayed counts [T, I] before `edges` [T] ms. half_life: ms."""
-        self._latest = DecayedCounts(counts[-1].astype(np.float64), int(edges[-1]), half_life)
+        self.latest = DecayedCounts(counts[-1].astype(np.float64), int(edges[-1]), half_life)
         self.register_buffer("table", torch.from_numpy(_in_means(counts)), persistent=False)
         self.register_buffer("edges", torch.from_numpy(edges.astype(np.int64)), persistent=False)
 
     def observe(self, items: np.ndarray, times: np.ndarray) -> None:
         """Add events of after the last edge: catalogue rows and ms."""
-        self._latest = self._latest.after(items, times)
-        self.table[-1] = torch.from_numpy(_in_means(self._latest.counts)).to(self.table.device)
+        self.latest = self.latest.after(items, times)
+        self.table[-1] = torch.from_numpy(_in_means(self.latest.counts)).to(self.table.device)
 
     def grow(self, count: int) -> None:
         """Add `count` items without an event."""
-        self._latest = self._latest.grown(count)
+        self.latest = self.latest.grown(count)
         self.table = F.pad(self.table, (0, count))
 
     def forward(self, now: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from springtide.training.loop import Progress
 from springtide.training.publish import choose_coverage, publish, summarise
 from springtide.training.sampling import Since
 from springtide.training.statistics import Statistics, collect_file, merge
-from springtide.training.tabulate import choose_share, tabulate
+from springtide.training.tabulate import choose_recent_share, choose_share, tabulate
 from springtide.training.texts import choose_text, feature_rows, fit_texts
 from springtide.training.worker import STOPPED, read_progress, train_worker, write_inputs
 
@@ -197,12 +197,13 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
         if hide:
             warn_of_repeats(cases)
         decay = choose_share(statistics, settings.model, cases, hide)
-        write_json(chosen, {"neighbour_half_life": decay, "text_features": choose_text(settings, prepared, cases)})
+        recent, kind = choose_recent_share(statistics, settings.model), choose_text(settings, prepared, cases)
+        write_json(chosen, {"neighbour_half_life": decay, "recent_half_life": recent, "text_features": kind})
     choices = json.loads(chosen.read_text(encoding="utf-8"))
     path = run_folder / "inputs.safetensors"
     features = fit_texts(settings, prepared, choices["text_features"])
     text = feature_rows(settings, prepared, features)
-    tables = tabulate(statistics, settings.model, choices["neighbour_half_life"], text)
+    tables = tabulate(statistics, settings.model, choices["neighbour_half_life"], text, choices["recent_half_life"])
     write_inputs(path, tables, text, features, _factors(settings.model, statistics))
     return path
 

@@ -15,7 +15,7 @@ from springtide.model.decayed import DecayedCounts, decayed_table
 from springtide.model.neighbours import Neighbours
 from springtide.model.tables import Tables
 from springtide.ranks import block_size, gains, hide, places
-from springtide.training.newcomers import newcomers_half_life
+from springtide.training.half_lives import USUAL, newcomers_half_life, recent_half_life
 from springtide.training.statistics import Statistics
 
 RECENT_ROWS = 64  # moments at which recent popularity is tabulated
@@ -24,18 +24,23 @@ JUDGED_USERS = 1000
 
 
 def tabulate(
-    statistics: Statistics, config: ModelConfig, share: float | None, text: np.ndarray | None = None
+    statistics: Statistics,
+    config: ModelConfig,
+    share: float | None,
+    text: np.ndarray | None = None,
+    recent_share: float = USUAL,
 ) -> Tables:
     """The Tables of a log. share: half-life of the neighbours' log as a share of its span; None = no decay.
 
-    text: [I, D] the items' whitened text vectors, if they have any.
+    text: [I, D] the items' whitened text vectors, if they have any; recent_share: half-life of recent popularity, as a
+    share of the same.
     """
     start, end = _span(statistics)
     items, inverse, half_life = _neighbours(statistics, config, share)
     recent, edges = np.zeros((1, len(statistics.popularity)), np.float32), np.array([end + 1])
     if config.recent_popularity:
         recent, edges = recent_popularity(
-            statistics.wanted, statistics.wanted_at, len(statistics.popularity), config.recent_half_life
+            statistics.wanted, statistics.wanted_at, len(statistics.popularity), recent_share
         )
     no_text = np.zeros((len(statistics.popularity), 0), np.float32)
     text = no_text if text is None or not config.borrowing else text
@@ -51,7 +56,7 @@ def tabulate(
         half_life,
         recent,
         edges,
-        config.recent_half_life * (end - start) or float("inf"),
+        recent_share * (end - start) or float("inf"),
         lenders,
         cosines,
         popular(statistics),
@@ -110,9 +115,16 @@ def recent_popularity(
 def popular(statistics: Statistics) -> DecayedCounts:
     """What newcomers are offered, at the end of the log."""
     items, times, catalogue = statistics.wanted, statistics.wanted_at, len(statistics.popularity)
-    half_life = newcomers_half_life(items, times, statistics.wanted_first, catalogue)
-    moment = int(times.max(initial=0))
-    return DecayedCounts(np.zeros(catalogue), moment, half_life).after(items, times)
+    share = newcomers_half_life(items, times, statistics.wanted_first, catalogue)
+    half_life = share * int(np.ptp(times)) if np.isfinite(share) else share
+    return DecayedCounts(np.zeros(catalogue), int(times.max(initial=0)), half_life).after(items, times)
+
+
+def choose_recent_share(statistics: Statistics, config: ModelConfig) -> float:
+    """The half-life of recent popularity: as it is set, or as the log tells."""
+    if config.recent_half_life is not None:
+        return config.recent_half_life
+    return recent_half_life(statistics.wanted, statistics.wanted_at, len(statistics.popularity))
 
 
 def choose_share(

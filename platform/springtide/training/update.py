@@ -26,6 +26,7 @@ from springtide.errors import SpringtideError
 from springtide.model.carry import carry_over, rows_in
 from springtide.model.cosines import no_pairs
 from springtide.text.embed import load_vectors
+from springtide.training.half_lives import USUAL
 from springtide.training.job import Warm, count_events, fingerprint, train
 from springtide.training.publish import publish, summarise
 from springtide.training.sampling import Since
@@ -36,7 +37,7 @@ from springtide.training.texts import feature_rows
 from springtide.training.worker import build_model, write_inputs
 
 log = logging.getLogger(__name__)
-BY_SIZE = ("dim", "long_layers")  # settings that the size of the log decides where they are 0
+OF_THE_LOG = ("dim", "long_layers", "recent_half_life")  # settings that the log decides where they are not given
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -83,9 +84,9 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def of_bundle(settings: Settings, bundle: Bundle) -> Settings:
-    """The settings with the sizes that the bundle has. Raises SpringtideError if they are of another model."""
+    """The settings, completed by the bundle's. Raises SpringtideError if they are of another model."""
     old = bundle.settings
-    sizes = {f"model.{name}": getattr(old.model, name) for name in BY_SIZE if not getattr(settings.model, name)}
+    sizes = {f"model.{name}": getattr(old.model, name) for name in OF_THE_LOG if not getattr(settings.model, name)}
     settings = with_values(settings, sizes)
     theirs = _of_the_model(old)
     for name, value in _of_the_model(settings).items():
@@ -122,7 +123,8 @@ def write_update(
             "back, or run the train job"
         )
     text = feature_rows(settings, prepared, bundle.features)
-    tables = tabulate(statistics, settings.model, _share(bundle, statistics), text)
+    share, recent_share = _shares(bundle, statistics)
+    tables = tabulate(statistics, settings.model, share, text, recent_share)
     neighbours = recommender.model.channels.neighbours
     if neighbours is not None and not len(neighbours.cosines.items):  # a model of a catalogue that had no long tail
         tables = replace(tables, pairs=no_pairs(len(prepared.items)))  # has not learned how far to trust its neighbours
@@ -153,9 +155,13 @@ def _since(prepared: Prepared, bundle: Bundle) -> Since:
     return Since(since, int(bundle.settings.data.split == "leave_one_out"))
 
 
-def _share(bundle: Bundle, statistics: Statistics) -> float | None:
-    """The half-life of the neighbours' log, the same time as in the bundle, as a share of this log's span."""
-    neighbours, times = bundle.recommender.model.channels.neighbours, statistics.taken.data
-    if neighbours is None or not np.isfinite(neighbours.half_life) or not len(times) or times.max() == times.min():
-        return None
-    return float(neighbours.half_life / (times.max() - times.min()))
+def _shares(bundle: Bundle, statistics: Statistics) -> tuple[float | None, float]:
+    """The half-lives of the bundle's neighbours and recent popularity, the same times as shares of this log's span."""
+    channels, times = bundle.recommender.model.channels, statistics.taken.data
+    span = int(np.ptp(times)) if len(times) else 0
+
+    def share(half_life: float) -> float | None:
+        return float(half_life / span) if span and np.isfinite(half_life) else None
+
+    neighbours = None if channels.neighbours is None else share(float(channels.neighbours.half_life))
+    return neighbours, (None if channels.recent is None else share(channels.recent.latest.half_life)) or USUAL
