@@ -11,7 +11,7 @@ import numpy as np
 from springtide.model.decayed import decayed_table
 from springtide.ranks import block_size, gains, places
 
-TRIED = (0.3, 0.1, 0.03, 0.01, 0.003)  # half-lives, as shares of the log's span
+TRIED = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # half-lives, as shares of the log's span
 USUAL = 0.1  # of recent popularity
 LATEST = 0.2  # share of the events, the last ones, that judge
 MOST, LEAST = 2000, 20  # events that are ranked

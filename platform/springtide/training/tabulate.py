@@ -18,7 +18,8 @@ from springtide.ranks import block_size, gains, hide, places
 from springtide.training.half_lives import USUAL, newcomers_half_life, recent_half_life
 from springtide.training.statistics import Statistics
 
-RECENT_ROWS = 64  # moments at which recent popularity is tabulated
+RECENT_ROWS = 64  # moments, at least, at which recent popularity is tabulated: two in a half-life,
+RECENT_CELLS = 8_000_000  # as far as the table has no more cells than this
 TRIED_SHARES = (None, 0.4)  # half-lives of the neighbours' log, as shares of its span; None = every event alike
 JUDGED_USERS = 1000
 
@@ -108,7 +109,8 @@ def recent_popularity(
     start, end = (int(times.min()), int(times.max())) if len(times) else (0, 0)
     if end == start:
         return np.zeros((1, catalogue), np.float32), np.array([end + 1])
-    edges = np.unique(np.append(np.quantile(times, np.linspace(0, 1, RECENT_ROWS)[1:-1]).astype(np.int64), end + 1))
+    rows = max(RECENT_ROWS, min(round(2 / share), RECENT_CELLS // catalogue))
+    edges = np.unique(np.append(np.quantile(times, np.linspace(0, 1, rows)[1:-1]).astype(np.int64), end + 1))
     return decayed_table(items, times, catalogue, share * (end - start), edges).astype(np.float32), edges
 
 
