@@ -47,7 +47,7 @@ Grid = dict[str, list[Any]]  # setting -> choices, in the order in which they ar
 S = TypeVar("S", PopularitySettings, ItemKnnSettings, EaseSettings, TransitionSettings)
 Found = tuple[S, float | None]  # settings and what they reach on the validation part
 
-RECENT_POPULARITY_GRID: Grid = {"half_life": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]}
+RECENT_POPULARITY_GRID: Grid = {"half_life": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]}
 ITEM_KNN_GRID: Grid = {"alpha": [0.35, 0.5, 0.7], "shrinkage": [10.0, 50.0], "neighbours": [20, 50, 100, 300]}
 HALF_LIVES = [1.0, 2.0, 5.0, 10.0, 30.0, 100.0]  # of item-KNN with recency
 EASE_GRID: Grid = {
