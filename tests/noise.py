@@ -14,7 +14,7 @@ from springtide.training.loop import make_optimizer
 from springtide.training.sampling import Sampling
 from springtide.training.sequences import Sequences, epoch_batches, with_own_counts
 from springtide.training.statistics import collect
-from springtide.training.tabulate import tabulate
+from springtide.training.tabulate import HalfLives, tabulate
 from toy import toy_settings
 
 NOISE_ITEMS = 150
@@ -58,7 +58,7 @@ def train_on_noise(
     torch.manual_seed(0)
     popularity = torch.from_numpy(statistics.popularity)
     model = FusionModel(config, 3, torch.zeros(items, 0), popularity > 0, popularity)
-    tabulate(statistics, config, None).fill(model)
+    tabulate(statistics, config, HalfLives()).fill(model)
     for parameter in model.item_vectors.parameters():
         torch.nn.init.zeros_(parameter)  # no item vectors: nothing can be learned by heart
     optimizer = make_optimizer(model, TrainConfig(memory_learning_rate=0.1))

@@ -19,7 +19,7 @@ from springtide.schemas import SEQUENCES, TRAIN, VALID
 from springtide.text.whitening import fit_whitening
 from springtide.training.loop import Progress, fit, make_optimizer
 from springtide.training.statistics import collect
-from springtide.training.tabulate import choose_share, tabulate
+from springtide.training.tabulate import HalfLives, choose_share, tabulate
 from springtide.training.worker import ShardFeed
 from toy import sequences_of, toy_settings
 
@@ -63,7 +63,7 @@ def train(table: pa.Table, text: np.ndarray | None = None, exclude_seen: bool = 
     statistics = collect(feed._cached, ITEMS, settings.model)
     assert np.isfinite(statistics.rating_stats).all() and statistics.rating_stats[1] > 0
     decay = choose_share(statistics, settings.model, feed.cases(), exclude_seen)
-    tables = tabulate(statistics, settings.model, decay)
+    tables = tabulate(statistics, settings.model, HalfLives(decay))
     for name, array in tables.arrays().items():
         assert name in ("times", "popular_at") or np.isfinite(array).all(), name  # half-lives may be endless
     popularity = torch.from_numpy(tables.popularity)
@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_finite_names_the_batch() -> None:
         feed = ShardFeed(Shard(table), settings.model, TrainConfig(epochs=1), 0.0, False, None)
         popularity = torch.ones(ITEMS)
         model = FusionModel(settings.model, 2, torch.from_numpy(TEXT), popularity > 0, popularity, (2.0, 1.0))
-        tabulate(collect(sequences_of([[0, 1]]), ITEMS, settings.model), settings.model, None).fill(model)
+        tabulate(collect(sequences_of([[0, 1]]), ITEMS, settings.model), settings.model, HalfLives()).fill(model)
         fit(model, make_optimizer(model, CONFIG), feed, CONFIG, False, Progress(), lambda _: None)
     said = str(caught.value)
     for part in ("not finite in epoch 1, step 1", "worker 0", "over 2 sequences of up to 2 events", "items 1 to 6",

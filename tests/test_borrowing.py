@@ -14,7 +14,7 @@ from springtide.model.borrowing import BORROWERS_BELOW, LENDERS, Borrowing, near
 from springtide.model.fusion import FusionModel
 from springtide.training.sequences import training_batch, training_windows
 from springtide.training.statistics import collect
-from springtide.training.tabulate import tabulate
+from springtide.training.tabulate import HalfLives, tabulate
 from toy import sequences_of, toy_settings
 
 torch.set_num_threads(1)
@@ -99,7 +99,7 @@ def model_of(**values: object) -> FusionModel:
     config = toy_settings(Path("none"), **{f"model__{name}": value for name, value in values.items()}).model
     text = np.random.default_rng(0).normal(size=(ITEMS, config.text_dim)).astype(np.float32)
     text[NEW] = text[TWIN]
-    tables = tabulate(collect(sequences_of(ROWS), ITEMS, config), config, None, text)
+    tables = tabulate(collect(sequences_of(ROWS), ITEMS, config), config, HalfLives(), text)
     popularity = torch.from_numpy(tables.popularity)
     model = FusionModel(config, 2, torch.from_numpy(text), popularity > 0, popularity)
     for parameter in model.item_vectors.parameters():
@@ -140,7 +140,7 @@ def test_what_an_owner_takes_later_lends_nothing_in_training() -> None:
     def borrowed(last: int) -> float:
         """What item 1 borrows at the moment that it is the target of, if its owner alone goes on with `last`."""
         log = sequences_of([[0, 1, last], [3, 4, 5, 6]])
-        tables = tabulate(collect(log, 8, config), config, None, text)
+        tables = tabulate(collect(log, 8, config), config, HalfLives(), text)
         popularity = torch.from_numpy(tables.popularity)
         model = FusionModel(config, 2, torch.from_numpy(text), popularity > 0, popularity)
         tables.fill(model)

@@ -14,8 +14,8 @@ from springtide.model.batch import scoring_batch
 from springtide.model.channels import RecentPopularity
 from springtide.model.fusion import FusionModel
 from springtide.model.inputs import CONTEXT
+from springtide.training.popularity import RECENT_ROWS, recent_popularity
 from springtide.training.sequences import training_batch, training_windows
-from springtide.training.tabulate import RECENT_ROWS, recent_popularity
 from toy import sequences_of, tables_of, toy_settings
 
 torch.set_num_threads(1)

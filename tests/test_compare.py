@@ -85,6 +85,7 @@ def train_here(
     features = fit_texts(settings, prepared, "meaning")
     rows = feature_rows(settings, prepared, features)
     write_inputs(run_folder / "inputs.safetensors", tables, rows, features)
+    write_json(run_folder / job.CHOICES, {"text_features": "meaning"})
     model, _ = build_model(settings, len(prepared.actions), run_folder / "inputs.safetensors")
     feed = ShardFeed(Shard(table), settings.model, settings.train, 0.0, refit, None)
 

@@ -19,7 +19,7 @@ from springtide.model.cosines import Cosines, count_pairs
 from springtide.model.neighbours import SHORT_DECAY, Neighbours
 from springtide.training.sequences import training_batch, training_windows
 from springtide.training.statistics import collect
-from springtide.training.tabulate import tabulate
+from springtide.training.tabulate import HalfLives, tabulate
 from toy import sequences_of
 
 torch.set_num_threads(1)
@@ -66,7 +66,7 @@ def _scored_without_their_owner(rows: list[list[int]], dense: int, share: float 
     times = [[time_of(user, place) for place in range(len(row))] for user, row in enumerate(rows)]
     log = sequences_of(rows, timestamps=times)
     config = ModelConfig(neighbour_items=max(dense, 1), neighbour_shrinkage=SHRINKAGE)
-    tables = tabulate(collect(log, ITEMS, config), config, share)
+    tables = tabulate(collect(log, ITEMS, config), config, HalfLives(share))
     model = Neighbours(ITEMS, SHRINKAGE)
     model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life, tables.pairs)
     batch = training_batch(log, training_windows(log, 20))
@@ -98,7 +98,7 @@ def fitted(seed: int, dense: int) -> tuple[Neighbours, torch.Tensor]:
     rows = [rng.integers(0, ITEMS, 12).tolist() for _ in range(5)]
     log = sequences_of(rows)
     config = ModelConfig(neighbour_items=dense, neighbour_shrinkage=SHRINKAGE)
-    tables = tabulate(collect(log, ITEMS, config), config, None)
+    tables = tabulate(collect(log, ITEMS, config), config, HalfLives())
     model = Neighbours(ITEMS, SHRINKAGE)
     model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life, tables.pairs)
     return model, torch.tensor(rows)

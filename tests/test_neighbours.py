@@ -17,7 +17,7 @@ from springtide.model.neighbours import SHORT_DECAY, Neighbours
 from springtide.model.running import BLOCK, running_sum
 from springtide.training.sequences import training_batch, training_windows
 from springtide.training.statistics import collect
-from springtide.training.tabulate import tabulate
+from springtide.training.tabulate import HalfLives, tabulate
 from toy import sequences_of
 
 torch.set_num_threads(1)
@@ -65,7 +65,7 @@ def test_an_owner_is_scored_as_if_the_inverse_had_been_fitted_without_them(
     times = [[time_of(user, place) for place in range(len(row))] for user, row in enumerate(rows)]
     log = sequences_of(rows, timestamps=times)
     config = ModelConfig(neighbour_items=kept, neighbour_l2=L2)
-    tables = tabulate(collect(log, ITEMS, config), config, share)
+    tables = tabulate(collect(log, ITEMS, config), config, HalfLives(share))
     items, model = tables.neighbour_items, Neighbours(ITEMS, SHRINKAGE)
     model.load(tables.inverse, items, tables.end, tables.half_life)
     unit = float(model.unit)
@@ -93,7 +93,7 @@ def test_the_two_ways_of_reading_a_history_agree() -> None:
     rows = [rng.integers(0, ITEMS, 300).tolist() for _ in range(4)]  # longer than a block of running sums
     log = sequences_of(rows)
     config = ModelConfig(neighbour_items=ITEMS - 1, neighbour_l2=L2)
-    tables = tabulate(collect(log, ITEMS, config), config, None)
+    tables = tabulate(collect(log, ITEMS, config), config, HalfLives())
     model = Neighbours(ITEMS, SHRINKAGE)
     model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
     batch = training_batch(log, training_windows(log, 300))
@@ -110,7 +110,7 @@ def test_a_user_who_is_not_in_the_log_is_scored_by_all_of_it() -> None:
     rows = [[0, 1, 2], [0, 1, 3], [4, 5, 6]]
     log = sequences_of(rows)
     config = ModelConfig(neighbour_l2=L2)
-    tables = tabulate(collect(log, ITEMS, config), config, None)
+    tables = tabulate(collect(log, ITEMS, config), config, HalfLives())
     model = Neighbours(ITEMS, SHRINKAGE)
     model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
     none = (torch.full((1, 3), -1), torch.zeros(1, 3, dtype=torch.int64))
@@ -160,7 +160,7 @@ def test_some_columns_are_those_of_all() -> None:
     log = sequences_of([rng.integers(0, ITEMS, 12).tolist() for _ in range(5)])
     for kept in (ITEMS, 5):
         config = ModelConfig(neighbour_items=kept, neighbour_l2=L2)
-        tables = tabulate(collect(log, ITEMS, config), config, None)
+        tables = tabulate(collect(log, ITEMS, config), config, HalfLives())
         model = Neighbours(ITEMS, SHRINKAGE)
         model.load(tables.inverse, tables.neighbour_items, tables.end, tables.half_life)
         batch = training_batch(log, training_windows(log, 20))

@@ -8,22 +8,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from springtide.bundle import load_bundle
+from springtide.model.answers import NewItem
 from springtide.model.batch import EMPTY, History
 from springtide.model.decayed import DecayedCounts, decayed_table
 from springtide.model.recommender import Recommender
 from springtide.model.tables import from_arrays
-from springtide.serving.engine import ScoreRequest
+from springtide.serving.engine import Engine, ScoreRequest
+from springtide.serving.policies import Policies
 from springtide.serving.popular import load_popular
-from springtide.training.half_lives import LEAST, USUAL, newcomers_half_life, recent_half_life
+from springtide.training.popularity import LEAST, USUAL, newcomers_half_life, recent_half_life
 from springtide.training.statistics import collect, merge
-from springtide.training.tabulate import popular
-from toy import sequences_of, tables_of, toy_bundle, toy_settings
+from springtide.training.tabulate import HalfLives, choose_half_lives, tabulate
+from toy import ITEMS_IN_TOY, sequences_of, toy_bundle, toy_settings
 
 ITEMS = 12
 MODEL = toy_settings(Path("none")).model
 FOREVER = float("inf")
+DAY = 86_400_000
 events = st.lists(st.tuples(st.integers(0, ITEMS - 1), st.integers(0, 1000)), max_size=40)
 half_lives = st.sampled_from([3.0, 200.0, FOREVER])
 
@@ -70,35 +74,67 @@ def fashions(length: int, users: int = 600, catalogue: int = 300) -> tuple[np.nd
     return items.ravel(), np.repeat(1000 * np.arange(users), 2), np.tile([True, False], users)
 
 
+def cases_of(asked: list[tuple[list[int], int, int]]) -> list[tuple[History, int]]:
+    """(items of the history, time of its last event, target) as validation cases."""
+    return [
+        (History(np.array(seen), np.ones(len(seen), np.int64), np.full(len(seen), np.nan, np.float32),
+                 np.full(len(seen), at)), target)
+        for seen, at, target in asked
+    ]  # fmt: skip
+
+
 def test_fashions_are_followed_as_fast_as_they_go() -> None:
     slow, fast = (newcomers_half_life(*fashions(length), 300) for length in (60, 10))
-    assert fast < slow < 1
-    slow, fast = (recent_half_life(*fashions(length)[:2], 300) for length in (60, 10))
-    assert fast < slow <= USUAL
+    assert fast is not None and slow is not None and fast < slow < 1
+    for length in (10, 60):
+        items, times, first = fashions(length)
+        late = np.flatnonzero(first & (times > 400_000))
+        cases = cases_of([([299], int(times[n]), int(items[n])) for n in late])
+        assert recent_half_life(items, times, 300, cases, None, True) < USUAL
+
+
+def test_validation_is_asked_at_the_time_it_is_told() -> None:
+    """All want what was the fashion at the cut, and left long before it."""
+    items, times, _ = fashions(10)
+    cases = cases_of([([299], 0, int(item)) for item in items[1180::2]] * 10)
+    assert recent_half_life(items, times, 300, cases, 600_000, True) < USUAL
+    assert recent_half_life(items, times, 300, cases, None, True) == USUAL
 
 
 def test_without_a_trend_nothing_is_forgotten() -> None:
     rng = np.random.default_rng(1)
     chances = 1 / np.arange(1, 301)
-    items = rng.choice(300, 4000, p=chances / chances.sum())
-    assert newcomers_half_life(items, np.arange(4000), np.ones(4000, bool), 300) == FOREVER
-    assert recent_half_life(items, np.arange(4000), 300) in (USUAL, 0.3)
+    items, times = rng.choice(300, 4000, p=chances / chances.sum()), np.arange(4000)
+    assert newcomers_half_life(items, times, np.ones(4000, bool), 300) is None
+    cases = cases_of([([299], int(at), int(items[at])) for at in range(3000, 4000)])
+    assert recent_half_life(items, times, 300, cases, None, True) == USUAL
 
 
 def test_what_is_taken_is_not_counted_before() -> None:
-    """Everybody takes something new, twice: if events counted for themselves the latest would win."""
-    items, times = np.repeat(np.arange(300), 2), np.repeat(1000 * np.arange(300), 2)
-    assert newcomers_half_life(items, times, np.tile([True, False], 300), 300) == FOREVER
-    assert recent_half_life(items, times, 300) == USUAL
+    """Everybody takes something new and comes back for it: if events counted for themselves the latest would win."""
+    items, times = np.repeat(np.arange(300), 2), np.repeat(1000 * np.arange(300), 2) + np.tile([0, 500], 300)
+    assert newcomers_half_life(items, times, np.tile([True, False], 300), 300) is None
+    own = cases_of([([n], 1000 * n + 500, n) for n in range(200, 300)])
+    assert recent_half_life(items, times, 300, own, None, True) == USUAL  # what one took oneself is no candidate
 
 
 @pytest.mark.parametrize("users", [0, 1, LEAST])
 def test_too_few_newcomers_or_no_times_choose_nothing(users: int) -> None:
     items, times, first = fashions(10)
-    few = slice(None, 2 * users)
-    assert newcomers_half_life(items[few], times[few], first[few], 300) == FOREVER
-    assert newcomers_half_life(items, np.full(len(items), 7), first, 300) == FOREVER
-    assert recent_half_life(items[:2], times[:2], 300) == recent_half_life(items, np.full(len(items), 7), 300) == USUAL
+    few, alike = slice(None, 2 * users), np.full(len(items), 7)
+    assert newcomers_half_life(items[few], times[few], first[few], 300) is None
+    assert newcomers_half_life(items, alike, first, 300) is None
+    cases = cases_of([([1], 5000, 2)])
+    assert recent_half_life(items[few], times[few], 300, [], None, True) == USUAL
+    assert recent_half_life(items, alike, 300, cases, None, True) == USUAL
+
+
+def test_what_is_set_is_not_chosen() -> None:
+    log = sequences_of([[1, 2, 3], [3, 4]])
+    statistics, cases = collect(log, ITEMS, MODEL), cases_of([([1], 10**12, 2)] * 30)
+    assert choose_half_lives(statistics, MODEL, cases, True).recent == USUAL
+    given = MODEL.model_copy(update={"recent_half_life": 0.02})
+    assert choose_half_lives(statistics, given, cases, True).recent == 0.02
 
 
 def test_the_first_of_each_user_that_may_be_predicted() -> None:
@@ -114,41 +150,92 @@ def test_the_first_of_each_user_that_may_be_predicted() -> None:
 def of_late(bundle: Path) -> Recommender:
     """A bundle's recommender, for which an event of a day before counts half."""
     recommender = load_bundle(bundle).recommender
-    counts = DecayedCounts(np.zeros(len(recommender.item_ids)), 0, 86_400_000.0)
-    recommender._popular = counts.after(np.array([3, 3, 5]), np.array([0, 0, 2 * 86_400_000]))
+    counts = DecayedCounts(np.zeros(len(recommender.item_ids)), 0, float(DAY))
+    recommender.popular = counts.after(np.array([3, 3, 5]), np.array([0, 0, 2 * DAY]))
     return recommender
+
+
+def taken(recommender: Recommender, item: int, days: int, times: int = 1) -> History:
+    actions = np.full(times, recommender.actions.index("purchase"))
+    return History(np.full(times, item), actions, np.full(times, np.nan, np.float32), np.full(times, days * DAY))
+
+
+def order(recommender: Recommender) -> list[int]:
+    return [int(row) for row in recommender.top_k(recommender.score([EMPTY]).logits, ITEMS_IN_TOY)[0][0]]
 
 
 def test_newcomers_get_what_is_popular_now(tmp_path: Path) -> None:
     recommender = of_late(toy_bundle(tmp_path))
-    assert recommender.score([EMPTY]).logits[0].argsort()[::-1][:2].tolist() == [5, 3]  # 1 and 2 * 0.5 ** 2
+    assert order(recommender)[:2] == [5, 3]  # 1 and 2 * 0.5 ** 2
     shares = recommender.explain(EMPTY, np.array([3, 5])).shares
-    np.testing.assert_allclose(shares["popularity"], np.log1p([0.5, 1.0]), rtol=1e-6)
-    day = np.array([3, 3, 3]) * 86_400_000
-    wanted = recommender.actions.index("purchase")
-    seen = History(np.array([3, 3, 3]), np.full(3, wanted), np.full(3, np.nan, np.float32), day)
-    recommender.observe([EMPTY], [seen])
-    np.testing.assert_allclose(recommender.score([EMPTY]).logits[0][[3, 5]], np.log1p([3.25, 0.5]), rtol=1e-6)
+    np.testing.assert_allclose(shares["popularity"], np.log1p([0.5, 1.0]), rtol=1e-4)
+    recommender.observe([EMPTY], [taken(recommender, 3, days=3, times=3)])
+    np.testing.assert_allclose(recommender.score([EMPTY]).logits[0][[3, 5]], np.log1p([3.25, 0.5]), rtol=1e-4)
+
+
+def test_when_all_has_faded_what_was_popular_ever_is_the_best_guess(tmp_path: Path) -> None:
+    """A log of years ago, and one event of today."""
+    recommender = of_late(toy_bundle(tmp_path))
+    recommender.observe([EMPTY], [taken(recommender, 7, days=5000)])
+    ever = np.argsort(-recommender.popularity, kind="stable")
+    assert order(recommender) == [7, *(int(row) for row in ever if row != 7)]
+
+
+def test_an_added_item_is_offered_once_it_is_taken(tmp_path: Path) -> None:
+    recommender = load_bundle(toy_bundle(tmp_path)).recommender
+    width = recommender.model.item_vectors.text.shape[1]
+    text = np.full(384, 384**-0.5, np.float32)
+    recommender.put_items([NewItem("new", "New", [], text, np.ones(width, np.float32))])
+    row = recommender.index["new"]
+    assert recommender.score([EMPTY]).logits[0][row] == 0
+    recommender.observe([EMPTY], [taken(recommender, row, days=30_000, times=1000)])
+    assert recommender.score([EMPTY]).logits[0].argmax() == row
+
+
+@pytest.mark.parametrize("damping", [0.3, 0.9])
+def test_damping_keeps_the_order_of_newcomers_and_is_told(tmp_path: Path, damping: float) -> None:
+    path = toy_bundle(tmp_path)
+    plain, damped = (Engine(load_bundle(path), "toy", Policies(popularity_damping=d)) for d in (0.0, damping))
+    for engine in (plain, damped):
+        engine._recommender.popular = of_late(path).popular
+    one, other = (engine.score([ScoreRequest(k=5, explain=True)])[0] for engine in (plain, damped))
+    assert isinstance(one, dict) and isinstance(other, dict)
+    assert [item["item_id"] for item in one["items"]] == [item["item_id"] for item in other["items"]]
+    for item in other["items"]:
+        shares = item["explanation"]["shares"]
+        assert sum(shares.values()) == pytest.approx(item["score"], abs=1e-4)
+    assert other["items"][0]["score"] == pytest.approx((1 - damping) * one["items"][0]["score"], rel=1e-3)
 
 
 def test_it_comes_back_out_of_its_arrays_and_a_bundle_of_before_counts_alike() -> None:
     log = sequences_of([[1, 2, 3], [3, 4]], timestamps=[[10, 20, 30], [25, 40]])
-    tables = tables_of(log, ITEMS, MODEL)
-    assert tables.popular.moment == 40 and tables.popular.half_life == FOREVER
-    assert tables.popular.counts.tolist() == popular(collect(log, ITEMS, MODEL)).counts.tolist()
+    tables = tabulate(collect(log, ITEMS, MODEL), MODEL, HalfLives(newcomers=0.5))
+    assert (tables.popular.moment, tables.popular.half_life) == (40, 15.0)
     kept = tables.arrays()
     again = from_arrays(kept).popular
-    assert (again.moment, again.half_life) == (40, FOREVER) and again.counts.tolist() == tables.popular.counts.tolist()
-    before = from_arrays({name: array for name, array in kept.items() if not name.startswith("popular_at")
-                          and name != "popular"}).popular  # fmt: skip
+    assert (again.moment, again.half_life) == (40, 15.0) and again.counts.tolist() == tables.popular.counts.tolist()
+    of_before = {name: array for name, array in kept.items() if name not in ("popular", "popular_at")}
+    before = from_arrays(of_before).popular
     assert before.counts.tolist() == tables.popularity.tolist() and before.half_life == FOREVER
 
 
-def test_the_ingress_offers_the_same(tmp_path: Path) -> None:
+def test_times_before_1970_fade_as_well() -> None:
+    log = sequences_of([[1, 2, 3]], timestamps=[[-(10**12), -(10**12) + DAY, -(10**12) + 2 * DAY]])
+    counts = tabulate(collect(log, ITEMS, MODEL), MODEL, HalfLives(newcomers=0.5)).popular.counts
+    assert counts[1:4].tolist() == [0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("of_before", [False, True])
+def test_the_ingress_offers_the_same(tmp_path: Path, of_before: bool) -> None:
     bundle = toy_bundle(tmp_path)
-    recommender = load_bundle(bundle).recommender
-    logits = recommender.score([EMPTY]).logits
-    rows, scores = recommender.top_k(logits, 10)
+    kept = load_file(bundle / "memory.safetensors")
+    kept["popular"] = np.random.default_rng(0).permutation(ITEMS_IN_TOY).astype(np.float64)
+    if of_before:
+        del kept["popular"], kept["popular_at"]
+    save_file(kept, bundle / "memory.safetensors")
+    recommender = load_bundle(bundle, verify=False).recommender
     answer = load_popular(bundle, "toy").answer(ScoreRequest(k=10))
-    assert [item["item_id"] for item in answer["items"]] == [recommender.item_ids[row] for row in rows[0]]
-    np.testing.assert_allclose([item["score"] for item in answer["items"]], scores[0], atol=1e-5)
+    expected = order(recommender)[:10]
+    assert [item["item_id"] for item in answer["items"]] == [recommender.item_ids[row] for row in expected]
+    scores = recommender.score([EMPTY]).logits[0][expected]
+    np.testing.assert_allclose([item["score"] for item in answer["items"]], scores, atol=1e-5)

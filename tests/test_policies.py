@@ -43,6 +43,7 @@ class Shelf:
         rng = np.random.default_rng(seed)
         self.item_vectors = rng.normal(size=(len(scores), 3)).astype(np.float32)
         self.popularity = rng.integers(0, 50, len(scores))
+        self.newcomer_scores = np.log1p(self.popularity)
 
     def history(self, events: Sequence[Mapping[str, Any]]) -> tuple[Any, list[str]]:
         return np.array([self.index[event["item_id"]] for event in events], np.int64).view(_Items), []

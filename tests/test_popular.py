@@ -62,7 +62,8 @@ def test_the_best_k_that_pass(
     policies = Policies(block_items=block_items, exclude_categories=exclude_categories, **configured)
     history = [{"item_id": item_id} for item_id in seen]
     request = ScoreRequest(history, k=k, exclude_seen=exclude_seen, exclude_items=exclude_items, **asked)
-    answer = PopularItems(table, "m@1", True, policies).answer(request)
+    scores = np.log1p(table["events"].to_numpy())
+    answer = PopularItems(table, scores, "m@1", True, policies).answer(request)
 
     def passes(n: int, names: list[str]) -> bool:
         item_id = f"i{n}"

@@ -193,20 +193,17 @@ def service(parts: Parts) -> Service:
             encoder_timeout_s=0.2, scorer_timeout_s=0.3, store_timeout_s=0.2, other_timeout_s=0.5, breaker_pause_s=0.4
         ),
     )
-    made.popular = PopularItems(toy_popularity(), "films@abc", exclude_seen=True)
+    made.popular = PopularItems(toy_items(), POPULARITY, "films@abc", exclude_seen=True)
     return made
 
 
-def toy_popularity() -> pa.Table:
-    """As FakeRecommender: item n was taken n times."""
+POPULARITY = np.log1p(np.arange(ITEMS))  # as FakeRecommender: item n was taken n times
+
+
+def toy_items() -> pa.Table:
     recommender = FakeRecommender
     return pa.table(
-        {
-            "item_id": recommender.item_ids,
-            "title": recommender.titles,
-            "categories": recommender.categories,
-            "events": range(ITEMS),
-        }
+        {"item_id": recommender.item_ids, "title": recommender.titles, "categories": recommender.categories}
     )
 
 
@@ -792,7 +789,7 @@ def test_metrics_tell_the_version_that_answers(parts: Parts) -> None:
     """As the Scorer says it, and not what popular items are named in its place."""
     metrics = PrometheusMetrics()
     service = Service(parts.store, parts.encode, parts.call, limits_of(), metrics=metrics)
-    service.popular = PopularItems(toy_popularity(), "films@next", exclude_seen=True)
+    service.popular = PopularItems(toy_items(), POPULARITY, "films@next", exclude_seen=True)
 
     def served() -> dict[str, float]:
         found = re.findall(r'springtide_model{model="(.*)"} (.*)', metrics.text().decode())
@@ -890,7 +887,7 @@ def test_a_hanging_scorer_is_not_waited_for_by_everyone(parts: Parts) -> None:
     """After the failures in a row that open the circuit, requests are answered at once; it closes again by itself."""
     parts.scorer = "slow"
     service = Service(parts.store, parts.encode, parts.call, limits_of(scorer_timeout_s=0.3, breaker_pause_s=2))
-    service.popular = PopularItems(toy_popularity(), "films@abc", exclude_seen=True)
+    service.popular = PopularItems(toy_items(), POPULARITY, "films@abc", exclude_seen=True)
     request = RecommendRequest(user_id="u", k=1)
 
     async def ask(times: int) -> list[Any]:

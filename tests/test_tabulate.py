@@ -19,7 +19,7 @@ from springtide.model.tables import from_arrays
 from springtide.schemas import SEQUENCES, TEST, TRAIN, VALID
 from springtide.training.sequences import from_table, validation_cases
 from springtide.training.statistics import collect, collect_file, merge
-from springtide.training.tabulate import choose_share, tabulate
+from springtide.training.tabulate import HalfLives, choose_share, tabulate
 from toy import ITEMS_IN_TOY, sequences_of, toy_sequences, toy_settings
 
 torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def test_taken_holds_the_last_time_of_each_target(rows: list[dict[str, Any]]) ->
 def test_the_inverse_is_that_of_the_weighed_log(rows: list[dict[str, Any]], share: float | None) -> None:
     statistics = merge([collect(from_table(table_of([row]), 0), ITEMS, MODEL) for row in rows])
     config = ModelConfig(neighbour_items=5, neighbour_l2=2.0)
-    found = tabulate(statistics, config, share)
+    found = tabulate(statistics, config, HalfLives(share))
     x = statistics.taken.toarray().astype(float)
     if share is not None and x.any() and np.ptp(x[x > 0]):
         assert found.half_life == pytest.approx(share * np.ptp(x[x > 0]))
@@ -117,7 +117,7 @@ def test_the_inverse_is_that_of_the_weighed_log(rows: list[dict[str, Any]], shar
 
 def test_counts_come_back_out_of_their_arrays() -> None:
     config = MODEL.model_copy(update={"neighbour_items": 12})
-    found = tabulate(collect(toy_sequences(), ITEMS_IN_TOY, config), config, 0.4)
+    found = tabulate(collect(toy_sequences(), ITEMS_IN_TOY, config), config, HalfLives(0.4))
     again = from_arrays(found.arrays())
     assert found.pairs.counts.nnz and found.pairs.norms.all()
     values = vars(found) | vars(found.pairs)
@@ -139,7 +139,7 @@ def test_counts_come_back_out_of_their_arrays() -> None:
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_log_at_one_moment(count: int) -> None:
     log = sequences_of([[0, 1, 2]] * count, timestamps=[[7, 7, 7]] * count)
-    found = tabulate(collect(log, ITEMS, MODEL), MODEL, 0.4)
+    found = tabulate(collect(log, ITEMS, MODEL), MODEL, HalfLives(0.4))
     assert found.half_life == found.recent_half_life == float("inf") and found.end == 7
     popularity = torch.from_numpy(found.popularity)
     model = FusionModel(MODEL, 2, torch.zeros(ITEMS, MODEL.text_dim), popularity > 0, popularity)

@@ -33,7 +33,7 @@ from springtide.training.sequences import (
     validation_cases,
 )
 from springtide.training.statistics import collect
-from springtide.training.tabulate import tabulate
+from springtide.training.tabulate import HalfLives, tabulate
 from springtide.training.worker import ShardFeed, load_checkpoint, save_checkpoint
 from toy import ITEMS_IN_TOY, toy_log, toy_settings
 
@@ -65,7 +65,7 @@ def build(sequences: Sequences, **values: Any) -> FusionModel:
     popularity = torch.from_numpy(statistics.popularity)
     text = torch.randn(ITEMS_IN_TOY, config.text_dim)
     model = FusionModel(config, 3, text, popularity > 0, popularity, statistics.rating_stats)
-    tabulate(statistics, config, None, text.numpy()).fill(model)
+    tabulate(statistics, config, HalfLives(), text.numpy()).fill(model)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from springtide.bundle import Bundle, load_bundle
-from springtide.config import Settings
+from springtide.config import Settings, with_values
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
 from springtide.files import write_json
@@ -29,7 +30,7 @@ from springtide.training.publish import publish
 from springtide.training.sampling import Sampling, Since
 from springtide.training.sequences import count_new, epoch_batches, from_table, validation_cases
 from springtide.training.statistics import Statistics, collect
-from springtide.training.tabulate import tabulate
+from springtide.training.tabulate import HalfLives, tabulate
 from springtide.training.texts import feature_rows, fit_texts
 from springtide.training.worker import build_model, write_inputs
 from toy import ITEMS_IN_TOY, sequences_of, toy_settings
@@ -37,6 +38,9 @@ from write_workspace import grow_workspace, write_workspace
 
 METRICS = {"damping": 0.25, "reach": 0.0, "lifted": 0.0, "epochs": [], "new_events": 7}  # as of an update before
 NEW = {"i40", "i41"}
+
+
+HALF_LIVES = HalfLives(0.5, 0.2, 0.3)
 
 
 def statistics_of(settings: Settings, prepared: Prepared) -> Statistics:
@@ -56,7 +60,7 @@ def bundled(tmp_path: Path, **values: Any) -> tuple[Settings, Bundle]:
     features = fit_texts(chosen, prepared, "both")
     text = feature_rows(chosen, prepared, features)
     inputs = tmp_path / "inputs.safetensors"
-    write_inputs(inputs, tabulate(statistics_of(chosen, prepared), chosen.model, 0.5, text), text, features)
+    write_inputs(inputs, tabulate(statistics_of(chosen, prepared), chosen.model, HALF_LIVES, text), text, features)
     torch.manual_seed(3)
     model, _ = build_model(chosen, len(prepared.actions), inputs)
     state = {
@@ -131,6 +135,26 @@ def test_new_events_are_counted_and_new_items_known_by_text(trained: tuple[Setti
         assert np.allclose(again.item_vectors[row], vectors.project(vectors.text[row]).detach().numpy())
     kept = [again.index[item] for item in old.item_ids]
     assert np.allclose(again.item_vectors[kept], old.item_vectors, atol=1e-5)
+
+
+def test_half_lives_stay_the_same_times_in_a_longer_log(trained: tuple[Settings, Bundle], tmp_path: Path) -> None:
+    chosen, bundle = trained
+    grow_workspace(Path(chosen.workspace))
+    old, new = bundle.recommender, updated(chosen, bundle, tmp_path).recommender
+    assert new.log_end is not None and old.log_end is not None and new.log_end > old.log_end
+    recent = [each.model.channels.recent for each in (old, new)]
+    assert recent[0] is not None and recent[1] is not None
+    assert recent[1].latest.half_life == pytest.approx(recent[0].latest.half_life)
+    assert new.popular.half_life == pytest.approx(old.popular.half_life) and 0 < old.popular.half_life < np.inf
+
+
+def test_what_the_log_decided_is_the_bundles(trained: tuple[Settings, Bundle]) -> None:
+    """A bundle of the time when it was a setting of 0.1 may be updated, and one may not ask for another time."""
+    chosen, bundle = trained
+    of_before = replace(bundle, settings=with_values(bundle.settings, {"model.recent_half_life": 0.1}))
+    assert update.of_bundle(chosen, of_before).model.recent_half_life == 0.1
+    with pytest.raises(SpringtideError, match=r"model.recent_half_life is 0.2 in the settings"):
+        update.of_bundle(with_values(chosen, {"model.recent_half_life": 0.2}), of_before)
 
 
 @pytest.mark.parametrize("dense", [12, ITEMS_IN_TOY])

@@ -18,10 +18,10 @@ from springtide.model.fusion import FusionModel
 from springtide.model.tables import Tables
 from springtide.schemas import ITEMS, SEQUENCES, TRAIN
 from springtide.text.features import fit_features
-from springtide.training.half_lives import USUAL
+from springtide.training.popularity import USUAL
 from springtide.training.sequences import Sequences, from_table
 from springtide.training.statistics import collect
-from springtide.training.tabulate import tabulate
+from springtide.training.tabulate import HalfLives, tabulate
 
 ITEMS_IN_TOY = 40
 ACTIONS = ["<unknown>", "purchase", "view"]
@@ -111,7 +111,8 @@ def tables_of(
     sequences: Sequences, items: int, config: ModelConfig, share: float | None = None, text: np.ndarray | None = None
 ) -> Tables:
     """What is counted of a log before training."""
-    return tabulate(collect(sequences, items, config), config, share, text, config.recent_half_life or USUAL)
+    half_lives = HalfLives(share, config.recent_half_life or USUAL)
+    return tabulate(collect(sequences, items, config), config, half_lives, text)
 
 
 def toy_bundle(folder: Path, seed: int = 0, **values: Any) -> Path:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+TIES = 1e-6  # weight of all events where those of late say nothing
+
 
 @dataclass(frozen=True)
 class DecayedCounts:
-    """Of I items, as they were at one moment. As time goes by all of them fade alike, so their order stays."""
+    """Of I items, as they were at one moment. As time goes by all of them fade alike, in the end to 0."""
 
     counts: np.ndarray  # [I] float64
     moment: int  # ms
@@ -27,6 +29,14 @@ class DecayedCounts:
         return DecayedCounts(np.pad(self.counts, (0, count)), self.moment, self.half_life)
 
 
+def popular_scores(counts: np.ndarray, events: np.ndarray) -> np.ndarray:
+    """[I] float32 scores for whom nothing is known of: log(1 + decayed counts); of equals the one with more events.
+
+    Long after the last event all counts have faded to nothing, and what was popular then is the best guess.
+    """
+    return (np.log1p(counts) + TIES * np.log1p(events)).astype(np.float32)
+
+
 def decayed_table(
     items: np.ndarray, times: np.ndarray, catalogue: int, half_life: float, edges: np.ndarray
 ) -> np.ndarray:
@@ -35,8 +45,9 @@ def decayed_table(
     before = bucket < len(edges)
     items, times, bucket = items[before], times[before], bucket[before]
     # Each bucket's events, weighed as they count at its own edge; then carried on from edge to edge.
-    table = np.zeros((len(edges), catalogue))
-    np.add.at(table, (bucket, items), 0.5 ** ((edges[bucket] - times) / half_life))
+    weight = 0.5 ** ((edges[bucket] - times) / half_life)
+    flat = np.bincount(bucket * catalogue + items, weight, len(edges) * catalogue)
+    table = flat.astype(np.float64, copy=False).reshape(len(edges), catalogue)
     for row in range(1, len(edges)):
         table[row] += table[row - 1] * 0.5 ** ((edges[row] - edges[row - 1]) / half_life)
     return table

@@ -14,7 +14,7 @@ import torch
 
 from springtide.model.answers import Interests, Judgement, NewItem, Observed, Reasons, Scores
 from springtide.model.batch import EMPTY, History, after_all, scoring_batch
-from springtide.model.decayed import DecayedCounts
+from springtide.model.decayed import DecayedCounts, popular_scores
 from springtide.model.explain import SHARES, by_event, shares
 from springtide.model.frozen import FrozenModel
 from springtide.model.fusion import FusionModel, Interest
@@ -50,8 +50,7 @@ class Recommender:
         self.text_vectors = text_vectors
         self._transitions = None if tables is None else tables.transitions
         self.log_end = None if tables is None else tables.end  # ms
-        alike = DecayedCounts(popularity.astype(np.float64), 0, float("inf"))
-        self._popular = alike if tables is None else tables.popular  # orders the catalogue where nothing is known
+        self.popular = DecayedCounts(popularity.astype(np.float64), 0, np.inf) if tables is None else tables.popular
         self._predictable = np.ones(len(actions), bool) if predictable is None else predictable
         self.index = {item_id: row for row, item_id in enumerate(item_ids)}
         self._action_index = {action: number for number, action in enumerate(actions)}
@@ -79,6 +78,11 @@ class Recommender:
     def vectors(self) -> torch.Tensor:
         """[I, dim] of the items, on the model's device."""
         return self._vectors
+
+    @property
+    def newcomer_scores(self) -> np.ndarray:
+        """[I] float32 scores where neither history nor query is known."""
+        return popular_scores(self.popular.counts, self.popularity)
 
     def use_index(self, index: Index | None) -> None:
         """Find the best items by an index that was made of this very state; None: by scoring all."""
@@ -109,7 +113,7 @@ class Recommender:
         for row, item in zip(rows, items, strict=True):
             self.text_vectors[row] = item.text_vector
             features[row] = torch.from_numpy(item.features).to(features.device)
-        self._observed, self._popular = np.pad(self._observed, (0, count)), self._popular.grown(count)
+        self._observed, self.popular = np.pad(self._observed, (0, count)), self.popular.grown(count)
         self.model.grow(features, self.popularity, np.unique(rows))
         if self._transitions is not None:
             self._transitions.resize(len(self.item_ids), len(self.item_ids))
@@ -157,14 +161,14 @@ class Recommender:
 
         queries: [B, D] float32 normalised encoder vectors, NaN row = no query; now: [B] int64 ms, time of the request,
         absent: with the last event of each, or for a model that is told the time, when its log ended. A request with
-        neither history nor query gets what is popular, log(1 + events), old events less where they say less.
+        neither history nor query gets `newcomer_scores`.
         """
         logits = np.empty((len(histories), len(self.item_ids)), np.float32)
         gate = np.full(len(histories), np.nan, np.float32)
         asked = np.zeros(len(histories), bool) if queries is None else ~np.isnan(queries).any(1)
         told = np.array([len(history) > 0 for history in histories], bool)
         logits[asked & ~told] = 0
-        logits[~asked & ~told] = np.log1p(self._popular.counts)
+        logits[~asked & ~told] = self.newcomer_scores
         if rows := np.flatnonzero(told).tolist():
             own = None if now is None else now[rows]
             logits[rows], gate[rows] = self._score_histories([histories[r] for r in rows], own)
@@ -296,7 +300,7 @@ class Recommender:
         self.popularity = self.popularity + np.bincount(items, minlength=len(self.popularity))
         channels.observe_popularity(self.popularity)
         wanted = self._predictable[observed.actions]
-        self._popular = self._popular.after(items[wanted], observed.timestamps[wanted])
+        self.popular = self.popular.after(items[wanted], observed.timestamps[wanted])
         if channels.recent is not None:
             channels.recent.observe(items[wanted], observed.timestamps[wanted])
         if channels.memory is not None and observed.tables is not None:
@@ -354,7 +358,7 @@ class Recommender:
             said = by_event(self.model.channels, batch.items[0], weights, columns).cpu().numpy()
             through[len(history) - len(said) :] = said
         elif query is None:
-            found["popularity"] = np.log1p(self._popular.counts[rows]).astype(np.float32)
+            found["popularity"] = self.newcomer_scores[rows]
         if query is not None:
             if self.text_vectors is None:
                 raise ValueError("this model has no item texts, so it cannot answer a query")

@@ -49,7 +49,9 @@ def draws_of(
         scores = recommender.score([histories[row] for row in rest], own, now[rest])
         logits = scores.logits
         if damping:
-            logits = logits + damping_of(recommender.popularity, damping)
+            told = np.array([len(histories[row]) > 0 for row in rest]) | (own is not None and ~np.isnan(own).any(1))
+            off = damping_of(recommender.popularity, damping)
+            logits = logits + np.where(told[:, None], off, -damping * recommender.newcomer_scores)
         for place, row in enumerate(rest):
             logits[place, barred[row]] = -np.inf
         gate[rest] = scores.gate_short

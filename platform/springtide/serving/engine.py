@@ -226,6 +226,8 @@ class Engine:
             reasons = self._recommender.explain(history, rows, request.query, now)
             damping = self._policies.popularity_damping
             added = damping_of(self._recommender.popularity[rows], damping) if damping else None
+            if damping and not known and request.query is None:
+                added = -damping * self._recommender.newcomer_scores[rows]
             told = explain_items(reasons, interests, lambda place: self._event(history, place), added)
             for item, explanation in zip(items, told, strict=True):
                 item["explanation"] = explanation

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 
 from springtide.errors import SpringtideError
+from springtide.model.decayed import popular_scores
 from springtide.schemas import ITEMS, check_schema
 from springtide.serving.engine import ScoreRequest
 from springtide.serving.filters import Catalogue, barred, barred_by, index_catalogue
@@ -20,28 +21,36 @@ from springtide.serving.policies import Policies, counting_events, items_of
 
 Json = dict[str, Any]
 MOST = 100_000  # items kept, so that a large catalogue does not weigh on every Ingress
-_COLUMNS = ("item_id", "title", "categories", "events")
+_COLUMNS = ("item_id", "title", "categories")
 
 
 class PopularItems:
     """The most popular items of one bundle; of equals, the first of the catalogue first. Never changes."""
 
-    def __init__(self, items: pa.Table, label: str, exclude_seen: bool, policies: Policies | None = None) -> None:
-        """items: the columns item_id, title and categories of schemas.ITEMS and events, counts; label: name@version.
+    def __init__(
+        self,
+        items: pa.Table,
+        scores: np.ndarray,
+        label: str,
+        exclude_seen: bool,
+        policies: Policies | None = None,
+    ) -> None:
+        """items: the columns item_id, title and categories of schemas.ITEMS; scores: [I]; label: name@version.
 
         Of policies the filters apply, and what counts as seen; an order by popularity knows no caps and no diversity.
         """
         self.label, self._exclude_seen, self._policies = label, exclude_seen, policies or Policies()
         if self._policies.filtering:
-            items = items.filter(pa.array(~barred_by(_catalogue_of(items), self._policies)))
-        order = np.argsort(-items["events"].to_numpy(), kind="stable")[:MOST]
+            kept = ~barred_by(_catalogue_of(items), self._policies)
+            items, scores = items.filter(pa.array(kept)), scores[kept]
+        order = np.argsort(-scores, kind="stable")[:MOST]
         ranked = items.take(pa.array(order))
         self._ids, self._titles = ranked["item_id"].to_pylist(), ranked["title"].to_pylist()
-        self._scores = np.log1p(ranked["events"].to_numpy()).round(6).tolist()
+        self._scores = scores[order].astype(np.float64).round(6).tolist()
         self._catalogue = _catalogue_of(ranked)
 
     def answer(self, request: ScoreRequest) -> Json:
-        """A degraded answer to a request: k items if the MOST hold k that pass; a score is ln(1 + events)."""
+        """A degraded answer to a request: k items if the MOST hold k that pass."""
         out = barred(
             self._catalogue,
             categories=request.categories,
@@ -78,20 +87,19 @@ def load_popular(bundle: str | Path, name: str, policies: Policies | None = None
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))["settings"]
         items = check_schema(pq.read_table(path / "items.parquet"), ITEMS, str(path / "items.parquet"))
         seen = bool(settings["data"]["exclude_seen"])
-        return PopularItems(_with_counts(items.select(_COLUMNS), path), f"{name}@{version}", seen, policies)
+        return PopularItems(items.select(_COLUMNS), _scores(items, path), f"{name}@{version}", seen, policies)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, pa.ArrowException) as error:
         raise SpringtideError(
             f"cannot read the popular items of the bundle {path}: {' '.join(str(error).split())[:300]}; train it again"
         ) from None
 
 
-def _with_counts(items: pa.Table, bundle: Path) -> pa.Table:
-    """With the events that the model offers newcomers by, old ones less where they say less."""
+def _scores(items: pa.Table, bundle: Path) -> np.ndarray:
+    """[I] what the model gives newcomers."""
+    events = items["events"].to_numpy()
     with safe_open(bundle / "memory.safetensors", "numpy") as arrays:
-        if "popular" not in arrays.keys():  # noqa: SIM118 - no mapping; a bundle of before has all events alike
-            return items
-        counts = pa.array(arrays.get_tensor("popular"))
-    return items.set_column(items.schema.get_field_index("events"), "events", counts)
+        popular = arrays.get_tensor("popular") if "popular" in arrays.keys() else events  # noqa: SIM118 - no mapping
+    return popular_scores(popular, events)
 
 
 def _catalogue_of(items: pa.Table) -> Catalogue:

@@ -26,7 +26,7 @@ from springtide.training.loop import Progress
 from springtide.training.publish import choose_coverage, publish, summarise
 from springtide.training.sampling import Since
 from springtide.training.statistics import Statistics, collect_file, merge
-from springtide.training.tabulate import choose_recent_share, choose_share, tabulate
+from springtide.training.tabulate import HalfLives, choose_half_lives, tabulate
 from springtide.training.texts import choose_text, feature_rows, fit_texts
 from springtide.training.worker import STOPPED, read_progress, train_worker, write_inputs
 
@@ -37,7 +37,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_":
 # Settings of the section train that change no weight.
 OF_THE_BUNDLE = ("coverage_cost", "ann_items", "ann_recall")  # but what is recommended
 HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", "update_epochs", *OF_THE_BUNDLE)
-CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder
+CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder,
+CHOICES_FORMAT = 2  # which a run of another version does not go on from
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,11 @@ def fingerprint(settings: Settings, prepared: Prepared) -> str:
     for harmless in HARMLESS:
         del said["train"][harmless]
     vectors = Path(settings.workspace) / "vectors" / "manifest.json"
-    said |= {"format": FORMAT, "log": prepared.content_hash, "vectors": vectors.read_text() if vectors.exists() else ""}
+    said |= {
+        "format": [FORMAT, CHOICES_FORMAT],
+        "log": prepared.content_hash,
+        "vectors": vectors.read_text() if vectors.exists() else "",
+    }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -196,14 +201,16 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
         hide, cases = settings.data.exclude_seen, some_cases(prepared, share)
         if hide:
             warn_of_repeats(cases)
-        decay = choose_share(statistics, settings.model, cases, hide)
-        recent, kind = choose_recent_share(statistics, settings.model), choose_text(settings, prepared, cases)
-        write_json(chosen, {"neighbour_half_life": decay, "recent_half_life": recent, "text_features": kind})
+        cuts = prepared.report["split"]["cuts_ms"]
+        decays = choose_half_lives(statistics, settings.model, cases, hide, cuts[0] if cuts else None)
+        kind = choose_text(settings, prepared, cases)
+        write_json(chosen, {"half_lives": asdict(decays), "text_features": kind})
+        log.info("half-lives, as shares of the log's span: %s", asdict(decays))
     choices = json.loads(chosen.read_text(encoding="utf-8"))
     path = run_folder / "inputs.safetensors"
     features = fit_texts(settings, prepared, choices["text_features"])
     text = feature_rows(settings, prepared, features)
-    tables = tabulate(statistics, settings.model, choices["neighbour_half_life"], text, choices["recent_half_life"])
+    tables = tabulate(statistics, settings.model, HalfLives(**choices["half_lives"]), text)
     write_inputs(path, tables, text, features, _factors(settings.model, statistics))
     return path
 
@@ -248,6 +255,7 @@ def write_trained(
     metrics = summarise(progress)
     metrics |= {
         **coverage,
+        "chosen": json.loads((run_folder / CHOICES).read_text(encoding="utf-8")),
         "refit": final is not progress,
         "refit_epochs": final.epochs if final is not progress else [],
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import scipy.sparse as sp
 import torch
@@ -11,39 +13,42 @@ from springtide.model.batch import History, scoring_batch
 from springtide.model.borrowing import nearest_by_text
 from springtide.model.cosines import Pairs, count_pairs, no_pairs
 from springtide.model.counting.ease import regularised_inverse
-from springtide.model.decayed import DecayedCounts, decayed_table
+from springtide.model.decayed import DecayedCounts
 from springtide.model.neighbours import Neighbours
 from springtide.model.tables import Tables
 from springtide.ranks import block_size, gains, hide, places
-from springtide.training.half_lives import USUAL, newcomers_half_life, recent_half_life
+from springtide.training.popularity import (
+    USUAL,
+    newcomers_half_life,
+    recent_half_life,
+    recent_popularity,
+    span_of,
+)
 from springtide.training.statistics import Statistics
 
-RECENT_ROWS = 64  # moments, at least, at which recent popularity is tabulated: two in a half-life,
-RECENT_CELLS = 8_000_000  # as far as the table has no more cells than this
 TRIED_SHARES = (None, 0.4)  # half-lives of the neighbours' log, as shares of its span; None = every event alike
 JUDGED_USERS = 1000
 
 
-def tabulate(
-    statistics: Statistics,
-    config: ModelConfig,
-    share: float | None,
-    text: np.ndarray | None = None,
-    recent_share: float = USUAL,
-) -> Tables:
-    """The Tables of a log. share: half-life of the neighbours' log as a share of its span; None = no decay.
+@dataclass(frozen=True)
+class HalfLives:
+    """After how much of the log's span an event counts half."""
 
-    text: [I, D] the items' whitened text vectors, if they have any; recent_share: half-life of recent popularity, as a
-    share of the same.
-    """
-    start, end = _span(statistics)
-    items, inverse, half_life = _neighbours(statistics, config, share)
-    recent, edges = np.zeros((1, len(statistics.popularity)), np.float32), np.array([end + 1])
+    neighbours: float | None = None  # of the neighbours' log; None = every event alike
+    recent: float = USUAL  # of recent popularity
+    newcomers: float | None = None  # of what is popular for whom nothing is known of; None = every event alike
+
+
+def tabulate(
+    statistics: Statistics, config: ModelConfig, half_lives: HalfLives, text: np.ndarray | None = None
+) -> Tables:
+    """The Tables of a log. text: [I, D] the items' whitened text vectors, if they have any."""
+    end, catalogue = _span(statistics)[1], len(statistics.popularity)
+    items, inverse, half_life = _neighbours(statistics, config, half_lives.neighbours)
+    recent, edges = np.zeros((1, catalogue), np.float32), np.array([end + 1])
     if config.recent_popularity:
-        recent, edges = recent_popularity(
-            statistics.wanted, statistics.wanted_at, len(statistics.popularity), recent_share
-        )
-    no_text = np.zeros((len(statistics.popularity), 0), np.float32)
+        recent, edges = recent_popularity(statistics.wanted, statistics.wanted_at, catalogue, half_lives.recent)
+    no_text = np.zeros((catalogue, 0), np.float32)
     text = no_text if text is None or not config.borrowing else text
     lenders, cosines = nearest_by_text(text, statistics.popularity)
     return Tables(
@@ -57,10 +62,10 @@ def tabulate(
         half_life,
         recent,
         edges,
-        recent_share * (end - start) or float("inf"),
+        half_lives.recent * span_of(statistics.wanted_at) or float("inf"),
         lenders,
         cosines,
-        popular(statistics),
+        _popular(statistics, half_lives.newcomers),
     )
 
 
@@ -99,34 +104,34 @@ def _weighed(taken: sp.csr_array, end: int, half_life: float) -> sp.csr_array:
     return sp.csr_array((0.5 ** ((end + 1 - taken.data) / half_life), taken.indices, taken.indptr), shape=taken.shape)
 
 
-def recent_popularity(
-    items: np.ndarray, times: np.ndarray, catalogue: int, share: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """(table [T, I] float32, edges [T] int64 ms) of channels.RecentPopularity, from events (items, times in ms).
-
-    share: half-life over the log's span.
-    """
-    start, end = (int(times.min()), int(times.max())) if len(times) else (0, 0)
-    if end == start:
-        return np.zeros((1, catalogue), np.float32), np.array([end + 1])
-    rows = max(RECENT_ROWS, min(round(2 / share), RECENT_CELLS // catalogue))
-    edges = np.unique(np.append(np.quantile(times, np.linspace(0, 1, rows)[1:-1]).astype(np.int64), end + 1))
-    return decayed_table(items, times, catalogue, share * (end - start), edges).astype(np.float32), edges
-
-
-def popular(statistics: Statistics) -> DecayedCounts:
+def _popular(statistics: Statistics, share: float | None) -> DecayedCounts:
     """What newcomers are offered, at the end of the log."""
-    items, times, catalogue = statistics.wanted, statistics.wanted_at, len(statistics.popularity)
-    share = newcomers_half_life(items, times, statistics.wanted_first, catalogue)
-    half_life = share * int(np.ptp(times)) if np.isfinite(share) else share
-    return DecayedCounts(np.zeros(catalogue), int(times.max(initial=0)), half_life).after(items, times)
+    items, times = statistics.wanted, statistics.wanted_at
+    none = np.zeros(len(statistics.popularity))
+    if not len(times):
+        return DecayedCounts(none, 0, float("inf"))
+    half_life = float("inf") if share is None else share * span_of(times) or float("inf")
+    return DecayedCounts(none, int(times.max()), half_life).after(items, times)
 
 
-def choose_recent_share(statistics: Statistics, config: ModelConfig) -> float:
-    """The half-life of recent popularity: as it is set, or as the log tells."""
-    if config.recent_half_life is not None:
-        return config.recent_half_life
-    return recent_half_life(statistics.wanted, statistics.wanted_at, len(statistics.popularity))
+def choose_half_lives(
+    statistics: Statistics,
+    config: ModelConfig,
+    cases: list[tuple[History, int]],
+    exclude_seen: bool,
+    asked_at: int | None = None,
+) -> HalfLives:
+    """Those that tell best what was taken, where they are not set.
+
+    cases: of validation, (history, item that came next); asked_at: ms when all of them are asked, None = with the last
+    event of each.
+    """
+    events, catalogue = (statistics.wanted, statistics.wanted_at), len(statistics.popularity)
+    recent = config.recent_half_life or USUAL
+    if config.recent_popularity and config.recent_half_life is None:
+        recent = recent_half_life(*events, catalogue, cases[:JUDGED_USERS], asked_at, exclude_seen)
+    newcomers = newcomers_half_life(*events, statistics.wanted_first, catalogue)
+    return HalfLives(choose_share(statistics, config, cases, exclude_seen), recent, newcomers)
 
 
 def choose_share(

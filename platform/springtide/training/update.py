@@ -26,13 +26,13 @@ from springtide.errors import SpringtideError
 from springtide.model.carry import carry_over, rows_in
 from springtide.model.cosines import no_pairs
 from springtide.text.embed import load_vectors
-from springtide.training.half_lives import USUAL
 from springtide.training.job import Warm, count_events, fingerprint, train
+from springtide.training.popularity import USUAL, span_of
 from springtide.training.publish import publish, summarise
 from springtide.training.sampling import Since
 from springtide.training.sequences import count_new
 from springtide.training.statistics import Statistics
-from springtide.training.tabulate import tabulate
+from springtide.training.tabulate import HalfLives, tabulate
 from springtide.training.texts import feature_rows
 from springtide.training.worker import build_model, write_inputs
 
@@ -123,8 +123,7 @@ def write_update(
             "back, or run the train job"
         )
     text = feature_rows(settings, prepared, bundle.features)
-    share, recent_share = _shares(bundle, statistics)
-    tables = tabulate(statistics, settings.model, share, text, recent_share)
+    tables = tabulate(statistics, settings.model, _half_lives(bundle, statistics), text)
     neighbours = recommender.model.channels.neighbours
     if neighbours is not None and not len(neighbours.cosines.items):  # a model of a catalogue that had no long tail
         tables = replace(tables, pairs=no_pairs(len(prepared.items)))  # has not learned how far to trust its neighbours
@@ -155,13 +154,17 @@ def _since(prepared: Prepared, bundle: Bundle) -> Since:
     return Since(since, int(bundle.settings.data.split == "leave_one_out"))
 
 
-def _shares(bundle: Bundle, statistics: Statistics) -> tuple[float | None, float]:
-    """The half-lives of the bundle's neighbours and recent popularity, the same times as shares of this log's span."""
-    channels, times = bundle.recommender.model.channels, statistics.taken.data
-    span = int(np.ptp(times)) if len(times) else 0
+def _half_lives(bundle: Bundle, statistics: Statistics) -> HalfLives:
+    """Those of the bundle, the same times as shares of this log's span."""
+    channels, taken = bundle.recommender.model.channels, statistics.taken.data
 
-    def share(half_life: float) -> float | None:
+    def share(half_life: float, span: int) -> float | None:
         return float(half_life / span) if span and np.isfinite(half_life) else None
 
-    neighbours = None if channels.neighbours is None else share(float(channels.neighbours.half_life))
-    return neighbours, (None if channels.recent is None else share(channels.recent.latest.half_life)) or USUAL
+    neighbours = recent = None
+    span = span_of(statistics.wanted_at)
+    if channels.neighbours is not None:
+        neighbours = share(float(channels.neighbours.half_life), span_of(taken))
+    if channels.recent is not None:
+        recent = share(channels.recent.latest.half_life, span)
+    return HalfLives(neighbours, recent or USUAL, share(bundle.recommender.popular.half_life, span))
