@@ -128,9 +128,9 @@ def test_ratings_that_are_missing_or_all_alike(given: str) -> None:
     train(table_of(rows, [row.tolist() for row in ratings]), TEXT)
 
 
-def test_one_user_with_twenty_thousand_events() -> None:
+def test_one_user_with_a_hundred_thousand_events() -> None:
     rng = np.random.default_rng(3)
-    rows = [rng.integers(0, ITEMS, 20_000).tolist(), *random_rows(5)]
+    rows = [rng.integers(0, ITEMS, 100_000).tolist(), *random_rows(5)]
     model = train(table_of(rows, gap=1000), TEXT)
     assert model.channels.neighbours is not None and model.channels.neighbours.inverse.isfinite().all()
 

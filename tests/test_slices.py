@@ -123,6 +123,11 @@ def test_lists_are_judged_by_categories_or_else_by_vectors() -> None:
     by_sets = comparison.beyond_accuracy(lists, comparison.Catalogue(popularity, table, vectors))
     assert by_sets["diversity@10"]["value"] == pytest.approx((2 / 3 + 0) / 2)
     assert by_sets["novelty@10"]["value"] == pytest.approx((1 + 2) / 2)
+    of_one = comparison.category_table([["a"]] * 4)
+    assert (
+        comparison.beyond_accuracy(lists, comparison.Catalogue(popularity, of_one, vectors))["diversity@10"]["value"]
+        == 0
+    )
     by_vectors = comparison.beyond_accuracy(lists, comparison.Catalogue(popularity, None, vectors))
     assert by_vectors["diversity@10"]["value"] == 1
     assert "diversity@10" not in comparison.beyond_accuracy(lists, comparison.Catalogue(popularity, None, None))

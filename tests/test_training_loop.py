@@ -363,6 +363,24 @@ def test_a_loss_that_is_not_finite_is_told_in_a_sentence() -> None:
         fit(model, make_optimizer(model, TWO_EPOCHS), Shuffled(sequences), TWO_EPOCHS, True, Progress(), no_report)
 
 
+def test_what_was_saved_before_a_loss_was_not_finite_is_whole() -> None:
+    """The second epoch fails: the first one's checkpoint is what was kept, and nothing is saved after it."""
+    sequences = from_table(table(4), 0)
+    model, saved = build(sequences), list[dict[str, torch.Tensor]]()
+
+    class Failing(Shuffled):
+        def epoch(self, epoch: int) -> Iterator[Batch]:
+            for batch in super().epoch(epoch):
+                yield batch if epoch == 0 else replace(batch, ratings=torch.full_like(batch.ratings, torch.inf))
+
+    def save(progress: Progress) -> None:
+        saved.append({name: value.clone() for name, value in progress.best_state.items()})
+
+    with pytest.raises(SpringtideError, match="the loss is not finite in epoch 2"):
+        fit(model, make_optimizer(model, TWO_EPOCHS), Failing(sequences), TWO_EPOCHS, True, Progress(), save)
+    assert len(saved) == 1 and all(value.isfinite().all() for value in saved[0].values())
+
+
 def test_a_last_step_that_overflows_is_told_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     """No gradient comes after it that could tell, and the epoch would be kept."""
     sequences = from_table(table(4), 0)

@@ -202,7 +202,7 @@ class TuneConfig(Section):
 class EvaluateConfig(Section):
     ks: list[Annotated[int, Field(ge=1)]] = [5, 10, 20]
     batch_size: int = Field(256, ge=1)  # users ranked at once
-    bootstrap: int = Field(1000, ge=100)  # resamples for the intervals
+    bootstrap: int = Field(2000, ge=100)  # resamples for the intervals
     part: Literal["test", "valid"] = "test"
     # Under split: temporal, replay the events after the cut in time order, each one revealed once it is predicted.
     prequential: bool = True
