@@ -152,6 +152,7 @@ def of_late(bundle: Path) -> Recommender:
     recommender = load_bundle(bundle).recommender
     counts = DecayedCounts(np.zeros(len(recommender.item_ids)), 0, float(DAY))
     recommender.popular = counts.after(np.array([3, 3, 5]), np.array([0, 0, 2 * DAY]))
+    recommender._read_catalogue()
     return recommender
 
 
@@ -198,6 +199,7 @@ def test_damping_keeps_the_order_of_newcomers_and_is_told(tmp_path: Path, dampin
     plain, damped = (Engine(load_bundle(path), "toy", Policies(popularity_damping=d)) for d in (0.0, damping))
     for engine in (plain, damped):
         engine._recommender.popular = of_late(path).popular
+        engine._recommender._read_catalogue()
     one, other = (engine.score([ScoreRequest(k=5, explain=True)])[0] for engine in (plain, damped))
     assert isinstance(one, dict) and isinstance(other, dict)
     assert [item["item_id"] for item in one["items"]] == [item["item_id"] for item in other["items"]]

@@ -66,6 +66,7 @@ class Recommender:
         self._frozen: FrozenModel | None = None  # made at the next request
         self._vectors = model.item_vectors()
         self.item_vectors: np.ndarray = self._vectors.cpu().numpy()  # [I, dim]
+        self.newcomer_scores = popular_scores(self.popular.counts, self.popularity)  # [I], without history and query
         # Neither trained nor described: such an item has an arbitrary vector, so it is never recommended. A text counts
         # if the model reads texts; if it does not, the text still answers a query on its own.
         trained = (self.popularity > 0) & model.item_vectors.known.cpu().numpy() | self._observed
@@ -78,11 +79,6 @@ class Recommender:
     def vectors(self) -> torch.Tensor:
         """[I, dim] of the items, on the model's device."""
         return self._vectors
-
-    @property
-    def newcomer_scores(self) -> np.ndarray:
-        """[I] float32 scores where neither history nor query is known."""
-        return popular_scores(self.popular.counts, self.popularity)
 
     def use_index(self, index: Index | None) -> None:
         """Find the best items by an index that was made of this very state; None: by scoring all."""
@@ -301,6 +297,7 @@ class Recommender:
         channels.observe_popularity(self.popularity)
         wanted = self._predictable[observed.actions]
         self.popular = self.popular.after(items[wanted], observed.timestamps[wanted])
+        self.newcomer_scores = popular_scores(self.popular.counts, self.popularity)
         if channels.recent is not None:
             channels.recent.observe(items[wanted], observed.timestamps[wanted])
         if channels.memory is not None and observed.tables is not None:
