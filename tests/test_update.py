@@ -36,7 +36,14 @@ from springtide.training.worker import build_model, write_inputs
 from toy import ITEMS_IN_TOY, sequences_of, toy_settings
 from write_workspace import grow_workspace, write_workspace
 
-METRICS = {"damping": 0.25, "reach": 0.0, "lifted": 0.0, "epochs": [], "new_events": 7}  # as of an update before
+METRICS = {
+    "newness": 0.5,
+    "damping": 0.25,
+    "reach": 0.0,
+    "lifted": 0.0,
+    "epochs": [],
+    "new_events": 7,
+}  # as of an update before
 NEW = {"i40", "i41"}
 
 
@@ -105,6 +112,7 @@ def test_without_new_events_every_score_stays(trained: tuple[Settings, Bundle], 
     assert np.allclose(scores(again, EVENTS, items), scores(bundle, EVENTS, items), atol=2e-4)
     assert (again.recommender.item_ids == items) is not grown
     assert float(again.recommender.model.channels.damping) == 0.25
+    assert float(again.recommender.model.channels.newness) == 0.5
 
 
 def test_items_that_no_list_holds_are_lifted_again(

@@ -141,7 +141,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         kept = json.loads((path / "parity.json").read_text(encoding="utf-8"))
         settings = Settings.model_validate(config["settings"])
         items = check_schema(pq.read_table(path / "items.parquet"), ITEMS, str(path / "items.parquet"))
-        state = load_tensors(path / "model.safetensors")
+        state = {"channels.newness": torch.zeros(()), **load_tensors(path / "model.safetensors")}  # older have none
         tables = from_arrays(load_arrays(path / "memory.safetensors"))
         vectors = load_arrays(path / "vectors.safetensors")["text"]
         features = features_from_arrays(load_arrays(path / "text.safetensors"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 CELLS = 8_000_000  # most scores that are ranked at once
+ERRORS = 3.0  # standard errors of the difference by which a choice must be better than the usual one
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
@@ -60,3 +61,15 @@ def hide(scores: np.ndarray, items: Sequence[np.ndarray]) -> None:
 def block_size(wanted: int, catalogue: int) -> int:
     """How many rows to score at once: `wanted`, fewer for large catalogues."""
     return max(1, min(wanted, CELLS // max(catalogue, 1)))
+
+
+def clearly_best(judged: Callable[[float], np.ndarray], tried: Sequence[float], usual: float) -> float:
+    """Of the values tried, the one with the best mean of `judged` (one figure a case); or `usual`, if that is as good.
+
+    "As good" is up to ERRORS standard errors of the difference, because the best of several is better by chance too.
+    """
+    as_usual = judged(usual)
+    better = {value: judged(value) - as_usual for value in tried if value != usual}
+    best = max(better, key=lambda value: better[value].mean())
+    error = better[best].std() / len(as_usual) ** 0.5
+    return best if better[best].mean() > ERRORS * error else usual

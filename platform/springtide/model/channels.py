@@ -71,6 +71,8 @@ class Channels(nn.Module):
     log_popularity: Tensor  # [I], centred
     damping: Tensor  # [] times this a trained model takes off every score:
     excess: Tensor  # [I] log popularity beyond the mean of the items that were taken at all, 0 of the others
+    newness: Tensor  # [] what it adds to the scores of items that nobody took yet:
+    untaken: Tensor  # [I] 1 for those, else 0
     lift: Tensor  # [I] what a trained model adds to the scores of items that would be in nobody's list,
     lift_from: Tensor  # [] for histories of so many events or more; 0 = for none
     text: Tensor  # [I, text_dim] unit rows
@@ -110,6 +112,8 @@ class Channels(nn.Module):
         self.register_buffer("log_popularity", _centred_log(popularity))
         self.register_buffer("damping", torch.zeros(()))
         self.register_buffer("excess", _excess_log(popularity), persistent=False)
+        self.register_buffer("newness", torch.zeros(()))
+        self.register_buffer("untaken", (popularity == 0).float(), persistent=False)
         self.register_buffer("lift", torch.zeros(catalogue))
         self.register_buffer("lift_from", torch.zeros((), dtype=torch.int64))
 
@@ -117,6 +121,7 @@ class Channels(nn.Module):
         """Take new counts [I]."""
         self.log_popularity.copy_(_centred_log(torch.from_numpy(popularity)))
         self.excess.copy_(_excess_log(torch.from_numpy(popularity)))
+        self.untaken.copy_(torch.from_numpy(popularity == 0))
         if self.borrowing is not None:
             self.borrowing.events.copy_(torch.from_numpy(popularity))
 
@@ -134,7 +139,7 @@ class Channels(nn.Module):
         if self.by_text:
             self.text = F.normalize(text, dim=1)
         self.log_popularity, self.excess = F.pad(self.log_popularity, (0, count)), F.pad(self.excess, (0, count))
-        self.lift = F.pad(self.lift, (0, count))
+        self.lift, self.untaken = F.pad(self.lift, (0, count)), F.pad(self.untaken, (0, count))
         self.observe_popularity(popularity)
 
     def weights(self, user: Tensor, context: Tensor) -> Tensor:
@@ -206,6 +211,8 @@ class Channels(nn.Module):
             out["popularity"] = weight["popularity"][:, None], level[:, None]
         if self.damping and not self.training:
             out["damping"] = (-self.damping).expand(len(row), 1), self.excess[:, None]
+        if self.newness and not self.training:
+            out["newness"] = self.newness.expand(len(row), 1), self.untaken[:, None]
         if self.lift_from and not self.training:
             out["lift"] = (at + 1 >= self.lift_from).float()[:, None], self.lift[:, None]
         return out

@@ -136,6 +136,7 @@ def part_names(model: FusionModel) -> tuple[str, ...]:
         "text": channels.by_text,
         "popularity": True,  # policies may damp it in a model that has no such channel
         "damping": bool(channels.damping),
+        "newness": bool(channels.newness),
         "lift": bool(channels.lift_from),
         "recent": channels.recent is not None,
     }
@@ -153,6 +154,7 @@ def key_parts(model: FusionModel, vectors: Tensor) -> list[np.ndarray]:
         "text": channels.text,
         "popularity": channels.log_popularity[:, None],
         "damping": channels.excess[:, None],
+        "newness": channels.untaken[:, None],
         "lift": channels.lift[:, None],
     }
     if channels.recent is not None:

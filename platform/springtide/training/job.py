@@ -23,7 +23,7 @@ from springtide.model.fusion import DEFAULT_DIM
 from springtide.training.cases import can_train, holdout_share, some_cases, warn_of_repeats
 from springtide.training.factors import item_factors
 from springtide.training.loop import Progress
-from springtide.training.publish import choose_coverage, publish, summarise
+from springtide.training.publish import UNCHANGED, choose_scores, publish, summarise
 from springtide.training.sampling import Since
 from springtide.training.statistics import Statistics, collect_file, merge
 from springtide.training.tabulate import HalfLives, choose_half_lives, tabulate
@@ -249,12 +249,10 @@ def write_trained(
         again = with_values(settings, {"train.epochs": progress.best_epoch + 1})
         log.info("fitting again on training and validation events, %d epochs", progress.best_epoch + 1)
         final = train(again, prepared, folder, time.time(), refit=True)
-    coverage = {"damping": 0.0, "reach": 0.0, "lifted": 0.0}
-    if validated and settings.train.coverage_cost:
-        coverage = choose_coverage(settings, prepared, run_folder, progress)
+    added = choose_scores(settings, prepared, run_folder, progress) if validated else UNCHANGED
     metrics = summarise(progress)
     metrics |= {
-        **coverage,
+        **added,
         "chosen": json.loads((run_folder / CHOICES).read_text(encoding="utf-8")),
         "refit": final is not progress,
         "refit_epochs": final.epochs if final is not progress else [],

@@ -6,17 +6,14 @@ log's span; a usual one stays unless another is clearly better, on its own, at t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from springtide.model.batch import History
 from springtide.model.decayed import decayed_table
-from springtide.ranks import block_size, gains, hide, places
+from springtide.ranks import block_size, clearly_best, gains, hide, places
 
 TRIED = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 USUAL = 0.1  # of recent popularity
-ERRORS = 3.0  # standard errors by which another half-life must be better than the usual one
 RECENT_ROWS = 64  # moments, at least, at which recent popularity is tabulated: two in a half-life,
 RECENT_CELLS = 4_000_000  # as far as the table has no more cells than this
 LATEST = 0.2  # share of the events, the last ones, whose newcomers are asked:
@@ -67,7 +64,7 @@ def recent_half_life(
         seen = [history.items for history, _ in cases] if exclude_seen else None
         return _gains(table, row, targets, seen)
 
-    return _clearly_best(judged, USUAL)
+    return clearly_best(judged, TRIED, USUAL)
 
 
 def newcomers_half_life(items: np.ndarray, times: np.ndarray, first: np.ndarray, catalogue: int) -> float | None:
@@ -90,7 +87,7 @@ def newcomers_half_life(items: np.ndarray, times: np.ndarray, first: np.ndarray,
         table = decayed_table(items, times, catalogue, share * span, edges)
         return _gains(table, row, items[asked])
 
-    best = _clearly_best(judged, float("inf"))
+    best = clearly_best(judged, TRIED, float("inf"))
     return best if np.isfinite(best) else None
 
 
@@ -104,11 +101,3 @@ def _gains(table: np.ndarray, row: np.ndarray, targets: np.ndarray, seen: list[n
             hide(scores, seen[some])
         place[some] = places(scores, targets[some])
     return np.where(place <= 10, gains(place), 0.0)
-
-
-def _clearly_best(judged: Callable[[float], np.ndarray], usual: float) -> float:
-    as_usual = judged(usual)
-    better = {share: judged(share) - as_usual for share in TRIED if share != usual}
-    best = max(better, key=lambda share: better[share].mean())
-    error = better[best].std() / len(as_usual) ** 0.5
-    return best if better[best].mean() > ERRORS * error else usual

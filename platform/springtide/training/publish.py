@@ -15,11 +15,13 @@ from springtide.text.embed import load_vectors
 from springtide.training.cases import holdout_share, latest_histories, some_cases
 from springtide.training.damping import choose_damping
 from springtide.training.loop import Progress
+from springtide.training.newness import choose_newness
 from springtide.training.reach import choose_reach, lift_until, users_read
 from springtide.training.worker import build_model, load_features
 
 log = logging.getLogger(__name__)
-DAMPED_USERS = 3000  # validation users that the damping of popularity is judged by
+UNCHANGED = {"newness": 0.0, "damping": 0.0, "reach": 0.0, "lifted": 0.0}  # see choose_scores
+JUDGED_USERS = 3000  # validation users that newness and the damping of popularity are judged by
 DAMPED_FOR = 0.25  # share of the price of a wider reach that damping may take, and lifting the rest
 ASKED_USERS = 1000  # users whose histories the index of a large catalogue is measured by
 
@@ -32,9 +34,10 @@ def publish(
     metrics: dict[str, Any],
     bundle: Path,
 ) -> dict[str, Any]:
-    """Write the bundle of trained weights. metrics: the run's and choose_coverage's. Returns them completed."""
+    """Write the bundle of trained weights. metrics: the run's and choose_scores'. Returns them completed."""
     model, tables = build_model(settings, len(prepared.actions), inputs)
     model.load_state_dict(state)
+    model.channels.newness.fill_(metrics["newness"])
     model.channels.damping.fill_(metrics["damping"])
     if metrics["lifted"]:
         cuts, hide = prepared.report["split"]["cuts_ms"], settings.data.exclude_seen
@@ -53,9 +56,10 @@ def publish(
     return metrics
 
 
-def choose_coverage(settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress) -> dict[str, float]:
-    """`damping`, how much of the popularity to take off, `reach`, the share of the catalogue that lists shall hold, and
-    `lifted`, the items per user that were lifted for it.
+def choose_scores(settings: Settings, prepared: Prepared, run_folder: Path, progress: Progress) -> dict[str, float]:
+    """What is added to a trained model's scores: `newness`, what items get that nobody took yet; `damping`, how much of
+    the popularity is taken off; `reach`, the share of the catalogue that lists shall hold; and `lifted`, the items per
+    user that were lifted for it.
 
     All are judged by the model that has not seen the validation events.
     """
@@ -64,11 +68,16 @@ def choose_coverage(settings: Settings, prepared: Prepared, run_folder: Path, pr
     cuts, hide = prepared.report["split"]["cuts_ms"], settings.data.exclude_seen
     asked_at, cost = cuts[0] if cuts else None, settings.train.coverage_cost
     share = holdout_share(settings, prepared)
-    damping = choose_damping(model, some_cases(prepared, share, DAMPED_USERS), asked_at, hide, DAMPED_FOR * cost)
+    judged = some_cases(prepared, share, JUDGED_USERS)
+    newness = choose_newness(model, judged, asked_at, hide)
+    model.channels.newness.fill_(newness)
+    if not cost:
+        return UNCHANGED | {"newness": newness}
+    damping = choose_damping(model, judged, asked_at, hide, DAMPED_FOR * cost)
     model.channels.damping.fill_(damping)
     cases = some_cases(prepared, share, users_read(len(prepared.items)))
     reach, lifted = choose_reach(model, cases, asked_at, hide, (1 - DAMPED_FOR) * cost)
-    return {"damping": damping, "reach": reach, "lifted": lifted}
+    return {"newness": newness, "damping": damping, "reach": reach, "lifted": lifted}
 
 
 def summarise(progress: Progress) -> dict[str, Any]:

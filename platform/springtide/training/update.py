@@ -69,6 +69,7 @@ def run(settings: Settings) -> dict[str, Any]:
         progress = train(learning, prepared, run_folder, submitted, refit=True, warm=Warm(inputs, since))
         metrics, state = summarise(progress), progress.best_state
     metrics |= {
+        "newness": float(bundle.recommender.model.channels.newness),
         "damping": float(bundle.recommender.model.channels.damping),
         "reach": bundle.metrics["reach"],
         "lifted": bundle.metrics["lifted"],

@@ -1,0 +1,37 @@
+"""How much items are favoured that nobody took yet: where what is taken is mostly new, as news or vacancies are.
+
+Training makes such an item as likely as any other of its text. In a log in which most of what users take next has just
+appeared it is far more likely, and validation users, most of whom took what training never saw, tell by how much.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from springtide.model.batch import History
+from springtide.model.fusion import FusionModel
+from springtide.ranks import clearly_best, gains, places
+from springtide.training.listing import LIST, catalogue_scores
+
+TRIED = tuple(step / 2 for step in range(17))  # logits
+
+
+def choose_newness(
+    model: FusionModel, cases: list[tuple[History, int]], asked_at: int | None, exclude_seen: bool
+) -> float:
+    """What to add to the scores of items without an event: whatever of TRIED gives the best NDCG@10, if clearly.
+
+    cases: (history, item that came next); asked_at: ms at which all of them are asked, None = with their last event.
+    """
+    untaken = model.channels.untaken.numpy()
+    targets = np.array([target for _, target in cases], np.int64)
+    if not untaken[targets].any():
+        return 0.0
+    place, done = np.empty((len(TRIED), len(cases)), np.int64), 0
+    for scores, _, _ in catalogue_scores(model, [history for history, _ in cases], asked_at, exclude_seen):
+        block = slice(done, done + len(scores))
+        for number, more in enumerate(TRIED):
+            place[number, block] = places(scores + np.float32(more) * untaken, targets[block])
+        done += len(scores)
+    gained = np.where(place <= LIST, gains(place), 0.0)
+    return clearly_best(lambda more: gained[TRIED.index(more)], TRIED, 0.0)
