@@ -72,6 +72,16 @@ def test_temporal_slices() -> None:
     assert taken.all_targets.tolist() == [0, 0, 1] and taken.all_offsets.tolist() == [0, 1, 3]
 
 
+@pytest.mark.parametrize(("warm", "about"), [(0, "all"), (1, "all"), (2, "warm"), (10, "warm")])
+def test_the_headline_is_about_warm_users_unless_hardly_any_is(warm: int, about: str) -> None:
+    """Of ten users; what the others want was never there in training."""
+    table = sequences(*((f"u{n}", [0, 1 if n < warm else 2], [0, 2], None) for n in range(10)),
+                      ("one more", [1], [0], None))  # fmt: skip
+    cases = ranking.build_cases(ranking.flatten(table, 5), TEST, "temporal")
+    mask, name = ranking.headline_mask(cases)
+    assert (name, mask.sum()) == (about, warm if about == "warm" else 10)
+
+
 def test_seen_items_are_left_out_only_if_asked() -> None:
     cases = ranking.build_cases(ranking.flatten(LOO, 4), TEST, "leave_one_out")
     out = ranking.rank_cases(cases, fixed([1, 2, 3, 4]), depth=4, exclude_seen=True, batch_size=10)

@@ -38,7 +38,7 @@ def compare(
 ) -> dict[str, Any]:
     """Metrics of "model" and of every other ranking over the same cases, with paired bootstrap intervals.
 
-    Intervals and comparisons are over the headline users: the warm ones under `temporal` (all, if none is warm).
+    Intervals and comparisons are over the headline users: the warm ones under `temporal` (all, if hardly any is warm).
     Coverage counts the lists of every user.
     """
     chosen, headline = headline_mask(cases)

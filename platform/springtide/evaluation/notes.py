@@ -32,7 +32,9 @@ def notes_on(body: Mapping[str, Any]) -> list[str]:
             "so they flatter every scorer."
         )
     if body["split"] == "temporal":
-        kind = "users and items with training events" if body["headline"] == WARM else "all users, as none is warm"
+        kind = (
+            "users and items with training events" if body["headline"] == WARM else "all users, as hardly any is warm"
+        )
         notes.append(
             f"Headline figures are over {kind}; the target is a user's first event after the cut, and the figures for "
             "all targets count everything the user took after it. Coverage counts every user's list."

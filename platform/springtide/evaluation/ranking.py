@@ -20,6 +20,7 @@ from springtide.ranks import block_size, hide, places, top_k
 from springtide.schemas import SEQUENCES, TRAIN, check_schema
 
 WARM, COLD_USER, COLD_ITEM = "warm", "cold_user", "cold_item"
+LEAST_WARM = 0.1  # share of the users that must be warm for the headline to be about them alone
 
 Score = Callable[[Sequence[History]], np.ndarray]  # histories -> [B, I] scores, -inf where never to be recommended
 
@@ -159,9 +160,9 @@ def build_cases(events: FlatSequences, part: int, split: str, fitted: int = TRAI
 
 
 def headline_mask(cases: Cases) -> tuple[np.ndarray, str]:
-    """Which cases [C] the headline figures are about, and their name: `warm`, or `all` if no user is warm."""
+    """Which cases [C] the headline figures are about, and their name: `warm`, or `all` if hardly any user is warm."""
     warm = cases.slices == WARM
-    return (warm, WARM) if warm.any() else (np.ones(len(cases), dtype=bool), "all")
+    return (warm, WARM) if warm.sum() > LEAST_WARM * len(cases) else (np.ones(len(cases), dtype=bool), "all")
 
 
 def repeated_targets(cases: Cases) -> int:
