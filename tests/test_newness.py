@@ -37,10 +37,12 @@ def test_where_what_is_taken_is_new_it_comes_first() -> None:
     assert choose_newness(model, [], None, False) == 0
 
 
-def test_a_few_new_ones_may_be_chance() -> None:
-    """Two of forty would gain by it, and nobody else would lose."""
+def test_a_few_new_ones_are_no_habit_and_may_be_chance() -> None:
+    """They would gain by it, and nobody else would lose."""
     model = model_with_new_items()
-    assert choose_newness(model, cases_of(NEW, NEW, *[ITEMS - 10] * 38), None, False) == 0
+    assert choose_newness(model, cases_of(*[NEW] * 40, *[ITEMS - 10] * 160), None, False) == 0
+    assert choose_newness(model, cases_of(NEW, NEW, *[ITEMS - 10] * 4), None, False) == 0
+    assert choose_newness(model, cases_of(*[NEW] * 60, *[ITEMS - 10] * 120), None, False) > 0
 
 
 def test_no_more_than_is_best() -> None:

@@ -14,6 +14,7 @@ from springtide.ranks import clearly_best, gains, places
 from springtide.training.listing import LIST, catalogue_scores
 
 TRIED = tuple(step / 2 for step in range(17))  # logits
+OFTEN = 0.25  # share of the cases from which on taking what is new is a habit of the log
 
 
 def choose_newness(
@@ -25,7 +26,7 @@ def choose_newness(
     """
     untaken = model.channels.untaken.numpy()
     targets = np.array([target for _, target in cases], np.int64)
-    if not untaken[targets].any():
+    if not len(cases) or untaken[targets].mean() < OFTEN:
         return 0.0
     place, done = np.empty((len(TRIED), len(cases)), np.int64), 0
     for scores, _, _ in catalogue_scores(model, [history for history, _ in cases], asked_at, exclude_seen):
