@@ -26,29 +26,31 @@ NEW = ITEMS - 3  # the first of three that nobody took
 def model_with_new_items() -> FusionModel:
     model = popularity_model().eval()
     model.channels.observe_popularity(np.array([*range(ITEMS, 3, -1), 0, 0, 0]))
+    model.channels.untaken[NEW:] = 1
     return model
 
 
 # ---------------------------------------------------------------- the choice
 def test_where_what_is_taken_is_new_it_comes_first() -> None:
     model = model_with_new_items()
-    assert choose_newness(model, cases_of(*[NEW] * 40, *[0] * 5), None, False) > 1
-    assert choose_newness(model, cases_of(*[0] * 40), None, False) == 0
-    assert choose_newness(model, [], None, False) == 0
+    assert choose_newness(model, cases_of(*[NEW] * 40, *[0] * 5), 1, False) > 1
+    assert choose_newness(model, cases_of(*[0] * 40), 1, False) == 0
+    assert choose_newness(model, [], 1, False) == 0
+    assert choose_newness(model, cases_of(*[NEW] * 40), None, False) == 0  # what is untaken is what is held out
 
 
 def test_a_few_new_ones_are_no_habit_and_may_be_chance() -> None:
     """They would gain by it, and nobody else would lose."""
     model = model_with_new_items()
-    assert choose_newness(model, cases_of(*[NEW] * 40, *[ITEMS - 10] * 160), None, False) == 0
-    assert choose_newness(model, cases_of(NEW, NEW, *[ITEMS - 10] * 4), None, False) == 0
-    assert choose_newness(model, cases_of(*[NEW] * 60, *[ITEMS - 10] * 120), None, False) > 0
+    assert choose_newness(model, cases_of(*[NEW] * 40, *[ITEMS - 10] * 160), 1, False) == 0
+    assert choose_newness(model, cases_of(NEW, NEW, *[ITEMS - 10] * 4), 1, False) == 0
+    assert choose_newness(model, cases_of(*[NEW] * 60, *[ITEMS - 10] * 120), 1, False) > 0
 
 
 def test_no_more_than_is_best() -> None:
     """What all the others took lies within reach of the new items, and would be pushed out of the list."""
     model = model_with_new_items()
-    mixed = choose_newness(model, cases_of(*[NEW] * 60, *[9] * 60), None, False)
+    mixed = choose_newness(model, cases_of(*[NEW] * 60, *[9] * 60), 1, False)
     alone = model.channels.log_popularity
     assert 0 < mixed < TRIED[-1]
     assert mixed <= float(0.42 * (alone[0] - alone[NEW])) + 1.0
@@ -77,6 +79,7 @@ def recommender_with(tmp_path: Path, newness: float) -> Recommender:
     recommender.popularity = recommender.popularity.copy()
     recommender.popularity[NEW:] = 0
     recommender.model.channels.observe_popularity(recommender.popularity)
+    recommender.model.channels.untaken[NEW:] = 1
     recommender.model.channels.newness.fill_(newness)
     recommender._read_catalogue()
     return recommender
@@ -105,7 +108,8 @@ def test_every_way_to_a_score_has_it(tmp_path: Path, length: int) -> None:
     assert (keys[place] @ query).tolist() == [0.0] * NEW + [1.5] * 3
 
 
-def test_it_ends_with_the_first_event_and_begins_with_an_added_item(tmp_path: Path) -> None:
+def test_what_was_new_in_training_stays_so_and_an_added_item_is_new(tmp_path: Path) -> None:
+    """An article that is taken is no worse for it: validation counted all that was untaken in training alike."""
     plain, favoured = recommender_with(tmp_path / "a", 0.0), recommender_with(tmp_path / "b", 1.5)
     width = plain.model.item_vectors.text.shape[1]
     added = NewItem("new", "New", [], np.full(384, 384**-0.5, np.float32), np.ones(width, np.float32))
@@ -114,7 +118,7 @@ def test_it_ends_with_the_first_event_and_begins_with_an_added_item(tmp_path: Pa
         each.observe([EMPTY], [history(each, NEW)])
     past = history(plain, 2)
     more = favoured.score([past]).logits[0] - plain.score([past]).logits[0]
-    np.testing.assert_allclose(more[[0, NEW, NEW + 1, ITEMS]], [0, 0, 1.5, 1.5], atol=1e-4)
+    np.testing.assert_allclose(more[[0, NEW, NEW + 1, ITEMS]], [0, 1.5, 1.5, 1.5], atol=1e-4)
 
 
 def test_a_bundle_of_before_has_none(tmp_path: Path) -> None:

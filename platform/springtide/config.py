@@ -83,7 +83,7 @@ class ModelConfig(Section):
     popularity: bool = True  # a learned multiple of log popularity
     recent_popularity: bool = True  # the same of the popularity at the time of the request
     # Of recent popularity, as a share of the log's span. Absent: 0.1, unless another is clearly better on its own at
-    # telling what is taken in the log's last fifth.
+    # telling what validation users take.
     recent_half_life: float | None = Field(None, gt=0)
 
     @model_validator(mode="wrap")

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 CELLS = 8_000_000  # most scores that are ranked at once
-ERRORS = 3.0  # standard errors of the difference by which a choice must be better than the usual one
+ERRORS = 3.0  # standard errors of the difference by which a choice must be better than the usual one,
+LEAST = 20  # cases to tell a standard error by
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
@@ -69,7 +70,9 @@ def clearly_best(judged: Callable[[float], np.ndarray], tried: Sequence[float], 
     "As good" is up to ERRORS standard errors of the difference, because the best of several is better by chance too.
     """
     as_usual = judged(usual)
+    if len(as_usual) < LEAST:
+        return usual
     better = {value: judged(value) - as_usual for value in tried if value != usual}
     best = max(better, key=lambda value: better[value].mean())
-    error = better[best].std() / len(as_usual) ** 0.5
+    error = better[best].std(ddof=1) / len(as_usual) ** 0.5
     return best if better[best].mean() > ERRORS * error else usual

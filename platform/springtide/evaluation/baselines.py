@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import sparse
 
-from springtide.evaluation.ranking import WARM, Cases, FlatSequences, target_ranks
+from springtide.evaluation.ranking import Cases, FlatSequences, headline_mask, target_ranks
 from springtide.model.counting.ease import Ease, EaseSettings, fit_ease, gram
 from springtide.model.counting.item_knn import (
     CoOccurrence,
@@ -218,7 +218,7 @@ def search_item_knn(
 
 
 def _tuning_cases(validation: Cases) -> Cases:
-    usable = np.flatnonzero((validation.slices == WARM) & (validation.lengths > 0))
+    usable = np.flatnonzero(headline_mask(validation)[0] & (validation.lengths > 0))
     most = min(TUNING_USERS, max(200, _TUNING_CELLS // max(validation.events.catalogue, 1)))
     if len(usable) > most:
         usable = np.sort(np.random.default_rng(0).choice(usable, most, replace=False))

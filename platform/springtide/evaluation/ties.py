@@ -15,6 +15,7 @@ import numpy as np
 
 from springtide.evaluation.metrics import SEED, user_metrics
 from springtide.evaluation.ranking import (
+    WARM,
     Cases,
     FlatSequences,
     Score,
@@ -87,6 +88,7 @@ def effect(
         ranks = target_ranks(asked, score, exclude_seen=exclude_seen, batch_size=batch_size)
         return user_metrics(ranks, [10])["ndcg@10"]
 
+    logged, about = headline_mask(cases)
     as_logged = {name: ndcg(cases, score) for name, score in scorers.items()}
     means: dict[str, list[float]] = {name: [] for name in scorers}
     changed = []
@@ -94,13 +96,12 @@ def effect(
         keys = rng.random(len(events.items)) if number < orders else item_order[events.items].astype(np.float64)
         other = build_cases(reorder(events, keys, swap), part, split)
         moved = _changed(cases, other)  # the others are asked the same question again, so the answer is known
-        again, headline = other.take(moved), headline_mask(other)[0]
+        again, headline = other.take(moved), other.slices == WARM if about == WARM else np.ones(len(other), bool)
         for name, score in scorers.items():
             values = as_logged[name].copy()
             values[moved] = ndcg(again, score)
             means[name].append(float(values[headline].mean()))
         changed.append(float((other.targets != cases.targets).mean()))
-    logged = headline_mask(cases)[0]
     return {
         "orders": orders,
         "changed_targets": float(np.mean(changed[:-1])),

@@ -71,8 +71,8 @@ class Channels(nn.Module):
     log_popularity: Tensor  # [I], centred
     damping: Tensor  # [] times this a trained model takes off every score:
     excess: Tensor  # [I] log popularity beyond the mean of the items that were taken at all, 0 of the others
-    newness: Tensor  # [] what it adds to the scores of items that nobody took yet:
-    untaken: Tensor  # [I] 1 for those, else 0
+    newness: Tensor  # [] what it adds to the scores of items that nobody had taken when it was trained:
+    untaken: Tensor  # [I] 1 for those, else 0; it stays so once they are taken, as what validation users took was too
     lift: Tensor  # [I] what a trained model adds to the scores of items that would be in nobody's list,
     lift_from: Tensor  # [] for histories of so many events or more; 0 = for none
     text: Tensor  # [I, text_dim] unit rows
@@ -121,7 +121,6 @@ class Channels(nn.Module):
         """Take new counts [I]."""
         self.log_popularity.copy_(_centred_log(torch.from_numpy(popularity)))
         self.excess.copy_(_excess_log(torch.from_numpy(popularity)))
-        self.untaken.copy_(torch.from_numpy(popularity == 0))
         if self.borrowing is not None:
             self.borrowing.events.copy_(torch.from_numpy(popularity))
 
@@ -139,7 +138,7 @@ class Channels(nn.Module):
         if self.by_text:
             self.text = F.normalize(text, dim=1)
         self.log_popularity, self.excess = F.pad(self.log_popularity, (0, count)), F.pad(self.excess, (0, count))
-        self.lift, self.untaken = F.pad(self.lift, (0, count)), F.pad(self.untaken, (0, count))
+        self.lift, self.untaken = F.pad(self.lift, (0, count)), F.pad(self.untaken, (0, count), value=1.0)
         self.observe_popularity(popularity)
 
     def weights(self, user: Tensor, context: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from springtide.model.neighbours import SHORT_DECAY
 # joint: what a fusion adds of neither branch (the bias of `concat`); 0 for all other fusions.
 # memory: transitions and neighbours, borrowed ones included. text: nearness of the item's text to those of the history.
 # popularity: popularity and recent popularity less their damping, what is added where nobody took an item yet, and the
-# lift of what nobody's list held; or log popularity where nothing is known of the user.
+# lift of what nobody's list held; or what newcomers are offered, where nothing is known of the user.
 # query: nearness of the item's text to the request's free text.
 SHARES = ("long", "short", "joint", "memory", "text", "popularity", "query")
 _SHARE_OF_CHANNEL = {

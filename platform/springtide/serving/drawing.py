@@ -50,8 +50,7 @@ def draws_of(
         logits = scores.logits
         if damping:
             told = np.array([len(histories[row]) > 0 for row in rest]) | (own is not None and ~np.isnan(own).any(1))
-            off = damping_of(recommender.popularity, damping)
-            logits = logits + np.where(told[:, None], off, -damping * recommender.newcomer_scores)
+            logits = logits + told[:, None] * damping_of(recommender.popularity, damping)  # else it is all there is
         for place, row in enumerate(rest):
             logits[place, barred[row]] = -np.inf
         gate[rest] = scores.gate_short

@@ -225,9 +225,8 @@ class Engine:
             interests = self._recommender.interests(history, now) if known else None
             reasons = self._recommender.explain(history, rows, request.query, now)
             damping = self._policies.popularity_damping
-            added = damping_of(self._recommender.popularity[rows], damping) if damping else None
-            if damping and not known and request.query is None:
-                added = -damping * self._recommender.newcomer_scores[rows]
+            damped = damping and (known or request.query is not None)
+            added = damping_of(self._recommender.popularity[rows], damping) if damped else None
             told = explain_items(reasons, interests, lambda place: self._event(history, place), added)
             for item, explanation in zip(items, told, strict=True):
                 item["explanation"] = explanation

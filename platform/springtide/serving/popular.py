@@ -25,7 +25,7 @@ _COLUMNS = ("item_id", "title", "categories")
 
 
 class PopularItems:
-    """The most popular items of one bundle; of equals, the first of the catalogue first. Never changes."""
+    """The most popular items of one bundle; the first of the catalogue first of equal scores. Never changes."""
 
     def __init__(
         self,

@@ -22,11 +22,12 @@ def choose_newness(
 ) -> float:
     """What to add to the scores of items without an event: as much of TRIED as clearly gives a better NDCG@10.
 
-    cases: (history, item that came next); asked_at: ms at which all of them are asked, None = with their last event.
+    cases: (history, item that came next); asked_at: ms at which all of them are asked. None, with their last
+    event each: then what is untaken is what is held out, which tells nothing of later, and nothing is added.
     """
     untaken = model.channels.untaken.numpy()
     targets = np.array([target for _, target in cases], np.int64)
-    if not len(cases) or untaken[targets].mean() < OFTEN:
+    if asked_at is None or not len(cases) or untaken[targets].mean() < OFTEN:
         return 0.0
     place, done = np.empty((len(TRIED), len(cases)), np.int64), 0
     for scores, _, _ in catalogue_scores(model, [history for history, _ in cases], asked_at, exclude_seen):

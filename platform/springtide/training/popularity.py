@@ -10,14 +10,14 @@ import numpy as np
 
 from springtide.model.batch import History
 from springtide.model.decayed import decayed_table
-from springtide.ranks import block_size, clearly_best, gains, hide, places
+from springtide.ranks import LEAST, block_size, clearly_best, gains, hide, places
 
 TRIED = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 USUAL = 0.1  # of recent popularity
 RECENT_ROWS = 64  # moments, at least, at which recent popularity is tabulated: two in a half-life,
 RECENT_CELLS = 4_000_000  # as far as the table has no more cells than this
 LATEST = 0.2  # share of the events, the last ones, whose newcomers are asked:
-LEAST, MOST = 20, 1000  # so many of them,
+MOST = 1000  # so many of them,
 MOST_SCORES = 500_000_000  # fewer of a large catalogue,
 MOMENTS = 64  # by the counts at so many moments, each by those shortly before
 

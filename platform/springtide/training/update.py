@@ -2,8 +2,8 @@
 
 Run `prepare` and `embed` on the grown log first. All that is counted is counted again, which takes seconds; the network
 starts from the bundle's weights and passes a few times over the windows that hold new events. How the items' texts
-become features stays as it was, and so do the damping of popularity and how much of the catalogue lists are to hold.
-Rerun it to resume.
+become features stays as it was, and so do half-lives, the damping of popularity, what new items get more, and how much
+of the catalogue lists are to hold. Rerun it to resume.
 """
 
 from __future__ import annotations
