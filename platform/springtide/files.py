@@ -107,7 +107,7 @@ def verify_manifest(directory: Path, what: str) -> dict[str, Any]:
         files = dict(manifest["files"])
     except FileNotFoundError:
         raise SpringtideError(
-            f"there is no {what} at {directory} (no manifest.json); run the job that writes it"
+            f"there is no {what} at {directory} (no manifest.json); run the job that writes it, with the same workspace"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise SpringtideError(f"{what} {directory}: manifest.json is damaged; write the {what} again") from None

@@ -63,6 +63,9 @@ def run(settings: Settings) -> dict[str, Any]:
     write_json(workspace / "metrics.json", metrics)
     write_text(workspace / "report.html", page)
     verdict = report.verdict(metrics)
+    if metrics["exclude_seen"] and metrics["repeated_targets"]:
+        log.warning("%d targets had been taken before, so data.exclude_seen lets every scorer miss them",
+                    metrics["repeated_targets"])  # fmt: skip
     print(f"{table(metrics)}\n\n{verdict['sentence']} {verdict['detail']}", flush=True)
     return {
         "part": metrics["part"],

@@ -15,7 +15,7 @@ from springtide.training.sequences import epoch_batches, from_table, validation_
 from springtide.training.tabulate import JUDGED_USERS
 
 log = logging.getLogger(__name__)
-MANY_REPEATS = 0.2  # share of the validation targets that a user had taken before, above which it is told
+MANY_REPEATS = 0.05  # share of the validation targets that a user had taken before, above which it is told
 
 
 def holdout_share(settings: Settings, prepared: Prepared) -> float:
@@ -62,6 +62,7 @@ def warn_of_repeats(cases: list[tuple[History, int]]) -> None:
     if repeated > MANY_REPEATS * len(cases):
         log.warning(
             "%d of %d validation targets are items that their user had taken before, which data.exclude_seen leaves "
-            "out, so they can only be missed; set data.exclude_seen to false where items are taken again",
+            "out, so they can only be missed; set data.exclude_seen to false where items are taken again, or "
+            "data.target_actions to what is worth predicting",
             repeated, len(cases),
         )  # fmt: skip

@@ -205,7 +205,8 @@ def write_statistics(settings: Settings, prepared: Prepared, run_folder: Path, r
         decays = choose_half_lives(statistics, settings.model, cases, hide, cuts[0] if cuts else None)
         kind = choose_text(settings, prepared, cases)
         write_json(chosen, {"half_lives": asdict(decays), "text_features": kind})
-        log.info("half-lives, as shares of the log's span: %s", asdict(decays))
+        told = ", ".join(f"{name} {'none' if value is None else value}" for name, value in asdict(decays).items())
+        log.info("half-lives, as shares of the log's span: %s", told)
     choices = json.loads(chosen.read_text(encoding="utf-8"))
     path = run_folder / "inputs.safetensors"
     features = fit_texts(settings, prepared, choices["text_features"])

@@ -29,8 +29,9 @@ def choose_text(settings: Settings, prepared: Prepared, cases: list[tuple[Histor
         )
         for kind in KINDS
     }
-    log.info("text features: %s", ", ".join(f"{kind} {value:.4f}" for kind, value in found.items()))
-    return max(KINDS, key=lambda kind: found[kind])
+    chosen, told = max(KINDS, key=lambda kind: found[kind]), ", ".join(f"{kind} {found[kind]:.4f}" for kind in KINDS)
+    log.info("text features: %s (how well each alone tells what validation users took: %s)", chosen, told)
+    return chosen
 
 
 def fit_texts(settings: Settings, prepared: Prepared, kind: str) -> TextFeatures:
