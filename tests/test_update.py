@@ -45,8 +45,6 @@ METRICS = {
     "new_events": 7,
 }  # as of an update before
 NEW = {"i40", "i41"}
-
-
 HALF_LIVES = HalfLives(0.5, 0.2, 0.3)
 
 
@@ -242,10 +240,10 @@ def test_targets_that_are_left_out_as_seen_are_told(caplog: pytest.LogCaptureFix
     """As where only purchases are predicted and each follows a view of the same item."""
     seen, new = 2, 3
     history = History(np.array([1, 2]), np.zeros(2, np.int64), np.full(2, np.nan, np.float32), np.arange(2))
-    warn_of_repeats([(history, new)] * 9 + [(history, seen)])
+    warn_of_repeats([(history, new)] * 19 + [(history, seen)])
     assert not caplog.records
-    warn_of_repeats([(history, new)] * 7 + [(history, seen)] * 3)
-    assert "3 of 10 validation targets" in caplog.text and "data.exclude_seen" in caplog.text
+    warn_of_repeats([(history, new)] * 18 + [(history, seen)] * 2)
+    assert "2 of 20 validation targets" in caplog.text and "data.exclude_seen" in caplog.text
 
 
 def test_a_bundle_that_saw_the_test_part_is_refused(trained: tuple[Settings, Bundle]) -> None:
