@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import subprocess
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,17 @@ def test_a_mixed_log_from_end_to_end(ray_session: Any, tmp_path: Path) -> None:
     prepare_without_ray(settings_of(tmp_path / "plain", data))
     for table, key in (("events", ["user_id", "position"]), ("items", ["item"]), ("sequences", ["user_id"])):
         assert read_table(tmp_path / "first", table).sort(key).equals(read_table(tmp_path / "plain", table).sort(key))
+
+
+def test_each_hash_of_a_user_is_a_partition_of_its_own(ray_session: Any, tmp_path: Path) -> None:
+    users = [f"u{n}" for n in range(200)]
+    (tmp_path / "a.csv").write_text(LOG + "".join(f"{user},i{n},{n}\n" for user in users for n in range(3)))
+    run(settings_of(tmp_path / "workspace", {"events": {"paths": str(tmp_path / "a.csv")}, "partitions": 8}))
+    parts = sorted((tmp_path / "workspace" / "prepared" / "sequences").iterdir())
+    found = [pq.read_table(part, columns=["user_id"])["user_id"].to_pylist() for part in parts]
+    assert [sorted(part) for part in found] == [
+        sorted(user for user in users if zlib.crc32(user.encode()) % 8 == bucket) for bucket in range(8)
+    ]
 
 
 LOG = "user_id,item_id,timestamp\n"

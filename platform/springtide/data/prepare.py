@@ -1,6 +1,6 @@
 """The `prepare` stage: raw logs to cleaned events, sequences and a split, on Ray Data.
 
-    files -> read and clean (a task per group of files) -> hash shuffle by user -> order and deduplicate
+    files -> read and clean (a task per group of files) -> shuffle by hash of user -> order and deduplicate
           -> k-core, time cuts (sums over the partitions) -> split, sequences, Parquet (a task per partition)
 
 Good and rejected rows travel together to the end, so the counts of report.json reconcile by construction.
@@ -128,7 +128,8 @@ def _shuffle(files: list[SourceFile], config: DataConfig) -> list[Any]:
     dataset = (
         ray.data.from_items([{"group": group} for group in groups], override_num_blocks=len(groups))
         .map_batches(read, batch_size=1, batch_format="pyarrow")
-        .repartition(config.partitions, keys=["bucket"])
+        # By value: Ray's repartition by keys would hash the few numbers, and two of them could share a partition.
+        .sort("bucket", boundaries=list(range(1, config.partitions + 1)))  # the block after the last bound is empty
         .map_batches(order, batch_size=None, batch_format="pyarrow", zero_copy_batch=True)
         .materialize()
     )
