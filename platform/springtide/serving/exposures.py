@@ -33,6 +33,7 @@ SALT = "salt"  # in that folder: what makes the pseudonyms, and what joins them 
 _PSEUDONYM = re.compile("[0-9a-f]{32}")
 _LOOK_S = 0.5  # least pause between two looks at the age of a part to which nothing is added
 _RETRY_S = 1.0  # after the disk refused
+_PAUSE_S = 0.05  # after each write: waking the writer for every request takes longer than what it writes
 
 
 def exposure(
@@ -64,8 +65,8 @@ def exposure(
 class ExposureLog:
     """Parts of at most max_mb or max_age_s each, named by the time of their first line and their process.
 
-    `record` may be called from any thread and never waits. Lines go to the file as soon as the disk has taken those
-    before, so a killed process loses at most what waits for it; a torn last line is left out by `read`.
+    `record` may be called from any thread and never waits. Lines go to the file twenty times a second, if the disk has
+    taken those before, so a killed process loses at most what waits for it; a torn last line is left out by `read`.
     """
 
     def __init__(self, folder: Path, options: ExposureOptions) -> None:
@@ -113,6 +114,8 @@ class ExposureLog:
             if last:
                 self._close_file()
                 return
+            if rows:
+                time.sleep(_PAUSE_S)
 
     def _next(self) -> tuple[list[Json], bool]:
         """Everything that waits, after waiting for something, and whether it is the last."""

@@ -96,9 +96,9 @@ def _speaking(text: str) -> str:
 
 
 Identifier = Annotated[
-    str,
-    BeforeValidator(_number_to_text),
+    str,  # its bounds come first here, though second in effect: pydantic checks them itself then, and not in Python
     StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_ID),  # stripped as `prepare` does
+    BeforeValidator(_number_to_text),
     AfterValidator(_plain),
 ]
 Timestamp = Annotated[
@@ -159,7 +159,7 @@ class RecommendRequest(Request):
     query: Query | None = Field(None, description="free text, in any language that the encoder knows")
     k: Count = 10
     exclude_seen: bool | None = Field(None, description="leave out items of the history; absent: as configured")
-    filters: Filters = Filters()
+    filters: Filters = Field(default_factory=Filters)  # a default would be copied deep for each request
     diversity: float | None = Field(
         None, ge=0, le=1, description="0: by score alone; towards 1: unlike one another; absent: as configured"
     )

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import count
 from typing import Any, Protocol
 
 import numpy as np
@@ -94,6 +95,7 @@ class Service:
         self._scorers, self._encoders = scorers or self._one, encoders or _nobody
         self._limits = limits
         self._metrics = metrics or NoMetrics()
+        self._secret, self._asked = secrets.token_hex(8), count()  # of nonces: asking the system for each takes longer
         self._answering: dict[str, str] = {}  # name of a model -> name@version that answered last
 
         def guard(name: str, timeout_s: float, at_once: int | None = None) -> Guard:
@@ -134,7 +136,7 @@ class Service:
 
     async def recommend(self, request: RecommendRequest) -> Json:
         # A caller names the request, and must not choose by that what exploration shows: so does the nonce.
-        request_id, nonce = current_note().request_id, secrets.token_hex(8)
+        request_id, nonce = current_note().request_id, f"{self._secret}-{next(self._asked)}"
         choice = self.traffic.choose(request.model, request.user_id, request_id)
         if request.query is None:
             (events, history_lost), query, query_lost = await self._history_of(request), None, False
