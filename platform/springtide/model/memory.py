@@ -208,11 +208,11 @@ class TransitionMemory(nn.Module):
         # A few moments take the logarithms of what they ask about; a batch of training takes those of all items once.
         table = torch.log1p(self.counts * scale)[self.slots] if recent.numel() > self.items else None  # [I, N]
         score = reading.new_zeros(len(recent), width + (column_of is not None))
-        for j in range(recent.shape[1]):  # one event at a time keeps the peak at [P, width]
-            of = recent[:, j]
-            value = torch.log1p(self.counts[self.slots[of]] * scale) if table is None else table[of]  # [P, N]
+        for few in torch.arange(recent.shape[1]).split(max(1, width // self.slots.shape[1])):  # no more than [P, width]
+            of = recent[:, few]
+            value = torch.log1p(self.counts[self.slots[of]] * scale) if table is None else table[of]  # [P, S, N]
             to = self.successors[of].long() if column_of is None else column_of[self.successors[of]]
-            score.scatter_add_(1, to, reading[:, j, None] * value)
+            score.scatter_add_(1, to.flatten(1), (reading[:, few, None] * value).flatten(1))
         return score if column_of is None else score[:, :-1]
 
     def _dense(
