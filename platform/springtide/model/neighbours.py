@@ -26,6 +26,7 @@ class Neighbours(nn.Module):
     """P as a fixed buffer over the M most popular items, and one learned scale for each way of reading a history."""
 
     inverse: Tensor  # [M + 1, M] float32; the last row is zero, for items that are not among the M
+    diagonal: Tensor  # [M] of it, side by side: in the matrix every entry lies in a page of its own
     items: Tensor  # [M] int64 catalogue rows
     place: Tensor  # [I] int64: where an item is among the M, or M
     whole: bool  # the M are the catalogue, in its order
@@ -53,6 +54,7 @@ class Neighbours(nn.Module):
         best = np.where(np.eye(count, dtype=bool), 0, strength).max(1).mean() if count > 1 else 1.0
         arrays = {
             "inverse": np.concatenate([inverse, np.zeros((1, count), np.float32)]).astype(np.float32),
+            "diagonal": np.diag(inverse).astype(np.float32),
             "items": items.astype(np.int64),
             "place": place,
             "end": np.array(end, np.int64),
@@ -139,7 +141,7 @@ class Neighbours(nn.Module):
     def _strength(self, places: Tensor, owned: tuple[Tensor, Tensor] | None, asked: Tensor | None) -> Tensor:
         """[B, L, N]: what each event says for each of the M, or for those at places `asked` [N]."""
         said = self.inverse.index_select(0, places.flatten())
-        diagonal = self.inverse.diagonal()[None]
+        diagonal = self.diagonal[None]
         if asked is not None:
             said, diagonal = said.index_select(1, asked), diagonal[:, asked]
         said = said.view(*places.shape, -1)
@@ -163,7 +165,7 @@ class Neighbours(nn.Module):
         """Scores [P, N] of moments that each have a history of their own: places, reading [P, L]."""
         inverse = self.inverse if asked is None else self.inverse[:, asked]
         total = F.embedding_bag(places, inverse, per_sample_weights=reading, mode="sum")
-        diagonal = self.inverse.diagonal() if asked is None else self.inverse.diagonal()[asked]
+        diagonal = self.diagonal if asked is None else self.diagonal[asked]
         itself = reading.new_zeros(len(places), len(self.items) + 1).scatter_add(1, places, reading)[:, :-1]
         return total / -diagonal + (itself if asked is None else itself[:, asked])
 
@@ -200,6 +202,6 @@ class Neighbours(nn.Module):
         beyond = self._reading(last, weights[None], len(items), self.cosines.scale())[0]
         there = asked < len(self.items)
         asked = asked.clamp(max=len(self.items) - 1)
-        strength = self.inverse[places[:, None], asked] / -self.inverse.diagonal()[asked]  # [L, N]
+        strength = self.inverse[places[:, None], asked] / -self.diagonal[asked]  # [L, N]
         strength = (strength + (places[:, None] == asked)) * there  # no item is its own neighbour
         return weight[:, None] * strength + beyond[:, None] * self.cosines.by_event(items, columns)
