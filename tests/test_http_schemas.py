@@ -12,9 +12,11 @@ from pydantic import TypeAdapter, ValidationError
 from springtide.serving.schemas import (
     MAX_EVENTS,
     MAX_HISTORY,
+    MAX_ID,
     EncodeRequest,
     Event,
     EventsBody,
+    Identifier,
     RecommendRequest,
     parse_timestamp,
 )
@@ -144,3 +146,16 @@ def test_text_or_texts() -> None:
     for wrong in ({}, {"text": "a", "texts": ["b"]}, {"texts": []}, {"texts": ["a"] * 65}, {"texts": [""]}):
         with pytest.raises(ValidationError):
             EncodeRequest.model_validate(wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"), [(" i1\n", "i1"), (7, "7"), (" " * 2 * MAX_ID + "茶", "茶"), ("x" * MAX_ID, "x" * MAX_ID)]
+)
+def test_ids_are_stripped_before_they_are_measured(given: Any, told: str) -> None:
+    assert TypeAdapter(Identifier).validate_python(given) == told
+
+
+@pytest.mark.parametrize("given", ["", "  ", "\n", "x" * (MAX_ID + 1), "a\0b", True, 1.5, None])
+def test_what_is_no_id(given: Any) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(Identifier).validate_python(given)

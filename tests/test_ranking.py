@@ -100,6 +100,12 @@ def test_ties_rank_by_catalogue_row_as_in_a_full_sort() -> None:
         assert np.array_equal(ranking.top_k(scores, k), expected[:, :k])
 
 
+@pytest.mark.parametrize("scores", [[[np.nan] * 3], [[np.nan, 1, 2], [1, 2, 3]], [[1, 2, 3], [np.nan, 1, 2]]])
+def test_the_best_of_what_is_no_number_are_refused(scores: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="no numbers"):
+        ranking.top_k(np.array(scores, np.float32), 3)
+
+
 def test_a_targets_place_equals_its_place_in_the_list() -> None:
     rng = np.random.default_rng(1)
     rows: list[Row] = [(f"u{n:02}", rng.integers(0, 30, 6).tolist(), [0, 0, 0, 0, 1, 2], None) for n in range(40)]

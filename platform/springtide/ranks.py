@@ -14,7 +14,8 @@ LEAST = 20  # cases to tell a standard error by
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """The k best columns of each row of scores [B, I]: [B, min(k, I)] int64, best first, ties by column, -1 for -inf.
 
-    Selects instead of sorting the catalogue; exact under ties, which plain argpartition is not.
+    Selects instead of sorting the catalogue; exact under ties, which plain argpartition is not. Raises ValueError where
+    fewer than k scores of a row are numbers.
     """
     k = min(k, scores.shape[1])
     if k < 1 or not len(scores):
@@ -26,6 +27,8 @@ def _best(row: np.ndarray, k: int) -> np.ndarray:
     chosen = np.flatnonzero(row >= -np.partition(-row, k - 1)[k - 1])  # by column, so a stable sort keeps ties so
     values = row[chosen]
     order = np.argsort(-values, kind="stable")[:k]
+    if len(order) < k:
+        raise ValueError("scores that are no numbers cannot be ranked")
     return np.where(values[order] == -np.inf, -1, chosen[order])
 
 

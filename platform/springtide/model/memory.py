@@ -28,6 +28,7 @@ from springtide.model.successors import count_successors
 
 SHORT_DECAY, LONG_DECAY = 0.7, 0.9  # weight of the event k steps back in the two readings: decay^k
 DENSE = 16  # times as many columns as successors are kept: up to so many, whole rows are read faster
+FEW = 2**18  # successors that are added up at once in any case: a request's are all
 
 
 def count_transitions(
@@ -208,12 +209,20 @@ class TransitionMemory(nn.Module):
         # A few moments take the logarithms of what they ask about; a batch of training takes those of all items once.
         table = torch.log1p(self.counts * scale)[self.slots] if recent.numel() > self.items else None  # [I, N]
         score = reading.new_zeros(len(recent), width + (column_of is not None))
-        for few in torch.arange(recent.shape[1]).split(max(1, width // self.slots.shape[1])):  # no more than [P, width]
+        for first in range(0, recent.shape[1], step := self._at_once(len(recent), width, score.is_cuda)):
+            few = slice(first, first + step)
             of = recent[:, few]
             value = torch.log1p(self.counts[self.slots[of]] * scale) if table is None else table[of]  # [P, S, N]
             to = self.successors[of].long() if column_of is None else column_of[self.successors[of]]
             score.scatter_add_(1, to.flatten(1), (reading[:, few, None] * value).flatten(1))
         return score if column_of is None else score[:, :-1]
+
+    def _at_once(self, moments: int, width: int, on_gpu: bool) -> int:
+        """Recent events whose successors are added up at once: what is held for it stays about as small as the score.
+
+        On a GPU one, whose successors are all different: sums of several would differ from run to run.
+        """
+        return 1 if on_gpu else max(1, max(FEW, moments * width // 4) // (moments * self.slots.shape[1] or 1))
 
     def _dense(
         self, recent: Tensor, valid: Tensor, weights: Tensor, scale: Tensor, column_of: Tensor | None, width: int

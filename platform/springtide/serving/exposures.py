@@ -102,6 +102,7 @@ class ExposureLog:
     def _write_all(self) -> None:
         while True:
             rows, last = self._next()
+            pause_s = _PAUSE_S if rows and 2 * len(rows) < self._options.queue else 0.0  # none where it may overflow
             try:
                 self._write(rows)
                 self.written += len(rows)
@@ -109,13 +110,11 @@ class ExposureLog:
                 self.dropped += len(rows)
                 self._close_file()
                 log.error("%d exposures not written: %s", len(rows), error.strerror or error)
-                if not last:
-                    time.sleep(_RETRY_S)
+                pause_s = _RETRY_S
             if last:
                 self._close_file()
                 return
-            if rows:
-                time.sleep(_PAUSE_S)
+            time.sleep(pause_s)
 
     def _next(self) -> tuple[list[Json], bool]:
         """Everything that waits, after waiting for something, and whether it is the last."""

@@ -165,10 +165,6 @@ def shedding(config: str, limits: Limits) -> str:
                 # Who stalls in mid-request waits here, and takes no place in an Ingress, which reads the body of any
                 # method. A request without a body passes at once.
                 f"    http-request wait-for-body time {CALLER_S}s",
-                # Ray would watch each request for its caller's leaving and for its time, in two tasks of the Ingress.
-                # No answer takes longer than the parts' own limits, so one that nobody waits for is soon done with.
-                "    http-request set-header x-request-disconnect-disabled ?1",
-                "    http-request set-header x-request-timeout-seconds 0",
                 # But for one whose body is larger than what is held here: of those an Ingress gets a few.
                 "    stick-table type integer size 10 expire 1m store conn_cur",
                 "    http-request set-var(txn.springtide_body) req.hdr(content-length)",

@@ -135,7 +135,8 @@ class Service:
         self.store.close()
 
     async def recommend(self, request: RecommendRequest) -> Json:
-        # A caller names the request, and must not choose by that what exploration shows: so does the nonce.
+        # A caller names the request, and must not choose by that what exploration shows: so does the nonce, which
+        # nobody can tell beforehand who does not read the log of exposures.
         request_id, nonce = current_note().request_id, f"{self._secret}-{next(self._asked)}"
         choice = self.traffic.choose(request.model, request.user_id, request_id)
         if request.query is None:
