@@ -279,7 +279,10 @@ def test_exclusions(client: TestClient) -> None:
     filters = {"categories": ["even"], "exclude_items": ["i0", "no such"]}
     evens = ids(recommend(client, history=history, k=12, filters=filters))
     assert evens == ["i10", "i8", "i6", "i2"]  # every item that passes, best first
-    assert ids(recommend(client, user_id="u", filters={"categories": ["no such"]})) == []
+    misspelt = recommend(client, user_id="u", filters={"categories": ["Even", "even", "Even"]}).json()
+    assert misspelt.pop("unknown_categories") == ["Even"]
+    assert misspelt == recommend(client, user_id="u", filters={"categories": ["even"]}).json()
+    assert recommend(client, user_id="u", filters={"categories": ["no such"]}).json()["items"] == []
 
 
 def test_k_beyond_the_catalogue(client: TestClient) -> None:

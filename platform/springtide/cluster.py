@@ -34,6 +34,8 @@ SMALL_MACHINE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
+READ_CPUS = 0.25  # of a task that only reads what `prepare` wrote: where a service runs, two cores have one to spare
+
 
 def in_job() -> bool:
     """Was this process started by `ray job submit`?"""

@@ -28,7 +28,7 @@ class TextConfig(Section):
     max_tokens: int = Field(64, ge=4, le=512)
     batch_size: int = Field(64, ge=1)
     actors: int = Field(1, ge=1)
-    cpus_per_actor: float = Field(1.0, gt=0)
+    cpus_per_actor: float = Field(0.5, gt=0)  # a service on the same two cores leaves one
     gpus_per_actor: float = Field(0.0, ge=0)
 
 
@@ -219,7 +219,7 @@ class RecommendConfig(Section):
     k: int = Field(20, ge=1)
     batch_size: int = Field(256, ge=1)
     actors: int = Field(1, ge=1)
-    cpus_per_actor: float = Field(1.0, gt=0)
+    cpus_per_actor: float = Field(0.5, gt=0)  # a service on the same two cores leaves one
 
 
 class ServeConfig(Section):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from springtide.bundle import load_bundle
-from springtide.cluster import connect
+from springtide.cluster import READ_CPUS, connect
 from springtide.config import RecommendConfig, Settings
 from springtide.data.prepared import load_prepared
 from springtide.errors import SpringtideError
@@ -98,7 +98,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     config = settings.recommend
     produced = (
-        ray.data.read_parquet([str(file) for file in prepared.sequence_files])
+        ray.data.read_parquet([str(file) for file in prepared.sequence_files], num_cpus=READ_CPUS)
         .map_batches(
             RecommendBatch,
             fn_constructor_args=(str(path), config, settings.data.exclude_seen, prepared.actions),

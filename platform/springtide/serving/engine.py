@@ -221,6 +221,8 @@ class Engine:
         }
         if unknown:
             answer["unknown_items"] = list(dict.fromkeys(unknown))
+        if unheard := [name for name in request.categories if name not in self._catalogue.rows_of]:
+            answer["unknown_categories"] = list(dict.fromkeys(unheard))
         if request.explain:
             interests = self._recommender.interests(history, now) if known else None
             reasons = self._recommender.explain(history, rows, request.query, now)

@@ -75,6 +75,7 @@ class RecommendResponse(Response):
     gate: Gate
     explanation: Explanation | None = None
     unknown_items: list[str] | None = Field(None, description="item ids of the history that the model does not know")
+    unknown_categories: list[str] | None = Field(None, description="of the filters, which no item has as it is spelt")
     degraded: bool | None = Field(None, description="true when a part was down and the answer was made without it")
 
 

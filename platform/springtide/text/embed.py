@@ -62,9 +62,9 @@ def run(settings: Settings) -> dict[str, Any]:
     import ray
 
     blocks = max(1, min(config.actors * 4, len(described) // config.batch_size))
+    rows = -(-len(described) // blocks)
     vectors = (
-        ray.data.from_arrow(described)
-        .repartition(blocks)
+        ray.data.from_arrow([described.slice(first, rows) for first in range(0, len(described), rows)])
         .map_batches(
             EncodeBatch,
             fn_constructor_args=(config,),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from springtide.bundle import FORMAT
-from springtide.cluster import connect
+from springtide.cluster import READ_CPUS, connect
 from springtide.config import SIZES, ModelConfig, Settings, TrainConfig, with_values
 from springtide.data.prepared import Prepared, load_prepared
 from springtide.errors import SpringtideError
@@ -155,7 +155,9 @@ def _trainer(
 
     shards = {
         # Each worker has its own files, so the share of a worker is the same in every run and no row is dropped.
-        f"train-{worker}": ray.data.read_parquet([str(file) for file in files[worker :: config.workers]])
+        f"train-{worker}": ray.data.read_parquet(
+            [str(file) for file in files[worker :: config.workers]], num_cpus=READ_CPUS
+        )
         for worker in range(config.workers)
     }
     return TorchTrainer(
