@@ -21,6 +21,7 @@ PACKAGE = Path(springtide.__file__).resolve().parent
 SMALL_MACHINE = {
     "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",  # default 32 actors to read one footer
     "RAY_DATA_DEFAULT_MIN_PARALLELISM": "4",
+    "RAY_DATA_USE_DATASOURCE_V2": "0",  # it lists files by a task of a whole CPU, which a service beside it has taken
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often a report is picked up
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "180",

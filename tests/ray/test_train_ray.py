@@ -20,6 +20,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from springtide.bundle import FORMAT, load_bundle
 from springtide.config import Settings
 from springtide.errors import SpringtideError
+from springtide.evaluation import recommend
 from springtide.model.batch import History
 from springtide.schemas import SEQUENCES
 from springtide.training import update
@@ -196,3 +197,22 @@ def test_an_update_learns_what_is_new(undisturbed: tuple[Path, dict[str, Any]], 
     assert recommender.index["i41"] in recommender.top_k(scores, 3)[0][0]  # the two were always taken in turn
     assert not list((workspace / "runs").glob("update-*"))
     assert update.run(settings)["new_events"] == 0 and load_bundle(workspace / "bundle").version == bundle.version
+
+
+@pytest.mark.timeout(240)
+def test_training_and_recommending_fit_beside_a_service(ray_session: Any, tmp_path: Path) -> None:
+    """With as little to spare as two cores have on which Ingress, TextEncoder and Scorer are served: 1.1."""
+
+    @ray_session.remote(num_cpus=2.9)
+    class Service:
+        def ready(self) -> bool:
+            return True
+
+    service = Service.remote()
+    try:
+        assert ray_session.get(service.ready.remote())
+        settings = settings_of(write_workspace(tmp_path), train__workers=1, train__epochs=1, train__refit=False)
+        assert len(run(settings)["epochs"]) == 1
+        assert recommend.run(settings)["users"] == USERS
+    finally:
+        ray_session.kill(service)
