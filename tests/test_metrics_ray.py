@@ -22,7 +22,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Records:
     """What reaches Ray's instruments, in order."""
     records: Records = defaultdict(list)
 
-    def fake(*methods: str) -> Callable[..., Any]:
+    def fake(method: str) -> Callable[..., Any]:
         class Fake:
             def __init__(self, name: str, *_: Any, **__: Any) -> None:
                 self.name = name
@@ -32,8 +32,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Records:
                     raise ValueError("a count is above 0")  # as Ray's own
                 records[self.name, tuple(tags.items())].append(value)
 
-        for method in methods:
-            setattr(Fake, method, Fake.record)
+        setattr(Fake, method, Fake.record)
         return Fake
 
     for kind, method in (("Counter", "inc"), ("Gauge", "set"), ("Histogram", "observe")):
