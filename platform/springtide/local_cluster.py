@@ -22,6 +22,7 @@ from pathlib import Path
 from springtide.cluster import SMALL_MACHINE
 from springtide.errors import SpringtideError
 
+TAG = "SPRINGTIDE_CLUSTER"  # in the environment of all that a cluster starts: the folder it lies in
 START_SECONDS = 120
 STOP_SECONDS = 20
 
@@ -88,8 +89,9 @@ def local_cluster(
     try:
         with log.open("w") as output:
             started = subprocess.run(
-                command, env=variables, stdout=output, stderr=subprocess.STDOUT, check=False, timeout=START_SECONDS
-            )
+                command, env={**variables, TAG: str(temp_dir)}, stdout=output, stderr=subprocess.STDOUT, check=False,
+                timeout=START_SECONDS,
+            )  # fmt: skip
         if started.returncode:
             raise SpringtideError(f"ray start failed: {' '.join(log.read_text().split())[-400:]}")
         yield cluster
@@ -131,7 +133,11 @@ def stop(temp_dir: Path) -> None:
 
 
 def _pids_of(temp_dir: Path) -> list[int]:
-    """Processes that name the folder in their command line, and the descendants of those."""
+    """Processes that name the folder in their command line or carry it as TAG, and the descendants of those.
+
+    Ray's client server names no folder and is nobody's child.
+    """
+    tag = f"{TAG}={temp_dir}".encode()
     parents: dict[int, int] = {}
     named: set[int] = set()
     for entry in Path("/proc").iterdir():
@@ -140,6 +146,7 @@ def _pids_of(temp_dir: Path) -> list[int]:
         pid = int(entry.name)
         try:
             line = (entry / "cmdline").read_bytes()
+            tagged = tag in (entry / "environ").read_bytes().split(b"\0")
             status = (entry / "stat").read_text()
         except OSError:
             continue
@@ -147,7 +154,7 @@ def _pids_of(temp_dir: Path) -> list[int]:
         if fields[0] == "Z":
             continue
         parents[pid] = int(fields[1])
-        if str(temp_dir).encode() in line and pid != os.getpid():
+        if (tagged or str(temp_dir).encode() in line) and pid != os.getpid():
             named.add(pid)
     found = set(named)
     grown = True
