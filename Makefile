@@ -31,8 +31,10 @@ endif
 	-$(BIN)/python jobs/embed.py --config $(CONFIG)
 	$(BIN)/python jobs/compare.py --config $(CONFIG)
 
+# Unit tests side by side, for they use one core each; those with Ray one after the other, for it uses all.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 -m "not ray and not cluster"
+	$(BIN)/python -m pytest --durations=15 -m "ray or cluster"
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -99,6 +99,7 @@ def test_two_workers_train_a_bundle(undisturbed: tuple[Path, dict[str, Any]]) ->
     assert result["refit"] and len(result["refit_epochs"]) == result["validation"]["epoch"]
     assert {e["positions"] for e in result["refit_epochs"]} == {trained + USERS}
     assert {e["users"] for e in result["refit_epochs"]} == {0}
+    assert not any("ndcg@10" in e for e in result["refit_epochs"])  # nobody to validate on is not nobody hit
     assert bundle.recommender.popularity.sum() == trained + 2 * USERS
     past = History(np.array([3, 4, 5]), np.ones(3, np.int64), np.full(3, np.nan, np.float32), np.arange(3) * 10**6)
     first = bundle.recommender.top_k(bundle.recommender.score([past]).logits, 3)[0][0]

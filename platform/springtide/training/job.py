@@ -22,7 +22,7 @@ from springtide.files import write_json
 from springtide.model.fusion import DEFAULT_DIM
 from springtide.training.cases import can_train, holdout_share, some_cases, warn_of_repeats
 from springtide.training.factors import item_factors
-from springtide.training.loop import Progress
+from springtide.training.loop import Progress, told
 from springtide.training.publish import UNCHANGED, choose_scores, publish, summarise
 from springtide.training.sampling import Since
 from springtide.training.statistics import Statistics, collect_file, merge
@@ -258,7 +258,7 @@ def write_trained(
         **added,
         "chosen": json.loads((run_folder / CHOICES).read_text(encoding="utf-8")),
         "refit": final is not progress,
-        "refit_epochs": final.epochs if final is not progress else [],
+        "refit_epochs": [told(record) for record in final.epochs] if final is not progress else [],
     }
     return publish(settings, prepared, folder / "inputs.safetensors", final.best_state, metrics, bundle)
 

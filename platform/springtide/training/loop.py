@@ -27,6 +27,7 @@ from springtide.training.listing import catalogue_scores
 
 LEAST_GAIN = 0.005  # share by which validation must rise to be waited for: less is mostly chance, epoch after epoch
 ADVICE = "lower train.learning_rate or look for extreme ratings in the log (the last checkpoint is kept)"
+JUDGED = ("ndcg", "ndcg@10", "hr@10")  # what `validate` finds out
 STEPS = "steps"  # how many steps are in the average, beside the weights in it
 FAST = ("log_temperature", "channels.text_scale", "channels.weigh.bias")
 
@@ -68,6 +69,11 @@ class Progress:
             if record["ndcg"] > reached * (1 + LEAST_GAIN):
                 reached, at = record["ndcg"], epoch
         return self.epoch >= config.epochs or (self.epoch > 0 and self.epoch - 1 - at >= config.patience)
+
+
+def told(record: dict[str, float]) -> dict[str, float]:
+    """An epoch's record for others to read: without the figures of a validation for which nobody was there."""
+    return {name: value for name, value in record.items() if record["users"] or name not in JUDGED}
 
 
 def make_optimizer(model: FusionModel, config: TrainConfig) -> torch.optim.AdamW:

@@ -14,7 +14,7 @@ from springtide.data.prepared import Prepared
 from springtide.text.embed import load_vectors
 from springtide.training.cases import holdout_share, latest_histories, some_cases
 from springtide.training.damping import choose_damping
-from springtide.training.loop import Progress
+from springtide.training.loop import Progress, told
 from springtide.training.newness import choose_newness
 from springtide.training.reach import choose_reach, lift_until, users_read
 from springtide.training.worker import build_model, load_features
@@ -91,7 +91,7 @@ def summarise(progress: Progress) -> dict[str, Any]:
             "ndcg@10": progress.best_ndcg if any(e["users"] for e in progress.epochs) else None,
             "epoch": progress.best_epoch + 1,
         },
-        "epochs": progress.epochs,
+        "epochs": [told(record) for record in progress.epochs],
         "positions_per_cpu_second": sum(e["positions"] for e in running)
         / max(1e-9, sum(e["cpu_seconds"] for e in running)),
         "seconds_to_first_step": progress.epochs[0]["first_step_seconds"],
