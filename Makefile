@@ -31,10 +31,13 @@ endif
 	-$(BIN)/python jobs/embed.py --config $(CONFIG)
 	$(BIN)/python jobs/compare.py --config $(CONFIG)
 
-# Unit tests side by side, for they use one core each; those with Ray one after the other, for it uses all.
+# Unit tests side by side, for they use one core each; those with Ray one after the other, for it uses all. The second
+# half runs though the first failed.
 test: setup
-	$(BIN)/python -m pytest --numprocesses=2 -m "not ray and not cluster"
-	$(BIN)/python -m pytest --durations=15 -m "ray or cluster"
+	status=0; \
+	$(BIN)/python -m pytest --numprocesses=2 -m "not ray and not cluster" || status=1; \
+	$(BIN)/python -m pytest --durations=15 -m "ray or cluster" || status=1; \
+	exit $$status
 
 lint: setup
 	$(BIN)/ruff format --check .

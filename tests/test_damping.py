@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from springtide.model.batch import scoring_batch
+from springtide.ranks import LEAST
 from springtide.training import damping
 from springtide.training.damping import TRIED, choose_damping
 from toy import ITEMS_IN_TOY, cases_of, popularity_model
@@ -17,13 +18,14 @@ ITEMS = ITEMS_IN_TOY
 
 def test_as_far_as_the_order_holds() -> None:
     """Up to 0.42 popularity still counts for an item, beyond it against."""
-    assert choose_damping(popularity_model(), cases_of(0, 1, 2), None, False, 0.01) == 0.4
-    assert choose_damping(popularity_model(), cases_of(0, 1, 2), None, False, 1.0) == TRIED[-1]
+    cases = cases_of(*[0, 1, 2] * 7)
+    assert choose_damping(popularity_model(), cases, None, False, 0.01) == 0.4
+    assert choose_damping(popularity_model(), cases, None, False, 1.0) == TRIED[-1]
 
 
 def test_what_it_may_cost_is_kept() -> None:
     """Two thirds of the gain come from items that damping beyond 0.42 would lose."""
-    cases = cases_of(0, 0, ITEMS - 2)
+    cases = cases_of(*[0, 0, ITEMS - 2] * 7)
     assert choose_damping(popularity_model(), cases, None, False, 0.5) == 0.4
     assert choose_damping(popularity_model(), cases, None, False, 0.7) == TRIED[-1]
 
@@ -46,9 +48,10 @@ def test_items_that_nobody_took_yet_have_no_say() -> None:
     """They would be found the sooner the stronger the damping is."""
     model = popularity_model()
     model.item_vectors.known[ITEMS - 3 :] = False
-    mixed = cases_of(0, 1, *[ITEMS - 2] * 50)
-    assert choose_damping(model, mixed, None, False, 0.01) == choose_damping(model, cases_of(0, 1), None, False, 0.01)
-    assert choose_damping(model, cases_of(ITEMS - 2), None, False, 1.0) == 0
+    known = [0, 1] * 10
+    chosen = choose_damping(model, cases_of(*known), None, False, 0.01)
+    assert 0 < chosen == choose_damping(model, cases_of(*known, *[ITEMS - 2] * 50), None, False, 0.01)
+    assert choose_damping(model, cases_of(*[ITEMS - 2] * 50), None, False, 1.0) == 0
 
 
 def test_what_a_recommender_never_lists_is_no_competitor() -> None:
@@ -58,9 +61,12 @@ def test_what_a_recommender_never_lists_is_no_competitor() -> None:
 
 
 def test_nothing_to_choose_by() -> None:
-    assert choose_damping(popularity_model(), cases_of(ITEMS - 2), None, True, 0.5) == 0
+    many, few = cases_of(*[0] * LEAST), cases_of(*[0] * (LEAST - 1))
+    assert choose_damping(popularity_model(), many, None, False, 0.5) > 0
+    assert choose_damping(popularity_model(), cases_of(*[ITEMS - 2] * LEAST), None, True, 0.5) == 0
+    assert choose_damping(popularity_model(), few, None, False, 0.5) == 0  # the most would be as good by chance
     assert choose_damping(popularity_model(), [], None, True, 0.5) == 0
-    assert choose_damping(popularity_model(), cases_of(0), None, True, 0.0) == 0
+    assert choose_damping(popularity_model(), many, None, True, 0.0) == 0
 
 
 def test_what_nobody_took_is_left_where_it_is() -> None:

@@ -36,7 +36,7 @@ def log_of(rows: Rows, wanted: tuple[int, ...]) -> Sequences:
     )
 
 
-def recommender_of(rows: Rows, wanted: tuple[int, ...] = (1, 2)) -> Recommender:
+def recommender_of(rows: Rows, wanted: tuple[int, ...] = (1, 2), timeless: bool = False) -> Recommender:
     tables = tables_of(log_of(rows, wanted), ITEMS, CONFIG)
     torch.manual_seed(0)
     popularity = torch.from_numpy(tables.popularity)
@@ -44,7 +44,7 @@ def recommender_of(rows: Rows, wanted: tuple[int, ...] = (1, 2)) -> Recommender:
     tables.fill(model)
     names = [f"i{n}" for n in range(ITEMS)]
     allowed = np.array([number in wanted for number in range(len(ACTIONS))])
-    return Recommender(model, names, names, [[]] * ITEMS, ACTIONS, tables.popularity, None, tables, allowed)
+    return Recommender(model, names, names, [[]] * ITEMS, ACTIONS, tables.popularity, None, tables, allowed, timeless)
 
 
 def history_of(row: list[tuple[int, int]], first: int = 0) -> History:
@@ -74,6 +74,27 @@ def test_transitions_and_popularity_are_those_of_the_longer_log(
         assert torch.equal(dict(one.named_buffers())[name], value), name
     np.testing.assert_array_equal(live.popularity, whole.popularity)
     assert torch.equal(live.model.channels.log_popularity, whole.model.channels.log_popularity)
+
+
+@pytest.mark.parametrize("timeless", [False, True])
+def test_the_first_event_after_years_leaves_popular_what_was(timeless: bool) -> None:
+    """Recent popularity is that of the log's end, but for the event. Without times events are as far apart as rows."""
+    live = recommender_of([[(0, 1), (1, 1), (0, 1), (2, 1)], [(0, 1), (1, 1), (3, 1)]], timeless=timeless)
+    recent = live.model.channels.recent
+    assert recent is not None
+    before = recent.table[-1].clone()
+    some_years = 10**11
+    event = history_of([(5, 1)])
+    event.timestamps[:] += some_years
+    live.observe([EMPTY], [event])
+    after = recent.table[-1]
+    assert after[5] > before[5] == 0
+    assert (after[:4] > before[:4] / 4).all() and after[:4].argsort().tolist() == before[:4].argsort().tolist()
+    if timeless:
+        more = history_of([(n % 2 + 5, 1) for n in range(3)])
+        more.timestamps[:] += some_years + 10**9 * np.arange(3)
+        live.observe([EMPTY], [more])
+        assert recent.latest.moment == 10**12 + 3000 + 4000  # a second each, whatever the clock says
 
 
 def test_an_action_that_is_not_predicted_is_nobodys_successor() -> None:

@@ -172,6 +172,20 @@ def test_above_the_limit_whole_users_are_drawn_and_all_events_are_revealed() -> 
     assert len(plan_of(events, limit=80).asked) == 80
 
 
+def test_a_long_replay_is_revealed_in_larger_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    users = {f"u{n}": [(0, 1, True), *[(i, 100 + 7 * i + n, True) for i in range(1, 5)]] for n in range(20)}
+    plan = plan_of(log_of(users, 100, 5))
+    assert len(plan.revealed) == 80 and p.describe(plan)["chunk"] == p.CHUNK
+    monkeypatch.setattr(p, "CHUNK", 2)
+    monkeypatch.setattr(p, "CHUNKS", 9)
+    live = Popular([20, 0, 0, 0, 0])
+    told: list[int] = []
+    observe = live.observe
+    live.observe = lambda histories, events: (told.append(sum(map(len, events))), observe(histories, events))[1]
+    p.replay_live(plan, live)
+    assert told == [9] * 8 + [8] and p.describe(plan)["chunk"] == 9
+
+
 def test_nothing_to_predict_is_no_plan() -> None:
     assert p.make_plan(log_of({"a": [(0, 1, True), (1, 10, False)]}, 10, 2), TEST, 9, True) is None
     assert p.make_plan(log_of({"a": [(0, 1, True), (0, 10, True)]}, 10, 2), TEST, 9, True) is None

@@ -10,7 +10,7 @@ import pytest
 
 from springtide.errors import SpringtideError
 from springtide.evaluation import ranking
-from springtide.model.recommender import History
+from springtide.model.batch import EMPTY, History
 from springtide.schemas import SEQUENCES, TEST, VALID
 
 Row = tuple[str, Sequence[int], Sequence[int], Sequence[bool] | None]
@@ -144,3 +144,11 @@ def test_an_empty_part_has_no_cases() -> None:
     table = sequences(("u", [0, 1], [0, 0], None))
     cases = ranking.build_cases(ranking.flatten(table, 2), TEST, "none")
     assert len(cases) == 0 and len(ranking.build_cases(ranking.flatten(SEQUENCES.empty_table(), 2), TEST, "none")) == 0
+
+
+def test_a_model_is_asked_when_validation_asked_it() -> None:
+    """Under temporal after the end of the log that it knows, else with the last event."""
+    one = History(np.array([1, 2]), np.array([0, 0]), np.zeros(2, np.float32), np.array([10, 20]))
+    assert ranking.asked_at([one, one.before(1), EMPTY], "leave_one_out", 90).tolist() == [20, 10, 0]
+    assert ranking.asked_at([one, one.before(1), EMPTY], "temporal", 90).tolist() == [91, 91, 91]
+    assert ranking.asked_at([one], "temporal", 15).tolist() == [21]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from springtide.model.batch import History, scoring_batch
 from springtide.model.fusion import FusionModel
-from springtide.ranks import gains, places, top_k
+from springtide.ranks import LEAST, gains, places, top_k
 from springtide.training import reach
 from springtide.training.listing import LIST, catalogue_scores
 from springtide.training.reach import NEAREST, choose_reach, lift_items, lift_until, read_lists, users_read
@@ -171,7 +171,7 @@ def test_what_the_neighbours_alone_would_list() -> None:
 
 
 def test_a_quarter_more_than_neighbours_reach_as_far_as_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, some = with_neighbours(), histories(*[6] * 12)
+    model, some = with_neighbours(), histories(*[6] * 24)
     lists = top_k(scores_of(model, some), LIST)
     before = len(np.unique(lists))
     alone = read_lists(model, some, None, False, neighbours=True).neighbours
@@ -182,12 +182,14 @@ def test_a_quarter_more_than_neighbours_reach_as_far_as_it_pays(monkeypatch: pyt
         cases = [(history, int(best[place])) for history, best in zip(some, lists, strict=True)]
         return choose_reach(of, cases, None, False, cost)
 
-    assert chosen(0, 0.5) == ((before + 2) / ITEMS, 3 / 12)  # one took the place of an item that is nowhere else
+    assert chosen(0, 0.5) == ((before + 2) / ITEMS, 2 / 24)  # one took the place of an item that is nowhere else
     assert chosen(LIST - 1, 0.01) == (before / ITEMS, 0)  # each lift costs somebody's last place
     assert chosen(LIST - 1, 0.5) == chosen(0, 0.5)
     assert chosen(0, 0.0) == chosen(0, 0.5, spread()) == choose_reach(model, [], None, False, 0.5) == (0, 0)
     nowhere = int(np.setdiff1d(np.arange(ITEMS), lists)[0])
     assert choose_reach(model, [(history, nowhere) for history in some], None, False, 0.5) == (0, 0)
+    few = [(history, int(best[0])) for history, best in zip(some, lists, strict=True)][: LEAST - 1]
+    assert choose_reach(model, few, None, False, 0.5) == (0, 0)
     assert not model.channels.lift.any()
 
 

@@ -74,6 +74,7 @@ class RingRecommender:
     def __init__(self, clueless: bool = False, items: int = ITEM_COUNT) -> None:
         self.item_ids = [f"i{n:02}" for n in range(items)]
         self.clueless = clueless
+        self.log_end = None
 
     def score(self, histories: Sequence[History], now: np.ndarray | None = None) -> Any:
         distance = [(np.arange(ITEM_COUNT) - h.items[-1] - 1) % ITEM_COUNT for h in histories]

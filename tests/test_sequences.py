@@ -20,10 +20,11 @@ from springtide.training.sequences import (
     from_table,
     training_batch,
     training_windows,
+    validated_users,
     validation_cases,
 )
 from springtide.training.statistics import collect, merge
-from toy import toy_settings
+from toy import sequences_of, toy_settings
 
 ITEMS = 12
 MODEL = toy_settings(Path("none")).model
@@ -238,3 +239,13 @@ def test_a_heavy_owner_shares_a_batch_with_few(monkeypatch: pytest.MonkeyPatch) 
     assert sum(rows for rows, _ in shapes) == 300 + 4
     assert max(rows * width for rows, width in shapes) <= 600 and any(width == 200 for _, width in shapes)
     assert max(rows for rows, _ in shapes) == 100
+
+
+def test_of_many_users_those_that_validate_are_drawn_and_not_the_first() -> None:
+    log = sequences_of([[n % 5, 6] for n in range(400)], parts=[[TRAIN, VALID]] * 400)
+    users = validated_users(log, 100)
+    assert len(users) == 100 == len(np.unique(users)) and (np.diff(users) > 0).all()
+    assert 150 < users.mean() < 250
+    assert validated_users(log, 100).tolist() == users.tolist()
+    assert validated_users(log, 400).tolist() == validated_users(log, 1000).tolist() == list(range(400))
+    assert len(validation_cases(log, 100)) == 100

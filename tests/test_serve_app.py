@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import json
 import re
 import sqlite3
@@ -170,6 +171,8 @@ class Parts:
             await asyncio.sleep(60)
         if state == "dead":
             raise ConnectionError("replica died at 10.0.0.1")
+        if state == "cancelled":  # as Ray does it to what a caller who left has asked of others
+            raise asyncio.CancelledError
 
 
 @pytest.fixture
@@ -460,6 +463,9 @@ def test_operations(client: TestClient, service: Service) -> None:
     waiting = client.get("/readyz")
     assert waiting.status_code == 503
     assert waiting.json()["checks"]["histories"] == "the prepared log is being imported"
+    for state, ready in (("it failed", False), ("ok", True), ("a newer one failed", True)):
+        service.note_import(state)
+        assert client.get("/readyz").json()["ready"] is ready
 
 
 def test_however_many_ask_whether_it_is_ready_parts_are_asked_once(parts: Parts, service: Service) -> None:
@@ -484,6 +490,40 @@ def test_who_asks_whether_it_is_ready_costs_nobody_a_recommendation(parts: Parts
             assert not (await service.ready())["ready"]
         parts.scorer = parts.encoder = "ok"
         assert "degraded" not in await service.recommend(RecommendRequest(user_id="u", query="love"))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("part", ["scorer", "encoder"])
+def test_a_cancelled_look_at_a_part_is_not_the_last_one(parts: Parts, service: Service, part: str) -> None:
+    async def run() -> None:
+        setattr(parts, part, "cancelled")
+        answer = await service.ready()
+        assert not answer["ready"] and answer["checks"][part] != "ok"
+        setattr(parts, part, "ok")
+        service.health.found_until = 0.0
+        assert (await service.ready())["ready"]
+
+    asyncio.run(run())
+
+
+def test_who_asked_first_whether_it_is_ready_may_leave(parts: Parts, service: Service) -> None:
+    """What is asked of the parts is not that request's: nothing of its context goes along."""
+    mine: contextvars.ContextVar[str] = contextvars.ContextVar("mine", default="nobody's")
+    seen: list[str] = []
+    service.health._call = lambda method: (seen.append(mine.get()), parts.call(method))[1]
+
+    async def first() -> None:
+        mine.set("the first one's")
+        await service.ready()
+
+    async def run() -> None:
+        parts.scorer = "slow"
+        leaver = asyncio.create_task(first())
+        await asyncio.sleep(0.05)
+        other = asyncio.create_task(service.ready())
+        leaver.cancel()
+        assert not (await other)["ready"] and seen == ["nobody's"]
 
     asyncio.run(run())
 

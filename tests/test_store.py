@@ -279,6 +279,23 @@ def test_a_version_is_another_one_where_a_lost_end_was_written_otherwise(redis_s
     store.close()
 
 
+def test_a_lost_item_gives_its_revision_to_no_other(redis_server: RedisServer) -> None:
+    """Of a replica that took over without the last item, a Scorer that knows it must still learn the next."""
+    client, store = redis.Redis(port=redis_server.port), open_store(redis_server.url)
+    first = store.put_item(added("a"))
+    before = {key: client.dump(key) for key in client.scan_iter()}
+    known = store.put_item(added("lost"))
+    client.flushdb()
+    for key, value in before.items():
+        client.restore(key, 0, value)
+    assert store.items_revision() == first
+    time.sleep(0.002)  # a failover takes longer
+    again = store.put_item(added("b"))
+    assert first is not None and known is not None and again is not None and first < known < again
+    assert [item["item_id"] for item in store.items_since(known)] == ["b"]
+    store.close()
+
+
 def test_since_tells_everything_of_an_event(store: HistoryStore) -> None:
     store.append([event("1", "a", 5, "ü", action="buy", rating=2.0), event("2")])
     whole = {"event_id": "2", "user_id": "u", "item_id": "a", "timestamp": 1, "action": None, "rating": None}
@@ -549,7 +566,7 @@ def test_no_more_items_than_wanted_are_added(store: HistoryStore) -> None:
     before = store.items_revision()
     assert store.put_item(added("c", "C"), 2) is None
     assert store.items_revision() == before and [item["item_id"] for item in store.items_since()] == ["a", "b"]
-    assert store.put_item(added("a", "A again"), 2) == before + 1  # it is there already
+    assert (store.put_item(added("a", "A again"), 2) or 0) > before  # it is there already
     assert store.put_item(added("c", "C"))
 
 

@@ -205,4 +205,5 @@ def _recommender(
         text_vectors if text_vectors.shape[1] else None,
         tables,
         np.array([wanted is None or action in wanted for action in actions]),
+        settings.data.timeless,
     )

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,18 @@ from springtide.evaluation import compare_metrics as beyond
 from springtide.evaluation import metrics as measure
 from springtide.evaluation.baselines import fit_baselines
 from springtide.evaluation.comparison import Catalogue, beyond_accuracy
-from springtide.evaluation.ranking import Cases, Ranking, Score, build_cases, flatten, headline_mask, rank_cases
+from springtide.evaluation.ranking import (
+    Cases,
+    Ranking,
+    Score,
+    asked_at,
+    build_cases,
+    flatten,
+    headline_mask,
+    rank_cases,
+)
 from springtide.files import write_json, write_text
+from springtide.model.batch import History
 from springtide.model.recommender import Recommender
 from springtide.schemas import PARTS, TRAIN, VALID
 from springtide.training.job import OF_THE_BUNDLE, fingerprint, sized, train, write_trained
@@ -141,14 +152,18 @@ class Judge:
 
     def bundle(self, bundle: Bundle) -> Row:
         """The row of one trained model."""
-        recommender = bundle.recommender
+        recommender, split = bundle.recommender, self.settings.data.split
         if recommender.text_vectors is not None:
             self.text = recommender.text_vectors
+
+        def score(histories: Sequence[History]) -> np.ndarray:
+            return recommender.score(histories, now=asked_at(histories, split, recommender.log_end)).logits
+
         epochs = bundle.metrics["epochs"]
         run = [*epochs, *bundle.metrics["refit_epochs"]]
         return {
             **self._heads(recommender),
-            **self._ranking(lambda histories: recommender.score(histories).logits, recommender.item_vectors),
+            **self._ranking(score, recommender.item_vectors),
             "cpu_seconds": sum(epoch["cpu_seconds"] for epoch in run),
             "wall_seconds": sum(epoch["seconds"] + epoch["report_seconds"] for epoch in run),
             "parameters": bundle.metrics["parameters"],

@@ -21,7 +21,8 @@ from springtide.model.batch import History
 from springtide.ranks import block_size, places
 
 SESSION_GAP_MS = 30 * 60 * 1000  # a longer pause before an event begins a session
-CHUNK = 256  # events revealed at once to a live scorer's counts
+CHUNK = 256  # events revealed at once to a live scorer's counts: so many,
+CHUNKS = 500  # or more of a long replay, as what it costs to tell grows with the catalogue
 
 Ask = Callable[[Sequence[History], np.ndarray], np.ndarray]  # histories, now [B] int64 ms -> scores [B, I]
 
@@ -51,6 +52,11 @@ class Plan:
     skipped: int  # events of the users asked about that repeat an item of their history, which is no candidate
     eligible: int  # events of all users that could have been asked about
     exclude_seen: bool
+
+    @property
+    def chunk(self) -> int:
+        """Events that are revealed at once."""
+        return max(CHUNK, -(-len(self.revealed) // CHUNKS))
 
     @property
     def session_starts(self) -> np.ndarray:
@@ -105,11 +111,13 @@ def replay_history(plan: Plan, ask: Ask, batch_size: int = CHUNK) -> np.ndarray:
     return ranks
 
 
-def replay_live(plan: Plan, live: Live, chunk: int = CHUNK) -> np.ndarray:
+def replay_live(plan: Plan, live: Live, chunk: int | None = None) -> np.ndarray:
     """[T] as `replay_history`, with `live.observe` told of everybody's events after every chunk.
 
-    A user's own history is exact at every event; what `live` counts is at most one chunk old.
+    A user's own history is exact at every event; what `live` counts is at most one chunk old. chunk: events, absent:
+    the plan's.
     """
+    chunk = chunk or plan.chunk
     events = plan.events
     is_asked = np.zeros(len(events.items), dtype=bool)
     is_asked[plan.asked] = True
@@ -138,7 +146,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "users": len(np.unique(plan.users)),
         "skipped_repeats": plan.skipped,
         "revealed_events": len(plan.revealed),
-        "chunk": CHUNK,
+        "chunk": plan.chunk,
         "session_gap_minutes": SESSION_GAP_MS // 60_000,
     }
 

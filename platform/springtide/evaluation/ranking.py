@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from springtide.errors import SpringtideError
-from springtide.model.recommender import History
+from springtide.model.batch import History, after_all
 from springtide.ranks import block_size, hide, places, top_k
 from springtide.schemas import SEQUENCES, TRAIN, check_schema
 
@@ -104,6 +104,17 @@ class Ranking:
 
     ranks: np.ndarray  # [C] int64: place of the target in the list from 1, 0 = not in it
     lists: np.ndarray  # [C, K] int64 catalogue rows, best first, -1 = no more
+
+
+def asked_at(histories: Sequence[History], split: str, log_end: int | None) -> np.ndarray:
+    """[B] int64 ms: when a model is asked for what comes after these histories, as validation and the baselines are.
+
+    Under `temporal` all are asked at once, when the log that it knows has ended (log_end: ms); else each with their
+    last event.
+    """
+    if split == "temporal":
+        return after_all(histories, log_end or 0)
+    return np.array([history.timestamps[-1] if len(history) else 0 for history in histories], np.int64)
 
 
 def flatten(sequences: pa.Table, catalogue: int) -> FlatSequences:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,6 +75,30 @@ def after_all(histories: Sequence[History], log_end: int) -> np.ndarray:
     A moment earlier, popularity of the log's last days would not count yet: see channels.RecentPopularity.
     """
     return np.array([max([log_end, *history.timestamps[-1:]]) + 1 for history in histories], np.int64)
+
+
+def read_events(
+    events: Sequence[Mapping[str, Any]], index: Mapping[str, int], actions: Mapping[str, int]
+) -> tuple[History, list[str]]:
+    """Events as of Recommender.history, by the catalogue rows of item ids and the numbers of actions."""
+    times = [event.get("timestamp") for event in events]
+    last = next((t for t in times if t is not None), 0)
+    filled_in = [last := last if time is None else time for time in times]
+    known = [event for event in events if event["item_id"] in index]
+    unknown = [event["item_id"] for event in events if event["item_id"] not in index]
+    if not known:
+        return EMPTY, unknown
+    own = [t for t, event in zip(filled_in, events, strict=True) if event["item_id"] in index]
+    filled = np.array(own, np.int64)
+    order = np.argsort(filled, kind="stable")
+    ratings = [np.nan if event.get("rating") is None else float(event["rating"]) for event in known]
+    history = History(
+        np.array([index[event["item_id"]] for event in known], np.int64)[order],
+        np.array([actions.get(event.get("action") or "", 0) for event in known], np.int64)[order],
+        np.array(ratings, np.float32)[order],
+        filled[order],
+    )
+    return history, unknown
 
 
 def scoring_batch(histories: Sequence[History], window: int, now: np.ndarray | None = None) -> Batch:

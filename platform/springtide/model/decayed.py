@@ -18,11 +18,19 @@ class DecayedCounts:
     half_life: float  # ms; inf = every event weighs alike
 
     def after(self, items: np.ndarray, times: np.ndarray) -> DecayedCounts:
-        """With more events: catalogue rows and ms. The moment is that of the latest event, if it is later."""
-        moment = max(self.moment, int(times.max(initial=self.moment)))
-        counts = self.counts * 0.5 ** ((moment - self.moment) / self.half_life)
-        np.add.at(counts, items, 0.5 ** ((moment - times) / self.half_life))
-        return DecayedCounts(counts, moment, self.half_life)
+        """With more events: catalogue rows and ms. The moment is that of the latest event, if it is later.
+
+        Of a silence after the moment at most a half-life passes, for nothing is known of it: a model may be served long
+        after its log ended, and where all counts had faded the first event would be all that is popular.
+        """
+        later = np.unique(times[times > self.moment])
+        passed = np.minimum(np.diff(later, prepend=self.moment), self.half_life).cumsum()  # ms, at each
+        now = passed[-1] if len(later) else 0.0
+        since = (times - self.moment).astype(np.float64)
+        since[times > self.moment] = passed[np.searchsorted(later, times[times > self.moment])]
+        counts = self.counts * 0.5 ** (now / self.half_life)
+        np.add.at(counts, items, 0.5 ** ((now - since) / self.half_life))
+        return DecayedCounts(counts, int(times.max(initial=self.moment)), self.half_life)
 
     def grown(self, count: int) -> DecayedCounts:
         """With `count` more items that have no event."""

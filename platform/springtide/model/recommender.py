@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from springtide.model.answers import Interests, Judgement, NewItem, Observed, Reasons, Scores
-from springtide.model.batch import EMPTY, History, after_all, scoring_batch
+from springtide.model.batch import History, after_all, read_events, scoring_batch
 from springtide.model.decayed import DecayedCounts, popular_scores
 from springtide.model.explain import SHARES, by_event, shares
 from springtide.model.frozen import FrozenModel
@@ -42,8 +42,12 @@ class Recommender:
         text_vectors: np.ndarray | None,
         tables: Tables | None = None,
         predictable: np.ndarray | None = None,
+        timeless: bool = False,
     ) -> None:
-        """tables: what `observe` adds to, and when the log ended; predictable: [actions] bool, absent = all."""
+        """tables: what `observe` adds to, and when the log ended; predictable: [actions] bool, absent = all.
+
+        timeless: the log had no times, and its rows count as one second apart; so do events that are observed then.
+        """
         self.model = model.eval()
         self.item_ids, self.titles, self.categories, self.actions = item_ids, titles, categories, actions
         self.popularity = popularity
@@ -52,6 +56,7 @@ class Recommender:
         self.log_end = None if tables is None else tables.end  # ms
         self.popular = DecayedCounts(popularity.astype(np.float64), 0, np.inf) if tables is None else tables.popular
         self._predictable = np.ones(len(actions), bool) if predictable is None else predictable
+        self._timeless = timeless
         self.index = {item_id: row for row, item_id in enumerate(item_ids)}
         self._action_index = {action: number for number, action in enumerate(actions)}
         self._device = torch.device("cpu")
@@ -131,24 +136,7 @@ class Recommender:
 
         Events are put in time order; equal and missing timestamps keep the order given (missing: as the one before).
         """
-        times = [event.get("timestamp") for event in events]
-        last = next((t for t in times if t is not None), 0)
-        filled_in = [last := last if time is None else time for time in times]
-        known = [event for event in events if event["item_id"] in self.index]
-        unknown = [event["item_id"] for event in events if event["item_id"] not in self.index]
-        if not known:
-            return EMPTY, unknown
-        own = [t for t, event in zip(filled_in, events, strict=True) if event["item_id"] in self.index]
-        filled = np.array(own, np.int64)
-        order = np.argsort(filled, kind="stable")
-        ratings = [np.nan if event.get("rating") is None else float(event["rating"]) for event in known]
-        history = History(
-            np.array([self.index[event["item_id"]] for event in known], np.int64)[order],
-            np.array([self._action_index.get(event.get("action") or "", 0) for event in known], np.int64)[order],
-            np.array(ratings, np.float32)[order],
-            filled[order],
-        )
-        return history, unknown
+        return read_events(events, self.index, self._action_index)
 
     def score(
         self, histories: Sequence[History], queries: np.ndarray | None = None, now: np.ndarray | None = None
@@ -296,10 +284,13 @@ class Recommender:
         self.popularity = self.popularity + np.bincount(items, minlength=len(self.popularity))
         channels.observe_popularity(self.popularity)
         wanted = self._predictable[observed.actions]
-        self.popular = self.popular.after(items[wanted], observed.timestamps[wanted])
+        times = observed.timestamps
+        if self._timeless:
+            times = self.popular.moment + 1000 * np.arange(1, len(items) + 1)
+        self.popular = self.popular.after(items[wanted], times[wanted])
         self.newcomer_scores = popular_scores(self.popular.counts, self.popularity)
         if channels.recent is not None:
-            channels.recent.observe(items[wanted], observed.timestamps[wanted])
+            channels.recent.observe(items[wanted], times[wanted])
         if channels.memory is not None and observed.tables is not None:
             self._transitions = observed.transitions
             channels.memory.load(observed.tables)
@@ -314,8 +305,8 @@ class Recommender:
     def interests(self, history: History, now: int | None = None) -> Interests:
         """Which events weigh in each branch, how the gate mixes them, and what each branch alone is after; now: ms."""
         if not len(history):
-            none = np.zeros(0, np.float32)
-            return Interests(none, none, float("nan"), np.zeros(0, np.int64), np.zeros(0, np.int64), {})
+            none, nobody = np.zeros(0, np.float32), np.zeros(0, np.int64)
+            return Interests(none, none, float("nan"), nobody, nobody, {})
         _, interest, last = self._read([history], None if now is None else np.array([now], np.int64))
         place = int(last[0, 1])
         length = place + 1

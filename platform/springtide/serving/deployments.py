@@ -299,11 +299,9 @@ class Ingress:
             log.error("exposures are not logged: %s", error)
 
     def _seed(self, workspace: Path, superseded: threading.Event) -> None:
-        def tell(state: str) -> None:
-            self._service.seeding = state
-
+        store, tell = self._service.store, self._service.note_import
         with self._seeding:
-            seed_until_done(self._service.store, workspace, tell, lambda: not superseded.is_set(), superseded.wait)
+            seed_until_done(store, workspace, tell, lambda: not superseded.is_set(), superseded.wait)
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -265,6 +265,12 @@ class Service:
             answer["exposures"] = self.exposures.told()
         return answer
 
+    def note_import(self, state: str) -> None:
+        """Take "ok", or why the prepared log is not imported. Once one is, its histories are in place, whatever becomes
+        of a newer one."""
+        if self.seeding != "ok":
+            self.seeding = state
+
     async def ready(self) -> Json:
         """True only when a `recommend` would be answered whole: histories in place, and all parts well (see Health)."""
         checks = {"histories": self.seeding, **await self.health.checks()}

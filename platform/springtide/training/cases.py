@@ -11,7 +11,7 @@ from springtide.config import Settings
 from springtide.data.prepared import Prepared
 from springtide.model.batch import History
 from springtide.training.sampling import Sampling
-from springtide.training.sequences import epoch_batches, from_table, validation_cases
+from springtide.training.sequences import epoch_batches, from_table, validated_users, validation_cases
 from springtide.training.tabulate import JUDGED_USERS
 
 log = logging.getLogger(__name__)
@@ -42,8 +42,8 @@ def latest_histories(settings: Settings, prepared: Prepared, limit: int) -> list
             break
         table = pq.read_table(file)
         validated, now = from_table(table, share), from_table(table, share, refit=True)
-        users = np.flatnonzero((validated.valid_target >= 0) & (validated.train_end > validated.start))
-        histories += [now.history(user, int(now.train_end[user])) for user in users[: limit - len(histories)]]
+        users = validated_users(validated, limit - len(histories))
+        histories += [now.history(user, int(now.train_end[user])) for user in users]
     return histories
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from springtide.model.batch import History
 from springtide.model.fusion import FusionModel
-from springtide.ranks import gains, places
+from springtide.ranks import LEAST, gains, places
 from springtide.training.listing import LIST, catalogue_scores
 
 TRIED = tuple(step / 20 for step in range(17))  # at 0.8 each of three logs lost 3 to 6 %
@@ -28,11 +28,11 @@ def choose_damping(
 
     Only items that training knows count here: those that nobody took yet rise with every damping of the others, which
     would hide what it costs. cases: (history, item that came next); asked_at: ms at which all of them are asked,
-    None = with their last event. Returns 0 without cases, and where no case is in its list of ten.
+    None = with their last event. Returns 0 where there are too few cases to tell, and where none is in its list of ten.
     """
     known = model.item_vectors.known.tolist()
     cases = [(history, target) for history, target in cases if known[target]]
-    if not cases or not cost:
+    if len(cases) < LEAST or not cost:
         return 0.0
     gained = _gains(model, cases, asked_at, exclude_seen)
     lost = gained[0] - gained

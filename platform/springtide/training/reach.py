@@ -19,7 +19,7 @@ import torch
 
 from springtide.model.batch import Batch, History
 from springtide.model.fusion import FusionModel
-from springtide.ranks import gains, top_k
+from springtide.ranks import LEAST, gains, top_k
 from springtide.training.listing import LIST, catalogue_scores, exclude
 
 # Times as many items as the neighbours' own lists hold, which are narrow: they favour what is popular too.
@@ -177,9 +177,9 @@ def choose_reach(
     Less, if lifting so far costs more than a share `cost` of the validation NDCG@10. And the items that were lifted
     for it, per user. cases: (history, item that came next), of users as many as will be read of the trained model;
     asked_at: ms at which all of them are asked, None = with their last event. 0, 0 = lists stay as they are: without
-    cases or neighbours, and where no case is in its list of ten.
+    neighbours, where there are too few cases to tell, and where none is in its list of ten.
     """
-    if not cases or not cost:
+    if len(cases) < LEAST or not cost:
         return 0.0, 0.0
     lists = read_lists(model, [history for history, _ in cases], asked_at, exclude_seen, neighbours=True)
     targets = np.array([target for _, target in cases[: len(lists.items)]])

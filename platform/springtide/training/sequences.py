@@ -252,8 +252,18 @@ def count_new(path: Path, since: Since) -> int:
 
 def validation_cases(sequences: Sequences, limit: int) -> list[tuple[History, int]]:
     """(training events, first item to predict after them) of at most `limit` users, as evaluation's part `valid`."""
-    users = np.flatnonzero((sequences.valid_target >= 0) & (sequences.train_end > sequences.start))[:limit]
     return [
         (sequences.history(u, int(sequences.train_end[u])), int(sequences.items[sequences.valid_target[u]]))
-        for u in users
+        for u in validated_users(sequences, limit)
     ]
+
+
+def validated_users(sequences: Sequences, limit: int) -> np.ndarray:
+    """Rows of at most `limit` users of `validation_cases`, ascending; of more, the same ones are drawn every time.
+
+    Not the first, for they stand by their ids, which often tell how long somebody has been there.
+    """
+    users = np.flatnonzero((sequences.valid_target >= 0) & (sequences.train_end > sequences.start))
+    if len(users) <= limit:
+        return users
+    return np.sort(np.random.default_rng(0).permutation(users)[:limit])
