@@ -201,6 +201,10 @@ class Keeper:
         if admin is not None:
             admin.close()
         self.front.close()  # or callers would wait for nobody
+        if self.behind:  # it has nobody's requests, and was seen to stay for good when another one took its sockets
+            self.child.kill()
+            self.child.wait()
+            return 0
         self.child.send_signal(self.ended_by)  # once more, if it was not yet there when we heard it
         while not self.faceless or self.alone:
             with contextlib.suppress(subprocess.TimeoutExpired):
