@@ -191,7 +191,7 @@ def test_observed_events_count_as_if_they_had_been_in_the_log(events: list[tuple
     table, edges = recent_popularity(*events_of(events), share)
     channel.load(table, edges, half_life)
     rng = np.random.default_rng(later)
-    steps = rng.integers(0, max(2, int(half_life)), later)  # never a silence of more than a half-life
+    steps = rng.integers(0, int(half_life) + 1, later)  # never a silence of more than a half-life
     items, times = rng.integers(0, ITEMS, later), end + 1 + steps.cumsum()
     for part in np.array_split(np.arange(later), 3):  # in one go or in several
         channel.observe(items[part], times[part])

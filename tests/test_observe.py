@@ -97,6 +97,21 @@ def test_the_first_event_after_years_leaves_popular_what_was(timeless: bool) -> 
         assert recent.latest.moment == 10**12 + 3000 + 4000  # a second each, whatever the clock says
 
 
+def test_without_times_events_of_several_users_tick_in_the_order_in_which_they_came() -> None:
+    rows = [[(0, 1), (1, 1), (0, 1), (2, 1)], [(0, 1), (1, 1), (3, 1)]]
+    at_once, one_by_one = recommender_of(rows, timeless=True), recommender_of(rows, timeless=True)
+    users = [history_of([(item, 1)] * 6) for item in (5, 6)]
+    for number, user in enumerate(users):
+        user.timestamps[:] = 10**13 + 10**6 * (2 * np.arange(6) + number)  # they take turns
+    at_once.observe([EMPTY, EMPTY], users)
+    for place in range(6):
+        for user in users:
+            one_by_one.observe([user[slice(0, place)]], [user[slice(place, place + 1)]])
+    tables = [live.model.channels.recent.table[-1] for live in (at_once, one_by_one)]  # type: ignore[union-attr]
+    torch.testing.assert_close(*tables)
+    assert tables[0][6] > tables[0][5] > 0
+
+
 def test_an_action_that_is_not_predicted_is_nobodys_successor() -> None:
     live = recommender_of([[(0, 1), (1, 1)]], wanted=(1,))
     live.observe([history_of([(3, 1)])], [history_of([(4, 2), (5, 1)], 1)])

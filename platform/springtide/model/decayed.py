@@ -21,7 +21,8 @@ class DecayedCounts:
         """With more events: catalogue rows and ms. The moment is that of the latest event, if it is later.
 
         Of a silence after the moment at most a half-life passes, for nothing is known of it: a model may be served long
-        after its log ended, and where all counts had faded the first event would be all that is popular.
+        after its log ended, and where all counts had faded the first event would be all that is popular. An event that
+        comes late, from within a silence that is over, is as old as its time says.
         """
         later = np.unique(times[times > self.moment])
         passed = np.minimum(np.diff(later, prepend=self.moment), self.half_life).cumsum()  # ms, at each

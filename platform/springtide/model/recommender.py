@@ -286,7 +286,8 @@ class Recommender:
         wanted = self._predictable[observed.actions]
         times = observed.timestamps
         if self._timeless:
-            times = self.popular.moment + 1000 * np.arange(1, len(items) + 1)
+            rank = np.argsort(np.argsort(times, kind="stable"), kind="stable")
+            times = self.popular.moment + 1000 * (rank + 1)
         self.popular = self.popular.after(items[wanted], times[wanted])
         self.newcomer_scores = popular_scores(self.popular.counts, self.popularity)
         if channels.recent is not None:

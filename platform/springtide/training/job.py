@@ -38,7 +38,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_":
 OF_THE_BUNDLE = ("coverage_cost", "ann_items", "ann_recall")  # but what is recommended
 HARMLESS = ("max_failures", "keep_checkpoints", "collective_timeout_s", "update_epochs", *OF_THE_BUNDLE)
 CHOICES = "choices.json"  # what was chosen on validation before training, in the run's folder,
-CHOICES_FORMAT = 3  # which a run of another version does not go on from
+CHOICES_FORMAT = 4  # which a run of another version does not go on from
 
 
 @dataclass(frozen=True)
