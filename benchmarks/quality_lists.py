@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))
 
-import numpy as np
 import polars as pl
 
 from springtide.bundle import load_bundle
 from springtide.config import load_settings
 from springtide.data.prepared import load_prepared
 from springtide.evaluation.metrics import MRR_AT, user_metrics
-from springtide.evaluation.ranking import asked_at, build_cases, flatten, headline_mask, rank_cases
-from springtide.model.batch import History
+from springtide.evaluation.ranking import ask_model, build_cases, flatten, headline_mask, rank_cases
 from springtide.schemas import PARTS
 
 
@@ -33,12 +30,10 @@ def main() -> None:
     events = flatten(prepared.sequences(), prepared.items.num_rows)
     cases = build_cases(events, PARTS[settings.evaluate.part], settings.data.split)
     recommender, split = bundle.recommender, settings.data.split
-
-    def score(histories: Sequence[History]) -> np.ndarray:
-        return recommender.score(histories, now=asked_at(histories, split, recommender.log_end)).logits
-
-    hide, rows = settings.data.exclude_seen, settings.evaluate.batch_size
-    ranking = rank_cases(cases, score, depth=MRR_AT, exclude_seen=hide, batch_size=rows)
+    ranking = rank_cases(
+        cases, lambda histories: ask_model(recommender, histories, split).logits, depth=MRR_AT,
+        exclude_seen=settings.data.exclude_seen, batch_size=settings.evaluate.batch_size,
+    )  # fmt: skip
     ids = recommender.item_ids
     users = [events.user_ids[int(user)].as_py() for user in cases.users]
     lists = [[ids[row] for row in rows if row >= 0] for rows in ranking.lists.tolist()]

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,13 @@ from springtide.evaluation.ranking import (
     Cases,
     Ranking,
     Score,
-    asked_at,
+    ask_model,
     build_cases,
     flatten,
     headline_mask,
     rank_cases,
 )
 from springtide.files import write_json, write_text
-from springtide.model.batch import History
 from springtide.model.recommender import Recommender
 from springtide.schemas import PARTS, TRAIN, VALID
 from springtide.training.job import OF_THE_BUNDLE, fingerprint, sized, train, write_trained
@@ -155,15 +153,13 @@ class Judge:
         recommender, split = bundle.recommender, self.settings.data.split
         if recommender.text_vectors is not None:
             self.text = recommender.text_vectors
-
-        def score(histories: Sequence[History]) -> np.ndarray:
-            return recommender.score(histories, now=asked_at(histories, split, recommender.log_end)).logits
-
         epochs = bundle.metrics["epochs"]
         run = [*epochs, *bundle.metrics["refit_epochs"]]
         return {
             **self._heads(recommender),
-            **self._ranking(score, recommender.item_vectors),
+            **self._ranking(
+                lambda histories: ask_model(recommender, histories, split).logits, recommender.item_vectors
+            ),
             "cpu_seconds": sum(epoch["cpu_seconds"] for epoch in run),
             "wall_seconds": sum(epoch["seconds"] + epoch["report_seconds"] for epoch in run),
             "parameters": bundle.metrics["parameters"],

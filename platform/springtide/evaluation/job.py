@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from springtide.evaluation.ranking import (
     FlatSequences,
     Ranking,
     Score,
-    asked_at,
+    ask_model,
     build_cases,
     flatten,
     headline_mask,
@@ -36,8 +36,8 @@ from springtide.evaluation.ranking import (
 )
 from springtide.evaluation.series import from_best, label_of
 from springtide.files import write_json, write_text
-from springtide.model.answers import Scores
 from springtide.model.batch import History
+from springtide.model.recommender import Recommender
 from springtide.schemas import PARTS, TRAIN, VALID
 
 log = logging.getLogger(__name__)
@@ -100,16 +100,12 @@ def evaluate(settings: Settings, prepared: Prepared, bundle: Bundle) -> dict[str
         fitted = fit_baselines(events, build_cases(events, VALID, split), hide, refit)
 
     recommender = bundle.recommender
-
-    def score_model(histories: Sequence[History]) -> Scores:
-        return recommender.score(histories, now=asked_at(histories, split, recommender.log_end))
-
     scorers: dict[str, Score] = {
-        "model": lambda histories: score_model(histories).logits,
+        "model": lambda histories: ask_model(recommender, histories, split).logits,
         **{name: fit.baseline.score for name, fit in fitted.items()},
     }
     gates: list[np.ndarray] = []
-    rankings = _rankings(settings, cases, scorers | {"model": _keeping_gates(score_model, gates)}, seconds)
+    rankings = _rankings(settings, cases, scorers | {"model": _keeping_gates(recommender, split, gates)}, seconds)
     gate = gate_histogram(np.concatenate(gates)[headline_mask(cases)[0]])
 
     body = compare(cases, rankings, _ks(config), config.bootstrap, split)
@@ -163,11 +159,11 @@ def _ks(config: EvaluateConfig) -> list[int]:
     return sorted({*config.ks, 10})
 
 
-def _keeping_gates(score_model: Callable[[Sequence[History]], Scores], gates: list[np.ndarray]) -> Score:
+def _keeping_gates(recommender: Recommender, split: str, gates: list[np.ndarray]) -> Score:
     """The model's scores, what its gate gave the short branch [B] left in `gates`, batch by batch."""
 
     def score(histories: Sequence[History]) -> np.ndarray:
-        scores = score_model(histories)
+        scores = ask_model(recommender, histories, split)
         gates.append(scores.gate_short)
         return np.asarray(scores.logits)
 

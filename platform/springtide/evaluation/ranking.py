@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from springtide.errors import SpringtideError
+from springtide.model.answers import Scores
 from springtide.model.batch import History, after_all
+from springtide.model.recommender import Recommender
 from springtide.ranks import block_size, hide, places, top_k
 from springtide.schemas import SEQUENCES, TRAIN, check_schema
 
@@ -115,6 +117,11 @@ def asked_at(histories: Sequence[History], split: str, log_end: int | None) -> n
     if split == "temporal":
         return after_all(histories, log_end or 0)
     return np.array([history.timestamps[-1] if len(history) else 0 for history in histories], np.int64)
+
+
+def ask_model(recommender: Recommender, histories: Sequence[History], split: str) -> Scores:
+    """A model's scores [B, I] of what comes after each history, and its gate; see `asked_at`."""
+    return recommender.score(histories, now=asked_at(histories, split, recommender.log_end))
 
 
 def flatten(sequences: pa.Table, catalogue: int) -> FlatSequences:

@@ -27,7 +27,18 @@ from springtide.model.tables import Tables, from_arrays
 from springtide.schemas import SEQUENCES, check_schema
 from springtide.text.features import TextFeatures
 from springtide.text.features import from_arrays as features_from_arrays
-from springtide.training.loop import Diverged, Feed, Progress, bare, fit, make_optimizer, rank, seed_of, world_size
+from springtide.training.loop import (
+    JUDGED,
+    Diverged,
+    Feed,
+    Progress,
+    bare,
+    fit,
+    make_optimizer,
+    rank,
+    seed_of,
+    world_size,
+)
 from springtide.training.sampling import Since, sampling_of
 from springtide.training.sequences import (
     Sequences,
@@ -267,7 +278,7 @@ def train_worker(job: dict[str, Any]) -> None:
         record = progress.epochs[-1]
         record["first_step_seconds"] = feed.first_step
         record["report_seconds"] = report_seconds  # of the epoch before: this one's report is still to come
-        metrics = {key: record[key] for key in ("loss", "ndcg", "ndcg@10", "hr@10", "epoch")}
+        metrics = {key: record[key] for key in ("loss", *JUDGED, "epoch")}
         metrics |= {"best": progress.best_ndcg}
         with tempfile.TemporaryDirectory() as folder:
             if rank() == 0:
