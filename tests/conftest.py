@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from springtide.cluster import PACKAGE, SMALL_MACHINE, prepare_environment
 
 prepare_environment()
+settings.register_profile("springtide", deadline=None)  # how long an example takes tells how busy the machine is
+settings.load_profile("springtide")
 
 
 @pytest.fixture(scope="session")

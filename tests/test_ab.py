@@ -75,7 +75,7 @@ ROWS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(1, 2
 
 
 @given(ROWS, st.integers(0, 5))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_figures_are_bounded_and_repeatable(rows: list[tuple[int, int, int]], seed: int) -> None:
     exposures, hits, shown = (np.array(column) for column in zip(*rows, strict=True))
     hits, shown = np.minimum(hits, exposures), np.maximum(shown, exposures)

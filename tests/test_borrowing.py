@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 # ---------------------------------------------------------------- whose text is nearest
 @given(st.integers(0, 30), st.integers(0, 10**6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_nearest_are_those_of_a_plain_search(items: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     text = rng.normal(size=(items, 4)).astype(np.float32) * (rng.random((items, 1)) < 0.8)
@@ -74,7 +74,7 @@ def test_an_item_treated_as_new_loses_its_own_counts_and_borrows_in_full() -> No
 
 
 @given(st.integers(2, 25), st.integers(0, 10**6), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_columns_are_columns_of_the_whole(items: int, seed: int, some_cold: bool) -> None:
     rng = np.random.default_rng(seed)
     popularity = rng.integers(0, 2 * BORROWERS_BELOW, items)

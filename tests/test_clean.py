@@ -82,7 +82,6 @@ def test_other_times_are_none(text: str) -> None:
     assert milliseconds(text) == [None]
 
 
-@settings(deadline=None)
 @given(st.integers(EARLIEST_MS, LATEST_MS - 1))
 def test_every_time_reads_back(time: int) -> None:
     moment = dt.datetime(1970, 1, 1) + dt.timedelta(milliseconds=time)
@@ -115,13 +114,11 @@ def test_typed_times() -> None:
 
 
 # ---------------------------------------------------------------- numbers
-@settings(deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_numbers_read_back(number: float) -> None:
     assert to_numbers(pa.chunked_array([[repr(number), f" {number!r}\t"]])).to_pylist() == [number, number]
 
 
-@settings(deadline=None)
 @given(st.text(max_size=8))
 def test_no_text_breaks_the_readers_of_numbers_and_times(text: str) -> None:
     column = pa.chunked_array([[text, None]])
@@ -242,7 +239,7 @@ def test_users_have_the_same_partition_whatever_their_neighbours() -> None:
     assert {row["user_id"]: row["bucket"] for row in together[:-1]} == alone
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(

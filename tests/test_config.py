@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -187,7 +187,6 @@ def test_several_problems_are_counted_and_the_misspelling_comes_first(minimal: P
     assert "(and 2 more)" in message
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_every_misspelt_name_gets_a_valid_one(data: st.DataObject) -> None:
     section, model = data.draw(st.sampled_from(sections()))

@@ -52,7 +52,7 @@ def similarity(x: np.ndarray, without: int | None = None) -> np.ndarray:
 
 
 @given(rows_of_items, st.integers(0, ITEMS - 1), st.sampled_from([None, 0.4]), st.booleans(), st.sampled_from([0, 9]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_an_owner_is_scored_as_if_the_pairs_had_been_counted_without_them(
     rows: list[list[int]], dense: int, share: float | None, every_moment: bool, sparse: float
 ) -> None:

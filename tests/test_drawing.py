@@ -128,7 +128,7 @@ def passing(policies: Policies, request: ScoreRequest, hide: bool) -> set[str]:
 
 
 @given(policies=all_policies, request=all_requests)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_k_items_whenever_the_catalogue_has_k_that_pass(
     finds_little: None, bundle: Bundle, policies: Policies, request: ScoreRequest
 ) -> None:
@@ -144,7 +144,7 @@ def test_k_items_whenever_the_catalogue_has_k_that_pass(
 
 
 @given(policies=all_policies, request=all_requests)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_an_index_that_reads_all_answers_as_no_index(
     small_catalogues: None, bundle: Bundle, exact: Bundle, policies: Policies, request: ScoreRequest
 ) -> None:

@@ -65,7 +65,7 @@ def history_of(items: list[int], seed: int) -> History:
     st.none() | st.integers(0, ITEMS_IN_TOY - 1),
     st.integers(0, 10),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_shares_sum_to_the_score(number: int, items: list[int], rows: list[int], asked: int | None, seed: int) -> None:
     model = recommender(number)
     history = history_of(items, seed) if items else EMPTY

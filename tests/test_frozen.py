@@ -54,7 +54,7 @@ def both(recommender: Recommender, histories: list[History]) -> tuple[np.ndarray
 
 
 @given(st.lists(st.lists(st.integers(0, ITEMS_IN_TOY - 1), min_size=1, max_size=30), min_size=1, max_size=5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_scores_as_the_model_does(recommender: Recommender, rows: list[list[int]]) -> None:
     assert recommender.model.channels.borrowing is not None
     frozen, plain = both(recommender, [history(items) for items in rows])

@@ -101,7 +101,7 @@ USERS = st.sampled_from("uvw")
 STEPS = st.lists(st.one_of(USERS, st.tuples(USERS, st.integers(0, 9)), st.integers(0, 2)), max_size=40)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS, bound=st.integers(0, 12))
 def test_the_cache_says_what_the_store_says(tmp_path: Path, steps: list[Any], bound: int) -> None:
     for file in tmp_path.glob("log*"):

@@ -80,7 +80,7 @@ def lookback(past: list[int], depth: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @given(logs, st.integers(1, 14), st.sampled_from([1.0, 0.8, 0.3]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_counts_equal_a_loop(rows: Rows, distances: int, decay: float) -> None:
     counted = count_transitions(iter(pairs_of(rows)), ITEMS, distances, decay)
     np.testing.assert_allclose(counted.toarray(), naive_counts(rows, distances, decay), rtol=1e-5)
@@ -89,7 +89,7 @@ def test_counts_equal_a_loop(rows: Rows, distances: int, decay: float) -> None:
 
 
 @given(logs, st.integers(1, 4), st.integers(1, 5), st.integers(1, ITEMS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_scores_equal_the_formula(rows: Rows, distances: int, recent: int, neighbours: int) -> None:
     memory = memory_of(rows, distances, 0.8, recent, neighbours)
     counts = truncated(naive_counts(rows, distances, 0.8), neighbours)
@@ -100,7 +100,7 @@ def test_scores_equal_the_formula(rows: Rows, distances: int, recent: int, neigh
 
 
 @given(logs, st.integers(1, 4), st.integers(1, 5), st.integers(1, ITEMS), st.sampled_from([1.0, 0.8, 0.3]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_leaving_one_out_equals_counting_again_without_it(
     rows: Rows, distances: int, recent: int, neighbours: int, decay: float
 ) -> None:
@@ -222,7 +222,7 @@ def test_on_noise_the_memory_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @given(logs, logs, st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_counts_of_a_few_rows_are_taken_as_if_all_had_been(
     rows: Rows, more: Rows, neighbours: int, distances: int, grown: int
 ) -> None:

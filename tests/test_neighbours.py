@@ -57,7 +57,7 @@ def naive_scores(
 
 
 @given(rows_of_items, st.integers(1, ITEMS), st.sampled_from([None, 0.4]), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_an_owner_is_scored_as_if_the_inverse_had_been_fitted_without_them(
     rows: list[list[int]], kept: int, share: float | None, every_moment: bool
 ) -> None:
@@ -143,7 +143,7 @@ def test_on_noise_the_neighbours_are_not_trusted() -> None:
 
 # ---------------------------------------------------------------- running sums
 @given(st.integers(1, 3 * BLOCK + 5), st.sampled_from([1.0, SHORT_DECAY, 0.95]), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_running_sums_equal_a_loop(length: int, decay: float, flat: bool) -> None:
     shape = (2, length) if flat else (2, length, 3)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(length))

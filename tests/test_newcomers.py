@@ -39,7 +39,7 @@ def arrays(pairs: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
 
 # ---------------------------------------------------------------- counts that fade
 @given(events, events, half_lives)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_counts_equal_a_loop_in_which_a_silence_is_a_half_life_at_most(
     first: list[tuple[int, int]], then: list[tuple[int, int]], half_life: float
 ) -> None:
@@ -66,7 +66,7 @@ def test_after_a_silence_of_years_one_event_is_not_all_that_is_popular() -> None
 
 
 @given(events, st.lists(st.integers(0, 1001), min_size=1, max_size=6, unique=True).map(sorted), half_lives)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_a_table_holds_what_was_before_each_edge(
     pairs: list[tuple[int, int]], edges: list[int], half_life: float
 ) -> None:

@@ -54,7 +54,7 @@ def history_of(row: list[tuple[int, int]], first: int = 0) -> History:
 
 
 @given(logs, st.data(), st.sampled_from([(1, 2), (1,)]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_transitions_and_popularity_are_those_of_the_longer_log(
     rows: Rows, data: st.DataObject, wanted: tuple[int, ...]
 ) -> None:

@@ -54,7 +54,7 @@ def naive(row: list[tuple[int, bool]], place: int, back: int, distances: int, de
 
 
 @given(logs, st.integers(1, 4), st.integers(1, 4), st.sampled_from([1.0, 0.8]), st.sampled_from([3, 10**6]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_equal_a_loop(rows: Rows, distances: int, recent: int, decay: float, block: int) -> None:
     """Also where distance is said to tell, and whatever is counted together."""
     log = sequences_of(rows)
@@ -77,7 +77,7 @@ def test_equal_a_loop(rows: Rows, distances: int, recent: int, decay: float, blo
 
 
 @given(logs, st.integers(1, 4), st.integers(1, 4), st.integers(2, 6))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_target_is_scored_as_if_its_owner_had_not_gone_on_to_take_it(
     rows: Rows, distances: int, recent: int, window: int
 ) -> None:

@@ -44,7 +44,7 @@ def test_another_model_is_refused(path: Path, tmp_path: Path) -> None:
 
 
 @given(st.sampled_from(range(parity.CASES)), st.sampled_from(range(parity.TOP)), st.sampled_from([0.9, 1.1, 2.5]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_one_score_beyond_the_tolerance_is_noticed(path: Path, case: int, place: int, allowed: float) -> None:
     """allowed: how far one kept score is moved, in tolerances."""
     kept = json.loads((path / "parity.json").read_text())

@@ -131,7 +131,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     events=EVENTS,
     kind=st.sampled_from(["leave_one_out", "temporal"]),

@@ -166,7 +166,7 @@ def has_room(caps: Caps, categories: list[str], taken: Counter[str]) -> bool:
 
 
 @given(shelves, policies_drawn, requests)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_every_combination_keeps_the_guarantee(shelf: Shelf, policies: Policies, request: ScoreRequest) -> None:
     events = [event for event in request.events if event["item_id"] in shelf.index]
     request = ScoreRequest(**{**vars(request), "events": events})
@@ -231,7 +231,7 @@ def test_diversity_takes_unlike_items() -> None:
 
 
 @given(st.integers(0, 1000), st.floats(0.05, 1))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_each_item_has_the_greatest_marginal_relevance(seed: int, diversity: float) -> None:
     rng = np.random.default_rng(seed)
     scores, vectors = rng.normal(size=12), rng.normal(size=(12, 3))
@@ -328,7 +328,6 @@ events_drawn = st.lists(st.fixed_dictionaries({"item_id": items}, optional={"act
 
 
 @given(events_drawn, st.dictionaries(st.sampled_from(ACTIONS), st.floats(0, 1)))
-@settings(deadline=None)
 def test_weights_keep_their_share_from_the_newest_back(events: list[Any], weights: dict[str, float]) -> None:
     events = [{**event, "place": place} for place, event in enumerate(events)]
     kept = counting_events(events, weights)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from springtide.errors import SpringtideError
@@ -241,7 +241,6 @@ CATALOGUE = 7
 user_events = st.lists(st.tuples(st.integers(0, CATALOGUE - 1), st.integers(0, 12), st.booleans()), max_size=9)
 
 
-@settings(deadline=None)
 @given(st.lists(user_events, min_size=1, max_size=5), st.integers(0, 12), st.integers(1, 6), st.booleans())
 def test_at_each_event_exactly_the_events_before_it_are_shown(
     logs: list[list[Event]], cut: int, step: int, exclude_seen: bool

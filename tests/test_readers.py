@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from springtide.config_data import Column
@@ -124,7 +124,6 @@ def test_a_torn_archive_is_one_sentence(tmp_path: Path, name: str) -> None:
     assert f"{name} as" in sentence(write(tmp_path / name, text))
 
 
-@settings(deadline=None)
 @given(
     lines=st.lists(
         st.sampled_from([b"", b"a,b", b"zz", b"1,2,3", b"\xff,b", b"\xe7\x94", "用,户".encode(), b"x" * 40 + b",y"])

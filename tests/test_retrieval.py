@@ -79,7 +79,7 @@ def same(found: tuple[np.ndarray, np.ndarray], exact: tuple[np.ndarray, np.ndarr
     asked=st.booleans(),
     barred=st.lists(st.integers(0, ITEMS_IN_TOY - 1), max_size=ITEMS_IN_TOY),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_with_all_lists_read_it_answers_as_exact_scoring_does(
     lending: Recommender, rows: list[list[int]], k: int, asked: bool, barred: list[int]
 ) -> None:
@@ -250,7 +250,7 @@ def test_what_is_observed_counts_at_once(path: Path, monkeypatch: pytest.MonkeyP
 
 
 @given(st.integers(1, 60), st.integers(0, 2000), st.integers(0, 2**31), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_search_of_all_lists_finds_as_many_as_are_allowed(
     index: ann.Ann, count: int, allowed: int, seed: int, probes: int
 ) -> None:

@@ -49,7 +49,7 @@ def same(one: Batch, other: Batch, but: set[str]) -> None:
 
 
 @given(st.integers(0, 10**6), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_turning_round_never_shows_a_target(seed: int, repeats: bool) -> None:
     """Whatever is shown up to a moment really came before it, or the moment is not learned from."""
     batch, after = disturbed(log(seed, repeats=repeats), seed, reorder=0.7)
@@ -75,7 +75,7 @@ def test_about_a_share_of_the_rows_is_turned_round() -> None:
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_masking_hides_items_from_the_network_only(seed: int) -> None:
     batch, after = disturbed(log(seed), seed, mask=0.3)
     same(batch, after, {"shown", "now"})
@@ -93,7 +93,7 @@ def test_about_a_share_of_the_events_is_hidden() -> None:
 
 
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.3, 1.0]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_starts_of_sessions_are_always_learned_from(seed: int, share: float) -> None:
     batch, after = disturbed(log(seed), seed, within_session=share)
     same(batch, after, {"targets", "now"})
@@ -113,7 +113,7 @@ def test_about_a_share_of_the_rest_is_learned_from() -> None:
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_requests_come_between_the_events_they_lie_between(seed: int) -> None:
     batch, after = disturbed(log(seed), seed, request_time=True)
     same(batch, after, {"now"})
@@ -138,7 +138,7 @@ def test_a_model_that_is_not_told_the_time_is_asked_with_the_last_event() -> Non
 
 # ---------------------------------------------------------------- cropping
 @given(st.integers(0, 10**6), st.sampled_from([0.3, 1.0]), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_cropped_window_is_a_stretch_of_at_least_half(seed: int, share: float, length: int) -> None:
     sequences = log(seed)
     windows = training_windows(sequences, length)

@@ -64,7 +64,7 @@ def equal(one: Sequences, other: Sequences) -> bool:
 
 
 @given(users(), st.permutations(range(5)), st.sampled_from([0.0, 0.5]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_order_of_arrival_does_not_matter(rows: list[dict[str, Any]], order: list[int], share: float) -> None:
     shuffled = [rows[i] for i in order if i < len(rows)]
     assert equal(from_table(table_of(rows), share), from_table(table_of(shuffled), share))
@@ -73,7 +73,7 @@ def test_the_order_of_arrival_does_not_matter(rows: list[dict[str, Any]], order:
 
 
 @given(users())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_blocks_laid_end_to_end_equal_one(rows: list[dict[str, Any]]) -> None:
     whole = from_table(table_of(rows), 0)
     if rows:
@@ -86,7 +86,7 @@ def test_blocks_laid_end_to_end_equal_one(rows: list[dict[str, Any]]) -> None:
 
 
 @given(users(), st.integers(1, 6), st.integers(1, 4), st.integers(1, 12))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_every_training_target_is_asked_for_once(
     rows: list[dict[str, Any]], length: int, batch_size: int, positions: int
 ) -> None:
@@ -114,7 +114,7 @@ def test_every_training_target_is_asked_for_once(
 
 
 @given(users(), st.integers(1, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_batch_holds_slices_of_the_histories(rows: list[dict[str, Any]], length: int) -> None:
     sequences = from_table(table_of(rows), 0)
     windows = training_windows(sequences, length)
@@ -134,7 +134,7 @@ def test_a_batch_holds_slices_of_the_histories(rows: list[dict[str, Any]], lengt
 
 
 @given(users(), st.sampled_from([0.0, 0.3, 0.5]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_held_out_events_are_nowhere_in_training(rows: list[dict[str, Any]], share: float) -> None:
     """Changing every event that is not trained on changes neither the batches nor the statistics."""
     sequences = from_table(table_of(rows), share)

@@ -612,7 +612,7 @@ rows = st.tuples(st.integers(0, 12), st.sampled_from("uv"), st.integers(-3, 3))
 steps = st.lists(st.one_of(st.lists(rows, max_size=4), st.tuples(st.integers(0, 3), st.lists(rows, max_size=4))))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps, most=st.none() | st.integers(1, 4))
 def test_both_follow_a_model_in_memory(url: str, tmp_path: Path, steps: list[Any], most: int | None) -> None:
     if url.startswith("sqlite"):
@@ -647,7 +647,7 @@ def test_both_follow_a_model_in_memory(url: str, tmp_path: Path, steps: list[Any
 taken = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=8)  # item, time
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seeded=taken, live=taken, limit=st.integers(0, 9))
 def test_both_show_what_is_in_both_once(
     url: str, tmp_path: Path, seeded: list[tuple[int, int]], live: list[tuple[int, int]], limit: int

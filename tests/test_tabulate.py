@@ -55,7 +55,7 @@ def table_of(rows: list[dict[str, Any]]) -> pa.Table:
 
 # ---------------------------------------------------------------- the refit
 @given(tables(), st.sampled_from([0.0, 0.5]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_refit_counts_training_and_validation_events_and_never_test_events(
     rows: list[dict[str, Any]], share: float
 ) -> None:
@@ -86,7 +86,7 @@ def test_a_file_is_counted_for_the_refit_too(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- who took what
 @given(tables())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_taken_holds_the_last_time_of_each_target(rows: list[dict[str, Any]]) -> None:
     taken = collect(from_table(table_of(rows), 0), ITEMS, MODEL).taken.toarray()
     expected = np.zeros((len(rows), ITEMS), np.int64)
@@ -98,7 +98,7 @@ def test_taken_holds_the_last_time_of_each_target(rows: list[dict[str, Any]]) ->
 
 
 @given(tables(), st.sampled_from([None, 0.4]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_inverse_is_that_of_the_weighed_log(rows: list[dict[str, Any]], share: float | None) -> None:
     statistics = merge([collect(from_table(table_of([row]), 0), ITEMS, MODEL) for row in rows])
     config = ModelConfig(neighbour_items=5, neighbour_l2=2.0)

@@ -74,7 +74,7 @@ def test_bad_rows_keep_their_place_and_nothing_else(tmp_path: Path) -> None:
     assert [(entry["kept"], entry["quarantined"]) for entry in report["files"]] == [(2, 3), (0, 3), (2, 1)]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     files=st.lists(
         st.lists(st.sampled_from([*(f"{user},{item}" for user in "abc" for item in "pqrs"), *BAD]), max_size=25),

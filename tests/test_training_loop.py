@@ -501,7 +501,7 @@ def test_validation_asks_at_the_time_it_is_told() -> None:
     model = build(sequences, request_time=True)
     asked: list[torch.Tensor] = []
     interest = model.interest
-    model.interest = lambda batch, vectors: asked.append(batch.now) or interest(batch, vectors)  # type: ignore
+    model.interest = lambda batch, *more: asked.append(batch.now) or interest(batch, *more)  # type: ignore
     cases = validation_cases(sequences, 5)
     validate(model, cases, True, 10**15)
     validate(model, cases, True)

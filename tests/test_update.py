@@ -261,7 +261,7 @@ def test_a_bundle_that_saw_the_test_part_is_refused(trained: tuple[Settings, Bun
             assert update._since(load_prepared(chosen.workspace), bundle) == Since(end, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=12), min_size=1, max_size=6),
     since=st.builds(Since, st.integers(-1, 14), st.integers(0, 2)),

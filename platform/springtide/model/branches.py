@@ -1,6 +1,7 @@
 """The branches that read a history: what a user is after in the long run, and what they are after right now.
 
 Every branch is causal: its vector at moment t depends on the events up to t alone, so all moments train in one pass.
+A request asks of one moment of each history, `at`, and what only the others would need is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from springtide.model.inputs import CONTEXT, TIME_BUCKETS, time_bucket
 
 FILTERS, KERNEL, POOL = 64, 3, 2  # of the convolution
 DECAYS = (1.0, 0.9, 0.5)  # weights of an event k steps back in the running means: decay^k
+
+
+def only(told: Tensor, at: Tensor) -> Tensor:
+    """[B, L, ...] -> [B, 1, ...]: that of moment `at` [B] of each row."""
+    return told[torch.arange(len(at), device=at.device), at][:, None]
 
 
 # ---------------------------------------------------------------- encoders: [B, L, dim] -> states [B, L, width]
@@ -135,20 +141,25 @@ class LongBranch(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.dim) if width != config.dim else nn.Identity()
 
-    def forward(self, events: Tensor, timestamps: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """events [B, L, dim], timestamps [B, L] ms, context [B, L, CONTEXT]
+    def forward(
+        self, events: Tensor, timestamps: Tensor, context: Tensor, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """events [B, L, dim], timestamps [B, L] ms, at [B] the one moment asked of each, None = all: M = 1 or L
 
-        -> (interest [B, L, dim], attention [B, L, L]: row t weighs events 0..t).
+        context [B, M, CONTEXT] -> (interest [B, M, dim], attention [B, M, L]: that of moment t weighs events 0..t).
         """
         states = self.encoder(events, timestamps)
         length, width = states.shape[1:]
+        place = torch.arange(length, device=events.device)
+        asked, own = place[:, None], states
+        if at is not None:
+            asked, own = at[:, None, None], only(states, at)
         if self.query is None:
-            attention = torch.eye(length, device=events.device).expand(len(events), -1, -1)
-            return self.project(self.norm(states)), attention
-        score = self.query(states) @ states.transpose(1, 2) / width**0.5
-        future = torch.ones(length, length, dtype=torch.bool, device=events.device).triu(1)
-        attention = score.masked_fill(future, -torch.inf).softmax(-1)
-        return self.project(self.norm(states + attention @ states)), attention
+            attention = (place == asked).to(states.dtype).expand(len(events), -1, -1)
+            return self.project(self.norm(own)), attention
+        score = self.query(own) @ states.transpose(1, 2) / width**0.5
+        attention = score.masked_fill(place > asked, -torch.inf).softmax(-1)
+        return self.project(self.norm(own + attention @ states)), attention
 
 
 class RunningMlp(nn.Module):
@@ -171,10 +182,12 @@ class RunningMlp(nn.Module):
         self.net = nn.Sequential(*layers, nn.Linear(width, config.dim))
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, events: Tensor, timestamps: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, events: Tensor, timestamps: Tensor, context: Tensor, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As LongBranch; the attention is the mean of the three memories' weights."""
         place = torch.arange(events.shape[1], device=events.device)
-        ago = (place[:, None] - place).float()
+        ago = ((place[:, None] if at is None else at[:, None, None]) - place).float()  # [L, L] or [B, 1, L]
         weight = torch.stack([decay ** ago.clamp(min=0) * (ago >= 0) for decay in DECAYS])
         weight = weight / weight.sum(-1, keepdim=True)  # [3, L, L]
         means = [each @ events for each in weight]
@@ -186,8 +199,12 @@ class RunningMlp(nn.Module):
 class NoLong(nn.Module):
     """Stands for a long branch that is not there: zero interest, zero attention."""
 
-    def forward(self, events: Tensor, timestamps: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(events), events.new_zeros(*events.shape[:2], events.shape[1])
+    def forward(
+        self, events: Tensor, timestamps: Tensor, context: Tensor, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        length = events.shape[1]
+        asked = events if at is None else events[:, :1]
+        return torch.zeros_like(asked), events.new_zeros(*asked.shape[:2], length)
 
 
 def make_long_branch(config: ModelConfig) -> nn.Module:
@@ -216,23 +233,35 @@ class ShortBranch(nn.Module):
         )
         self.norm = nn.LayerNorm(config.dim)
 
-    def forward(self, events: Tensor, timestamps: Tensor) -> tuple[Tensor, Tensor]:
-        """events [B, L, dim], timestamps [B, L] ms -> (interest [B, L, dim], attention [B, L, window] oldest first)."""
-        batch, length, dim = events.shape
+    def forward(self, events: Tensor, timestamps: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """events [B, L, dim], timestamps [B, L] ms, at [B] the one moment asked of each, None = all: M = 1 or L
+
+        -> (interest [B, M, dim], attention [B, M, window] oldest first).
+        """
         window, heads = self.window, self.heads
-        query = self.query(events).view(batch, length, heads, dim // heads)
-        keys, values = (
-            F.pad(part, (0, 0, window - 1, 0)).unfold(1, window, 1).reshape(batch, length, heads, dim // heads, window)
-            for part in self.key_value(events).chunk(2, -1)
+        place = torch.arange(events.shape[1], device=events.device)[None] if at is None else at[:, None]  # [1 or B, M]
+        if at is None:
+            own, now = events, timestamps
+            then = F.pad(timestamps, (window - 1, 0)).unfold(1, window, 1)  # [B, M, window]
+            parts = F.pad(self.key_value(events), (0, 0, window - 1, 0)).unfold(1, window, 1)
+        else:
+            own, now = only(events, at), only(timestamps, at)
+            before = (place - torch.arange(window - 1, -1, -1, device=events.device)).clamp(min=0)  # [B, window]
+            row = torch.arange(len(events), device=events.device)[:, None]
+            then = timestamps[row, before][:, None]
+            parts = self.key_value(events[row, before]).transpose(1, 2)[:, None]
+        batch, moments, dim = own.shape
+        keys, values = (  # [B, M, heads, dim / heads, window]
+            part.reshape(batch, moments, heads, dim // heads, window) for part in parts.chunk(2, 2)
         )
-        then = F.pad(timestamps, (window - 1, 0)).unfold(1, window, 1)  # [B, L, window]
+        query = self.query(own).view(batch, moments, heads, dim // heads)
         # Products and sums, not einsum: that would be one tiny matrix product for every event, at twice the time.
-        score = (query[..., None] * keys).sum(-2) / (dim // heads) ** 0.5 + self.order_bias  # [B, L, heads, window]
-        score = score + self.gap_bias(time_bucket(timestamps[..., None] - then)).transpose(2, 3)
-        place = torch.arange(length, device=events.device)[:, None] + torch.arange(window, device=events.device)
-        attention = score.masked_fill((place < window - 1)[None, :, None], -torch.inf).softmax(-1)
-        pooled = (attention[..., None, :] * values).sum(-1).reshape(batch, length, dim)
-        hidden = events + F.dropout(pooled, self.dropout, self.training)
+        score = (query[..., None] * keys).sum(-2) / (dim // heads) ** 0.5 + self.order_bias  # [B, M, heads, window]
+        score = score + self.gap_bias(time_bucket(now[..., None] - then)).transpose(2, 3)
+        missing = place[..., None] + torch.arange(window, device=events.device) < window - 1  # before the first event
+        attention = score.masked_fill(missing[:, :, None], -torch.inf).softmax(-1)
+        pooled = (attention[..., None, :] * values).sum(-1).reshape(batch, moments, dim)
+        hidden = own + F.dropout(pooled, self.dropout, self.training)
         return self.norm(hidden + F.dropout(self.mix(hidden), self.dropout, self.training)), attention.mean(2)
 
 
@@ -243,8 +272,9 @@ class NoShort(nn.Module):
         super().__init__()
         self.window = window
 
-    def forward(self, events: Tensor, timestamps: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(events), events.new_zeros(*events.shape[:2], self.window)
+    def forward(self, events: Tensor, timestamps: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        asked = events if at is None else events[:, :1]
+        return torch.zeros_like(asked), events.new_zeros(*asked.shape[:2], self.window)
 
 
 def make_short_branch(config: ModelConfig) -> nn.Module:

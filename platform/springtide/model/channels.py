@@ -142,7 +142,7 @@ class Channels(nn.Module):
         self.observe_popularity(popularity)
 
     def weights(self, user: Tensor, context: Tensor) -> Tensor:
-        """user [B, L, dim], context [B, L, CONTEXT] -> [B, L, C], in the order of `names`."""
+        """user [B, M, dim], context [B, M, CONTEXT] -> [B, M, C], in the order of `names`."""
         if self.weigh is None:
             return user.new_zeros(*user.shape[:2], 0)
         raw = self.weigh(torch.cat([user, context], -1))
@@ -161,11 +161,11 @@ class Channels(nn.Module):
     ) -> dict[str, Tensor]:
         """Weighted scores of the channels that are looked up: [P, N], of the catalogue or of `columns` [N] of it.
 
-        weights: [B, L, C]; moments: [P, 2]; held_out: take what each moment and its owner added to the counts out of
+        weights: [P, C]; moments: [P, 2]; held_out: take what each moment and its owner added to the counts out of
         them, as training must.
         """
         row, at = moments.unbind(1)
-        weight = dict(zip(self.names, weights[row, at].unbind(-1), strict=True))
+        weight = dict(zip(self.names, weights.unbind(-1), strict=True))
         out: dict[str, Tensor] = {}
         if self.memory is not None:
             depth = max(self.memory.recent, self.memory.distances) if held_out else self.memory.recent
@@ -191,18 +191,14 @@ class Channels(nn.Module):
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """The channels that are a product of a query [P, K] and keys [I, K], weights included.
 
-        cold: [I] bool, items to be scored as if never counted.
+        weights: [P, C]; cold: [I] bool, items to be scored as if never counted.
         """
         row, at = moments.unbind(1)
-        weight = dict(zip(self.names, weights[row, at].unbind(-1), strict=True))
+        weight = dict(zip(self.names, weights.unbind(-1), strict=True))
         out: dict[str, tuple[Tensor, Tensor]] = {}
         if self.by_text and self.text_scale is not None:
-            events = self.text[batch.items]
-            length = (at + 1).float()[:, None]
-            short = running_sum(events, SHORT_DECAY)[row, at] * (1 - SHORT_DECAY) / (1 - SHORT_DECAY**length)
-            long = events.cumsum(1)[row, at] / length
-            wanted = weight["text_short"][:, None] * short + weight["text_long"][:, None] * long
-            out["text"] = torch.exp(self.text_scale) * wanted, self.text
+            pair = torch.stack([weight["text_short"], weight["text_long"]], 1)
+            out["text"] = torch.exp(self.text_scale) * self._text_of(batch.items, moments, pair), self.text
         if self.by_popularity:
             level = self.log_popularity
             if cold is not None:
@@ -215,6 +211,19 @@ class Channels(nn.Module):
         if self.lift_from and not self.training:
             out["lift"] = (at + 1 >= self.lift_from).float()[:, None], self.lift[:, None]
         return out
+
+    def _text_of(self, items: Tensor, moments: Tensor, pair: Tensor) -> Tensor:
+        """[P, text_dim] means of the texts up to each moment, soon forgotten and not, times `pair` [P, 2]."""
+        row, at = moments.unbind(1)
+        length = (at + 1).float()[:, None]
+        share = pair * torch.cat([(1 - SHORT_DECAY) / (1 - SHORT_DECAY**length), 1 / length], 1)  # of an event of now
+        if len(row) > len(items):  # many moments share a history
+            events = self.text[items]
+            short, long = running_sum(events, SHORT_DECAY)[row, at], events.cumsum(1)[row, at]
+            return share[:, :1] * short + share[:, 1:] * long
+        age = at[:, None] - torch.arange(items.shape[1], device=items.device)
+        reading = (share[:, :1] * SHORT_DECAY ** age.clamp(min=0).float() + share[:, 1:]) * (age >= 0)
+        return F.embedding_bag(items[row], self.text, per_sample_weights=reading, mode="sum")
 
 
 def later_items(batch: Batch, moments: Tensor, most: int) -> Tensor:

@@ -42,19 +42,19 @@ def shares(
 
     Their sum is `model.logits_at`. The share `query` is not there: the model does not read it.
     """
-    row, place = moments.unbind(1)
-    user, gate = interest.user[row, place], interest.gate[row, place]
-    long, short = split(model.fuse, interest.long[row, place], interest.short[row, place], gate)
+    place = interest.index(moments)
+    user, gate, weights = interest.user[place], interest.gate[place], interest.weights[place]
+    long, short = split(model.fuse, interest.long[place], interest.short[place], gate)
     scale = torch.exp(model.log_temperature) * model.config.dim**-0.5
     keys = vectors[columns]
     out = {"long": long, "short": short, "joint": user - long - short}
     out = {name: part @ keys.T * scale for name, part in out.items()}
     borrowing = model.channels.borrowing
     wider = columns if borrowing is None else borrowing.needed(columns, None)
-    counted = model.channels.counted(batch, interest.weights, moments, columns=wider)
+    counted = model.channels.counted(batch, weights, moments, columns=wider)
     if borrowing is not None:  # linear, so each channel's part may borrow on its own
         counted = {name: borrowing(score, wider, columns, None) for name, score in counted.items()}
-    for name, (query, of_item) in model.channels.products(batch, interest.weights, moments).items():
+    for name, (query, of_item) in model.channels.products(batch, weights, moments).items():
         counted[name] = query @ of_item[columns].T
     for name, score in counted.items():
         share = _SHARE_OF_CHANNEL[name]

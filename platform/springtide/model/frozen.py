@@ -31,7 +31,8 @@ class FrozenModel:
         if self._keys is None:
             self._keys = torch.cat([key.T for _, key in products]).contiguous()
         logits = torch.cat([query for query, _ in products], 1) @ self._keys
-        counted = list(self._model.channels.counted(batch, interest.weights, moments).values())
+        weights = interest.weights[interest.index(moments)]
+        counted = list(self._model.channels.counted(batch, weights, moments).values())
         for part in counted:
             logits += part
         if counted and self._lending is not None:

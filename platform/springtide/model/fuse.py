@@ -1,8 +1,9 @@
 """Fusion strategies: one user vector out of long-term and short-term interest, at every moment.
 
-Each strategy takes (long, short [B, L, dim], context [B, L, CONTEXT], batch) and returns (user [B, L, dim], gate
-[B, L, dim]): the gate is the weight of the short branch in [0, 1], for reporting, and 0.5 where neither has one
-(`concat`, `sum`). No strategy sees a candidate, so one matrix product still scores the whole catalogue.
+Each strategy takes (long, short [B, M, dim], context [B, M, CONTEXT], batch, at) and returns (user [B, M, dim], gate
+[B, M, dim]): the gate is the weight of the short branch in [0, 1], for reporting, and 0.5 where neither has one
+(`concat`, `sum`). at [B]: the one moment of each history that is asked, M = 1; None: all of them, M = L. No strategy
+sees a candidate, so one matrix product still scores the whole catalogue.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from springtide.config import ModelConfig
 from springtide.model.batch import Batch
+from springtide.model.branches import only
 from springtide.model.inputs import CONTEXT
 
 DAY_MS = 86_400_000
@@ -33,7 +35,9 @@ class Gate(nn.Module):
         )
         self.out = nn.Linear(config.gate_hidden or width, out) if out else None
 
-    def forward(self, long: Tensor, short: Tensor, context: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, long: Tensor, short: Tensor, context: Tensor, batch: Batch, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if self.out is None:
             gate = torch.full_like(short, 0.5)
         else:
@@ -51,9 +55,11 @@ class AttentionFusion(nn.Module):
         self.query = nn.Parameter(torch.randn(config.dim))
         self.context = nn.Linear(CONTEXT, config.dim, bias=False)
 
-    def forward(self, long: Tensor, short: Tensor, context: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        both = torch.stack([long, short], 2)  # [B, L, 2, dim]
-        query = self.query + self.context(context)  # [B, L, dim]
+    def forward(
+        self, long: Tensor, short: Tensor, context: Tensor, batch: Batch, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        both = torch.stack([long, short], 2)  # [B, M, 2, dim]
+        query = self.query + self.context(context)  # [B, M, dim]
         weight = ((torch.tanh(self.key(both)) * query[:, :, None]).sum(-1) / long.shape[-1] ** 0.5).softmax(-1)
         return (weight[..., None] * both).sum(2), weight[..., 1:].expand_as(short)
 
@@ -72,15 +78,19 @@ class TimeDecay(nn.Module):
         self.log_life = nn.Parameter(torch.tensor([math.log(7 * DAY_MS), math.log(DAY_MS)]))  # of an event, of "now"
         self.most = nn.Parameter(torch.ones(config.dim))
 
-    def forward(self, long: Tensor, short: Tensor, context: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, long: Tensor, short: Tensor, context: Tensor, batch: Batch, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         event_life, now_life = torch.exp(self.log_life)
         times = batch.timestamps
-        age = (times[:, :, None] - times[:, None]).clamp(min=0).float()  # [B, L, L]
         place = torch.arange(times.shape[1], device=times.device)
-        ago = place[:, None] - place
-        weight = torch.exp(-age / event_life) * (ago >= 0)
-        share = (weight * (ago < self.window)).sum(-1) / weight.sum(-1)  # [B, L]; an event's own weight is 1
         gap = batch.now - times if self.request_time else torch.diff(times, prepend=times[:, :1])
+        own, ago = times, place[:, None] - place  # [L, L]
+        if at is not None:
+            own, gap, ago = only(times, at), only(gap, at), at[:, None, None] - place  # [B, 1, L]
+        age = (own[:, :, None] - times[:, None]).clamp(min=0).float()  # [B, M, L]
+        weight = torch.exp(-age / event_life) * (ago >= 0)
+        share = (weight * (ago < self.window)).sum(-1) / weight.sum(-1)  # [B, M]; an event's own weight is 1
         fresh = torch.exp(-gap.clamp(min=0).float() / now_life)
         gate = torch.sigmoid(self.most) * (share * fresh)[..., None]
         return gate * short + (1 - gate) * long, gate
@@ -93,14 +103,18 @@ class Concat(nn.Module):
         super().__init__()
         self.out = nn.Linear(2 * config.dim, config.dim)
 
-    def forward(self, long: Tensor, short: Tensor, context: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, long: Tensor, short: Tensor, context: Tensor, batch: Batch, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return self.out(torch.cat([long, short], -1)), torch.full_like(short, 0.5)
 
 
 class Sum(nn.Module):
     """long + short."""
 
-    def forward(self, long: Tensor, short: Tensor, context: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, long: Tensor, short: Tensor, context: Tensor, batch: Batch, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return long + short, torch.full_like(short, 0.5)
 
 
@@ -119,8 +133,10 @@ class ModelFusion(nn.Module):
             nn.init.eye_(out.weight)
         self.weigh = nn.Linear(2 * config.dim + CONTEXT, 2)
 
-    def forward(self, long: Tensor, short: Tensor, context: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        weight = self.weigh(torch.cat([long, short, context], -1)).softmax(-1)  # [B, L, 2]
+    def forward(
+        self, long: Tensor, short: Tensor, context: Tensor, batch: Batch, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        weight = self.weigh(torch.cat([long, short, context], -1)).softmax(-1)  # [B, M, 2]
         user = weight[..., :1] * self.long(long) + weight[..., 1:] * self.short(short)
         return user, weight[..., 1:].expand_as(short)
 
@@ -132,7 +148,9 @@ class Only(nn.Module):
         super().__init__()
         self.short = short
 
-    def forward(self, long: Tensor, short: Tensor, context: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, long: Tensor, short: Tensor, context: Tensor, batch: Batch, at: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         return (short, torch.ones_like(short)) if self.short else (long, torch.zeros_like(long))
 
 

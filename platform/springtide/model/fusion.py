@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from springtide.config import ModelConfig
 from springtide.model.batch import Batch
-from springtide.model.branches import make_long_branch, make_short_branch
+from springtide.model.branches import make_long_branch, make_short_branch, only
 from springtide.model.channels import Channels
 from springtide.model.fuse import make_fusion
 from springtide.model.heads import PairHead, click_loss, rating_loss
@@ -36,15 +36,21 @@ LOGIT_BLOCK = 24_000_000  # most logits held at once; above it, blocks are recom
 
 @dataclass(frozen=True)
 class Interest:
-    """What the model makes of each moment of each history."""
+    """What the model makes of M moments of each history: of all, M = L, or of the one that is asked, M = 1."""
 
-    user: Tensor  # [B, L, dim]
-    long: Tensor  # [B, L, dim], 0 without a long branch
-    short: Tensor  # [B, L, dim], 0 without a short branch
-    gate: Tensor  # [B, L, dim] weight of the short branch, 0.5 where the fusion has none
-    weights: Tensor  # [B, L, C] of the counting channels, in the order of Channels.names
-    attention_long: Tensor  # [B, L, L]
-    attention_short: Tensor  # [B, L, window]
+    user: Tensor  # [B, M, dim]
+    long: Tensor  # [B, M, dim], 0 without a long branch
+    short: Tensor  # [B, M, dim], 0 without a short branch
+    gate: Tensor  # [B, M, dim] weight of the short branch, 0.5 where the fusion has none
+    weights: Tensor  # [B, M, C] of the counting channels, in the order of Channels.names
+    attention_long: Tensor  # [B, M, L]
+    attention_short: Tensor  # [B, M, window]
+    of_all: bool  # M = L
+
+    def index(self, moments: Tensor) -> tuple[Tensor, Tensor]:
+        """Where `moments` [P, 2], rows and places, are in these tensors."""
+        row, place = moments.unbind(1)
+        return row, place if self.of_all else torch.zeros_like(place)
 
 
 class FusionModel(nn.Module):
@@ -95,8 +101,8 @@ class FusionModel(nn.Module):
                 head.grow(len(text))
         self.channels.grow(text, popularity, changed)
 
-    def interest(self, batch: Batch, vectors: Tensor) -> Interest:
-        """Read the histories. vectors: [I, dim] from `item_vectors()`."""
+    def interest(self, batch: Batch, vectors: Tensor, at: Tensor | None = None) -> Interest:
+        """Read the histories. vectors: [I, dim] from `item_vectors()`; at: [B] the one moment asked of each, or all."""
         gap = time_bucket(batch.timestamps - F.pad(batch.timestamps, (1, 0))[:, :-1])
         gap = torch.cat([torch.zeros_like(gap[:, :1]), gap[:, 1:]], 1)
         ratings = (batch.ratings - self.rating_stats[0]) / self.rating_stats[1]
@@ -105,14 +111,16 @@ class FusionModel(nn.Module):
             items = vectors[batch.shown.clamp(min=0)] * (batch.shown >= 0)[..., None]
         events = self.event_input(items, batch.actions, ratings, gap)
         context = context_features(batch.timestamps, batch.now, batch.offset, bool(self.config.request_time))
-        long, attention_long = self.long(events, batch.timestamps, context)
-        short, attention_short = self.short(events, batch.timestamps)
-        user, gate = self.fuse(long, short, context, batch)
-        return Interest(user, long, short, gate, self.channels.weights(user, context), attention_long, attention_short)
+        context = context if at is None else only(context, at)
+        long, attention_long = self.long(events, batch.timestamps, context, at)
+        short, attention_short = self.short(events, batch.timestamps, at)
+        user, gate = self.fuse(long, short, context, batch, at)
+        weights = self.channels.weights(user, context)
+        return Interest(user, long, short, gate, weights, attention_long, attention_short, of_all=at is None)
 
     def scores_at(self, batch: Batch, interest: Interest, vectors: Tensor, moments: Tensor) -> dict[str, Tensor]:
         """What the network and each channel add to the logits [P, I] at `moments` [P, 2]; their sum is the logits."""
-        scores = self.channels.counted(batch, interest.weights, moments)
+        scores = self.channels.counted(batch, interest.weights[interest.index(moments)], moments)
         if self.channels.borrowing is not None:
             scores = {name: self.channels.borrowing(score, None, None, None) for name, score in scores.items()}
         for name, (query, keys) in self.products(batch, interest, vectors, moments, None).items():
@@ -123,10 +131,10 @@ class FusionModel(nn.Module):
         self, batch: Batch, interest: Interest, vectors: Tensor, moments: Tensor, cold: Tensor | None = None
     ) -> dict[str, tuple[Tensor, Tensor]]:
         """The parts of the logits at `moments` [P, 2] that are a product of a query [P, K] and keys [I, K]."""
-        row, place = moments.unbind(1)
-        user = F.dropout(interest.user[row, place], self.config.dropout, self.training)
+        place = interest.index(moments)
+        user = F.dropout(interest.user[place], self.config.dropout, self.training)
         network = {"network": (user * (torch.exp(self.log_temperature) * self.config.dim**-0.5), vectors)}
-        return network | self.channels.products(batch, interest.weights, moments, cold)
+        return network | self.channels.products(batch, interest.weights[place], moments, cold)
 
     def logits_at(
         self,
@@ -164,7 +172,8 @@ class FusionModel(nn.Module):
         """What the channels that are looked up add to the logits: [P, N], borrowed scores included; see logits_at."""
         borrowing = self.channels.borrowing
         wider = columns if columns is None or borrowing is None else borrowing.needed(columns, cold)
-        parts = self.channels.counted(batch, interest.weights, moments, held_out=held_out, columns=wider).values()
+        weights = interest.weights[interest.index(moments)]
+        parts = self.channels.counted(batch, weights, moments, held_out=held_out, columns=wider).values()
         total = sum(parts, start=torch.zeros((), device=moments.device))
         if not parts:
             return total

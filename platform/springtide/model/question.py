@@ -36,7 +36,7 @@ def ask(model: FusionModel, batch: Batch, interest: Interest, vectors: Tensor, m
     """The questions of P moments [P, 2] of histories that have been read; vectors: [I, dim] of `item_vectors()`."""
     channels = model.channels
     row, at = moments.unbind(1)
-    weight = dict(zip(channels.names, interest.weights[row, at].unbind(-1), strict=True))
+    weight = dict(zip(channels.names, interest.weights[interest.index(moments)].unbind(-1), strict=True))
     products = model.products(batch, interest, vectors, moments)
     counted, touched = _counted(model, batch, weight, moments)
     recent, levels = torch.zeros(len(row)), None

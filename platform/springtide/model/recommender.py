@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from springtide.model.answers import Interests, Judgement, NewItem, Observed, Reasons, Scores
-from springtide.model.batch import History, after_all, read_events, scoring_batch
+from springtide.model.batch import Batch, History, after_all, read_events, scoring_batch
 from springtide.model.decayed import DecayedCounts, popular_scores
 from springtide.model.explain import SHARES, by_event, shares
 from springtide.model.frozen import FrozenModel
@@ -173,7 +173,7 @@ class Recommender:
         else:
             self._frozen = self._frozen or FrozenModel(self.model, self._vectors)
             logits = self._frozen.logits(batch, interest, last)
-        gate = interest.gate[last[:, 0], last[:, 1]].mean(-1)
+        gate = interest.gate[:, 0].mean(-1)
         return logits.cpu().numpy(), gate.cpu().numpy()
 
     @torch.inference_mode()
@@ -193,7 +193,7 @@ class Recommender:
         gate = np.full(len(histories), np.nan, np.float32)
         if told := [row for row, history in enumerate(histories) if len(history)]:
             batch, interest, last = self._read([histories[r] for r in told], None if now is None else now[told])
-            gate[told] = interest.gate[last[:, 0], last[:, 1]].mean(-1).numpy()
+            gate[told] = interest.gate[:, 0].mean(-1).numpy()
             for row, question in zip(told, ask(self.model, batch, interest, self._vectors, last), strict=True):
                 found[row] = question
         for row, query in enumerate(() if queries is None else queries):
@@ -225,13 +225,14 @@ class Recommender:
                 rows[place, : len(found)], scores[place, : len(found)] = found, their
         return rows, scores
 
-    def _read(self, histories: list[History], now: np.ndarray | None) -> tuple[Any, Interest, torch.Tensor]:
+    def _read(self, histories: list[History], now: np.ndarray | None) -> tuple[Batch, Interest, torch.Tensor]:
+        """The histories, what the model makes of their last moments, and these moments [B, 2]."""
         if now is None and self.model.config.request_time and self.log_end is not None:
             now = after_all(histories, self.log_end)
         batch = scoring_batch(histories, self.model.config.long_window, now).to(self._device)
-        interest = self.model.interest(batch, self._vectors)
-        last = torch.stack([torch.arange(len(histories), device=self._device), batch.mask.sum(1) - 1], 1)
-        return batch, interest, last
+        last = batch.mask.sum(1) - 1
+        interest = self.model.interest(batch, self._vectors, last)
+        return batch, interest, torch.stack([torch.arange(len(histories), device=self._device), last], 1)
 
     def top_k(
         self, logits: np.ndarray, k: int, exclude: Sequence[np.ndarray] | None = None
@@ -309,11 +310,10 @@ class Recommender:
             none, nobody = np.zeros(0, np.float32), np.zeros(0, np.int64)
             return Interests(none, none, float("nan"), nobody, nobody, {})
         _, interest, last = self._read([history], None if now is None else np.array([now], np.int64))
-        place = int(last[0, 1])
-        length = place + 1
+        length = int(last[0, 1]) + 1
         long, short = np.zeros(len(history), np.float32), np.zeros(len(history), np.float32)
-        long[-length:] = interest.attention_long[0, place, :length].cpu().numpy()
-        window = interest.attention_short[0, place].cpu().numpy()
+        long[-length:] = interest.attention_long[0, 0, :length].cpu().numpy()
+        window = interest.attention_short[0, 0].cpu().numpy()
         reach = min(length, len(window))
         short[-reach:] = window[-reach:]
         nearest = []
@@ -322,11 +322,11 @@ class Recommender:
             if name == "none":
                 nearest.append(np.zeros(0, np.int64))
                 continue
-            scores = (branch[0, place] @ self._vectors.T).cpu().numpy()
+            scores = (branch[0, 0] @ self._vectors.T).cpu().numpy()
             scores[~self.recommendable] = -np.inf
             nearest.append(self.top_k(scores[None], NEAREST)[0][0])
-        weights = dict(zip(self.model.channels.names, interest.weights[0, place].tolist(), strict=True))
-        return Interests(long, short, float(interest.gate[0, place].mean()), nearest[0], nearest[1], weights)
+        weights = dict(zip(self.model.channels.names, interest.weights[0, 0].tolist(), strict=True))
+        return Interests(long, short, float(interest.gate[0, 0].mean()), nearest[0], nearest[1], weights)
 
     @torch.inference_mode()
     def explain(
@@ -343,7 +343,7 @@ class Recommender:
             columns = torch.from_numpy(rows).to(self._device)
             parts = shares(self.model, batch, interest, self._vectors, last, columns)
             found |= {name: part[0].cpu().numpy() for name, part in parts.items()}
-            weights = interest.weights[0, last[0, 1]]
+            weights = interest.weights[0, 0]
             said = by_event(self.model.channels, batch.items[0], weights, columns).cpu().numpy()
             through[len(history) - len(said) :] = said
         elif query is None:
@@ -357,9 +357,9 @@ class Recommender:
     @torch.inference_mode()
     def judge(self, histories: Sequence[History], items: np.ndarray) -> Judgement:
         """What each owner of B histories, none empty, would make of N catalogue rows of their own, `items` [B, N]."""
-        _, interest, last = self._read(list(histories), None)
+        interest = self._read(list(histories), None)[1]
         rows = torch.from_numpy(items).to(self._device)
-        user = interest.user[last[:, 0], last[:, 1]][:, None].expand(-1, rows.shape[1], -1)  # [B, N, dim]
+        user = interest.user.expand(-1, rows.shape[1], -1)  # [B, N, dim]
         ratings = clicks = None
         if self.model.rating_head is not None:
             ratings = self.model.rate(user, rows, self._vectors).cpu().numpy()
@@ -373,9 +373,8 @@ class Recommender:
         out = np.full(len(histories), np.nan, np.float32)
         rows = [row for row, history in enumerate(histories) if len(history)]
         if rows:
-            _, interest, last = self._read([histories[row] for row in rows], None)
-            row, place = last.unbind(1)
-            cosine = torch.cosine_similarity(interest.long[row, place], interest.short[row, place], dim=-1)
+            interest = self._read([histories[row] for row in rows], None)[1]
+            cosine = torch.cosine_similarity(interest.long[:, 0], interest.short[:, 0], dim=-1)
             out[rows] = (1 - cosine.clamp(-1, 1)).cpu().numpy()
         return out
 

@@ -30,8 +30,9 @@ def catalogue_scores(
         block = histories[begin : begin + step]
         now = None if asked_at is None else np.full(len(block), asked_at, np.int64)
         batch = scoring_batch(block, model.config.long_window, now).to(device)
-        moments = torch.stack([torch.arange(len(block), device=device), batch.mask.sum(1) - 1], 1)
-        scores = model.logits_at(batch, model.interest(batch, vectors), vectors, moments).cpu().numpy()
+        last = batch.mask.sum(1) - 1
+        moments = torch.stack([torch.arange(len(block), device=device), last], 1)
+        scores = model.logits_at(batch, model.interest(batch, vectors, last), vectors, moments).cpu().numpy()
         exclude(scores, model, block, exclude_seen)
         yield scores, batch, moments
 
