@@ -11,17 +11,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ray.serve._private.config import DeploymentConfig, DeploymentOptionUpdateType
 from ray.serve.schema import DeploymentSchema
 
 from springtide.errors import SpringtideError
 from springtide.files import write_json, write_manifest
-from springtide.serving.deploy import _call, _put_back, filled
+from springtide.serving import deploy, readiness
+from springtide.serving.deploy import _applied, _call, _check_listener, _Cluster, filled
 from springtide.serving.lint import lint, load_config
 from springtide.serving.models import Told, merged_encoders, merged_models
+from springtide.serving.named import warnings
 from springtide.serving.plan import RESTARTING, SCALING, Step, normal, plan, told
-from springtide.serving.readiness import Refused, serving, versions, wait_ready, wait_running, why
+from springtide.serving.readiness import Refused, Untold, serving, versions, wait_ready, wait_running, why
 from toy import toy_settings
 
 LOCAL = load_config(Path(__file__).parents[1] / "serve_configs" / "local.yaml")
@@ -211,24 +215,116 @@ def test_every_replica_must_serve_what_was_asked_for() -> None:
     assert told([new], [new], asked=3) == {"models": [new], "replicas": 2, "replicas_asked": 3}
 
 
+class Apps:
+    """Plays Serve: what was applied last is `states` of it, the last of which stays."""
+
+    def __init__(self, *states: str) -> None:
+        self.applied: list[Any] = []
+        self.states = list(states)
+
+    def deploy_applications(self, config: Any) -> None:
+        self.applied.append(config)
+
+    def get_serve_details(self) -> Any:
+        status = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        part = {"status": status, "message": "RuntimeError: Ingress cannot start: no tokens"}
+        return {"applications": {"springtide": {"status": status, "deployments": {"Ingress": part}}}}
+
+
+WANTED = {**OLD, "applications": [{"name": "springtide", "deployments": []}]}
+PUT_BACK = "; the configuration before was put back"
+
+
+def applied(apps: Apps, effect: str, running: Any) -> str:
+    """What is said when a configuration is applied that never serves."""
+    with pytest.raises(SpringtideError) as caught:
+        _applied(_Cluster("here", apps, running), WANTED, [Step("springtide", "Scorer", effect)], in_s(2), print)
+    return str(caught.value)
+
+
+def in_s(seconds: float) -> float:
+    return time.monotonic() + seconds
+
+
 @pytest.mark.parametrize("effect", ["reconfigured", "unchanged", "restarts"])
-def test_a_refused_configuration_is_not_left_in_place(effect: str) -> None:
-    """Unless replicas were replaced for it: they would be once more."""
+def test_a_refused_configuration_is_not_left_in_place(effect: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless replicas were replaced for it and serve without what they refused: they would be once more."""
 
-    class Apps:
-        applied: list[Any] = []
+    def refuse(*_: Any) -> None:
+        raise Refused("the model was refused")
 
-        def deploy_applications(self, config: Any) -> None:
-            self.applied.append(config)
+    monkeypatch.setattr(deploy, "wait_ready", refuse)
+    apps = Apps("RUNNING")
+    said = applied(apps, effect, running(OLD))
+    assert said == "the model was refused" + PUT_BACK * (effect != "restarts")
+    assert apps.applied[1:] == [{**OLD, "applications": normal(OLD)["applications"]}] * (effect != "restarts")
 
-    apps, step = Apps(), Step("springtide", "Scorer", effect)
-    apps.applied = []
-    said = _put_back(apps, running(OLD), {**OLD, "applications": [{"name": "springtide"}]}, [step])
-    if effect == "restarts":
-        assert not said and not apps.applied
-    else:
-        assert said == "; the configuration before was put back"
-        assert apps.applied == [{**OLD, "applications": normal(OLD)["applications"]}]
+
+def test_a_configuration_that_does_not_start_is_not_left_in_place() -> None:
+    apps = Apps("DEPLOY_FAILED", "RUNNING")
+    failed = "Serve could not deploy springtide: Ingress cannot start: no tokens"
+    assert applied(apps, "restarts", running(OLD)) == failed + PUT_BACK
+    assert apps.applied == [WANTED, {**OLD, "applications": normal(OLD)["applications"]}]
+    first = Apps("DEPLOY_FAILED")
+    assert applied(first, "starts", {"applications": {}}) == failed and first.applied == [WANTED]
+    both = applied(Apps("DEPLOY_FAILED"), "restarts", running(OLD))
+    assert both.startswith(f"{failed}{PUT_BACK} and does not serve either: ")
+
+
+def test_a_configuration_that_is_never_ready_is_not_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readiness, "TELL_S", 0.2)
+    apps, lines = Apps("UPDATING"), []
+    with pytest.raises(SpringtideError, match=r"springtide is not ready in time.*put back and does not serve either"):
+        monkeypatch.setattr(deploy, "PUT_BACK_S", 1.0)
+        _applied(_Cluster("here", apps, running(OLD)), WANTED, [], in_s(1), lines.append)
+    assert lines and set(lines) == {"waiting for springtide: Ingress cannot start: no tokens"}
+
+
+def test_what_serves_and_does_not_tell_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hide(*_: Any) -> None:
+        raise Untold("it serves, but has no token for us")
+
+    monkeypatch.setattr(deploy, "wait_ready", hide)
+    apps = Apps("RUNNING")
+    assert applied(apps, "restarts", running(OLD)) == "it serves, but has no token for us"
+    assert apps.applied == [WANTED]
+
+
+def test_another_address_than_that_of_serve_is_refused_with_the_way_to_keep_it() -> None:
+    running = {"http_options": {"host": "127.0.0.1", "port": 8100}}
+    _check_listener(running, {"http_options": {"host": "127.0.0.1", "port": 8100}})
+    with pytest.raises(SpringtideError, match=r"port 8100 and cannot change it to 8000; add --set serve.port=8100, or"):
+        _check_listener(running, {"http_options": {"host": "127.0.0.1", "port": 8000}})
+
+
+# ---------------------------------------------------------------- names that nothing has
+def test_names_in_vain_are_told(tmp_path: Path) -> None:
+    rows = [{"item_id": "50", "categories": ["Comedy"]}, {"item_id": "51", "categories": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "items.parquet")
+    policies = {
+        "seen_actions": ["rating", "purchse"],
+        "action_weights": {"wiew": 0},
+        "exclude_categories": ["comedy"],
+        "caps": {"categories": {"Comedy": 2}},
+        "block_items": ["50", *map(str, range(60, 68))],
+    }
+
+    def set_policies(app: Any, parts: dict[str, Any]) -> None:
+        parts["Scorer"]["user_config"]["policies"] = policies
+        app["args"]["auth"] = {"tokens_file": str(tmp_path / "none.json")}
+
+    told = list(warnings(changed(set_policies), ["<unknown>", "rating", "purchase"], tmp_path))
+    assert told[0].startswith(f"the token file {tmp_path / 'none.json'} cannot be read")
+    assert told[1:4] == [
+        "policies.action_weights: wiew is no action of the log",
+        "policies.seen_actions: purchse is no action of the log; did you mean purchase?",
+        "policies.exclude_categories: comedy is no category of the catalogue; did you mean Comedy?",
+    ]
+    assert told[4:] == [
+        *(f"policies.block_items: {n} is no item of the catalogue" for n in range(60, 65)),
+        "policies.block_items: and 3 more that are no item of the catalogue",
+    ]
+    assert not list(warnings(OLD, [], tmp_path / "none"))  # nothing is named, so nothing is read
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -19,16 +19,17 @@ from springtide.config import Settings
 from springtide.errors import SpringtideError
 from springtide.files import verify_manifest
 from springtide.serving.lint import check_config, load_config
+from springtide.serving.named import warnings
 from springtide.serving.options import IMPORT_PATH
 from springtide.serving.plan import RECONFIGURE, SCALE, UNCHANGED, Step, normal, plan, told
-from springtide.serving.readiness import Refused, wait_ready, wait_running
+from springtide.serving.readiness import Refused, Untold, wait_ready, wait_running
 from springtide.serving.served import keep, prune, served_path, version_of
 from springtide.serving.store import file_of
 
 Json = dict[str, Any]
 Result = TypeVar("Result")
 GRACE_S = 5.0  # for the call under way at the deadline, so that the reason is told and not only that time is up
-PUT_BACK_S = 30.0
+PUT_BACK_S = 120.0
 STORE_FILE = "history.sqlite3"  # in the workspace
 
 
@@ -64,7 +65,8 @@ def deploy(
     check_config(config, "filled-in Serve configuration", allow_public)
     cluster = _reached(address, config, deadline)
     steps = plan(cluster.running, normal(config))
-    for line in told(steps):
+    trained = json.loads((Path(settings.workspace) / "bundle" / "config.json").read_text(encoding="utf-8"))
+    for line in (*told(steps), *warnings(config, trained["actions"], Path(settings.workspace) / "bundle")):
         say(line)
     if plan_only:
         say("nothing was applied: serve.plan_only is on")
@@ -74,8 +76,8 @@ def deploy(
         keep(source, workspace, version_of(source))
     check_kept(config)
     names = [app["name"] for app in config["applications"]]
-    say(f"deploying {', '.join(names)} to {cluster.address}")
-    url, models = _applied(cluster, config, steps, deadline)
+    say(f"deploying {', '.join(names)} through the dashboard {cluster.address}")
+    url, models = _applied(cluster, config, steps, deadline, say)
     _prune(cluster, config, workspace, deadline, say)
     say(f"serving {', '.join(models)} at {url}, API documentation at {url}/docs")
     return {
@@ -109,29 +111,43 @@ def _reached(address: str | None, config: Json, deadline: float) -> _Cluster:
     return _Cluster(jobs.get_address(), apps, running)
 
 
-def _applied(cluster: _Cluster, config: Json, steps: list[Step], deadline: float) -> tuple[str, list[str]]:
-    """Apply a configuration and wait until it answers; where, and by which models. One that is refused is undone."""
+def _applied(
+    cluster: _Cluster, config: Json, steps: list[Step], deadline: float, say: Callable[[str], None]
+) -> tuple[str, list[str]]:
+    """Apply a configuration and wait until it answers; where, and by which models. One that does not is undone."""
     apps = cluster.apps
     _call(lambda: apps.deploy_applications(config), deadline)
-    wait_running(lambda: _call(apps.get_serve_details, deadline + GRACE_S), config, deadline)
     http = config["http_options"]
     url = f"http://{_bracketed(str(http['host']))}:{http.get('port', 8000)}"
     try:
+        wait_running(lambda: _call(apps.get_serve_details, deadline + GRACE_S), config, deadline, say)
         return url, wait_ready(url, config, deadline)
+    except Untold:
+        raise  # it serves
     except Refused as error:
-        raise SpringtideError(f"{error}{_put_back(apps, cluster.running, config, steps)}") from None
-
-
-def _put_back(apps: Any, running: Json, config: Json, steps: list[Step]) -> str:
-    """After a refusal, apply the configuration that ran before, and say so: a replica that started later would find
-    only the refused one. Left alone where replicas were replaced, as they would be again."""
-    if any(step.effect not in (RECONFIGURE, SCALE, UNCHANGED) for step in steps):
-        return ""
-    before = [running["applications"][app["name"]]["deployed_app_config"] for app in config["applications"]]
-    try:
-        _call(lambda: apps.deploy_applications({**config, "applications": before}), time.monotonic() + PUT_BACK_S)
+        in_place = all(step.effect in (RECONFIGURE, SCALE, UNCHANGED) for step in steps)
+        # Replicas that were replaced serve without what they refused, and would be replaced once more.
+        raise SpringtideError(f"{error}{_put_back(cluster, config) if in_place else ''}") from None
     except SpringtideError as error:
-        return f"; the configuration before could not be put back: {error}"
+        raise SpringtideError(f"{error}{_put_back(cluster, config)}") from None
+
+
+def _put_back(cluster: _Cluster, config: Json) -> str:
+    """Apply the applications' configurations that ran before, wait for them, and say what became of it.
+
+    A replica that started later would find only the one that failed; where replicas were replaced for that, nobody may
+    be answering.
+    """
+    running = cluster.running.get("applications") or {}
+    before = [(running.get(app["name"]) or {}).get("deployed_app_config") for app in config["applications"]]
+    if not all(before):
+        return ""
+    old, deadline = {**config, "applications": before}, time.monotonic() + PUT_BACK_S
+    try:
+        _call(lambda: cluster.apps.deploy_applications(old), deadline)
+        wait_running(lambda: _call(cluster.apps.get_serve_details, deadline + GRACE_S), old, deadline)
+    except SpringtideError as error:
+        return f"; the configuration before was put back and does not serve either: {error}"
     return "; the configuration before was put back"
 
 
@@ -310,8 +326,11 @@ def _check_listener(details: Json, config: Json) -> None:
         if key in running and key in wanted and running[key] != wanted[key]:
             raise SpringtideError(
                 f"Serve already runs on this cluster with http_options.{key} {running[key]} and cannot change it to "
-                f"{wanted[key]}; run `serve shutdown` first, or deploy with the old one"
+                f"{wanted[key]}; {_KEEPING[key].format(running[key])}, or run `serve shutdown` first, which stops it"
             )
+
+
+_KEEPING = {"port": "add --set serve.port={}", "host": "write host: {} in the Serve file"}
 
 
 def _bracketed(host: str) -> str:

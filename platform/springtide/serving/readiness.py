@@ -15,20 +15,28 @@ from springtide.text.encoder import name_in
 
 Json = dict[str, Any]
 POLL_S = 0.5
+TELL_S = 15.0  # without a word
 TOKEN_VARIABLE = "SPRINGTIDE_TOKEN"
+
+
+class Untold(SpringtideError):
+    """It serves, but does not tell which model."""
 
 
 class Refused(SpringtideError):
     """Replicas go on with the model or the text encoder before, and refused the one that their configuration names."""
 
 
-def wait_running(details: Callable[[], Json], config: Json, deadline: float) -> None:
-    """Wait until Serve calls every application of a configuration running.
+def wait_running(
+    details: Callable[[], Json], config: Json, deadline: float, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Wait until Serve calls every application of a configuration running, and say now and then what it waits for.
 
     details: asks Serve's REST API. Raises SpringtideError with Serve's reason when an application fails, or is not
     running by the deadline (time.monotonic).
     """
     names = [app["name"] for app in config["applications"]]
+    told = time.monotonic()
     while True:
         applications = details().get("applications", {})
         states = {name: applications.get(name, {}) for name in names}
@@ -44,6 +52,9 @@ def wait_running(details: Callable[[], Json], config: Json, deadline: float) -> 
                 f"{waiting[0]} is not ready in time, Serve says {app.get('status', 'NOT_STARTED')}: {why(app)}; "
                 "free resources of the cluster or raise serve.timeout_s"
             )
+        if time.monotonic() - told > TELL_S:
+            told = time.monotonic()
+            say(f"waiting for {waiting[0]}: {why(states[waiting[0]])}")
         time.sleep(POLL_S)
 
 
@@ -74,8 +85,8 @@ def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
     """Wait for /readyz, for every model and version that a configuration asks for, and, where items have texts, for its
     text encoder; return the models' labels.
 
-    Raises Refused at once when a model or the encoder was, which leaves the old ones serving, and SpringtideError at
-    the deadline.
+    Raises Refused at once when a model or the encoder was, which leaves the old ones serving, Untold where it serves
+    and does not tell what, and SpringtideError at the deadline.
     """
     wanted, encoder = versions(config), encoder_of(config)
     reason = "no answer"
@@ -85,9 +96,9 @@ def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
             if status == 200:
                 status, answer = get(f"{url}/v1/models")
                 if status in (401, 403):
-                    raise SpringtideError(
-                        f"it serves, but /v1/models refused to tell which model; set {TOKEN_VARIABLE} to a token that "
-                        "has the scope read"
+                    raise Untold(
+                        "it was applied and serves, but /v1/models refused to tell which model; set "
+                        f"{TOKEN_VARIABLE} to a token that has the scope read"
                     )
                 served = serving(answer["models"], wanted)
                 reading = encoder if any(model.get("text") for model in answer["models"]) else None
