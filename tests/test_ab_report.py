@@ -136,6 +136,8 @@ def test_actions_and_times_choose(tmp_path: Path) -> None:
     take(tmp_path / "e.sqlite3", [("bob", "x", NOW + 2 * HOUR + 1)], "view")
     bought = report(shown, events, Question(DAY.window_ms, "a", ("buy",), resamples=50))
     assert (bought["arms"]["a"]["hit_rate"].value, bought["arms"]["b"]["hit_rate"].value) == (1, 0)
+    with pytest.raises(SpringtideError, match=r"no event in .* has the action purchase; there are buy, view$"):
+        report(shown, events, Question(DAY.window_ms, actions=("purchase",), resamples=50))
     late = report(shown, events, Question(DAY.window_ms, since=NOW + 1, resamples=50))
     assert list(late["arms"]) == ["b"]
     early = report(shown, events, Question(DAY.window_ms, until=NOW + 1, resamples=50))

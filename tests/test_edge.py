@@ -62,6 +62,12 @@ def test_a_plain_request_id_comes_back_and_another_is_replaced() -> None:
             assert len(given_back) == 32
 
 
+def test_an_id_that_the_server_adds_is_not_told_twice() -> None:
+    with client_of(numbered=True) as client:
+        assert "X-Request-ID" not in client.get("/healthz", headers={"X-Request-ID": "shop-1"}).headers
+        assert len(client.get("/healthz", headers={"X-Request-ID": "a b"}).headers["X-Request-ID"]) == 32
+
+
 def test_one_line_for_each_request_without_what_was_asked(lines: list[str]) -> None:
     with client_of(access_log=True) as client:
         client.post("/v1/recommend", json={"user_id": "user-4711", "query": SECRET}, headers={"X-Request-ID": "r1"})

@@ -106,7 +106,7 @@ def test_figures_by_hand() -> None:
     assert "gain" not in nothing and "live over frozen" not in table(nothing)
 
 
-def write_prepared(workspace: Path, rows: list[tuple[str, str, int, int]]) -> None:
+def write_prepared(workspace: Path, rows: list[tuple[str, str, int, int]], split: str = "temporal") -> None:
     """(user, item, time, part)"""
     folder = workspace / "prepared"
     (folder / "events").mkdir(parents=True)
@@ -117,6 +117,7 @@ def write_prepared(workspace: Path, rows: list[tuple[str, str, int, int]]) -> No
     table = pl.DataFrame(columns, strict=False).to_arrow().select(EVENTS.names).cast(EVENTS)
     pl.from_arrow(table).write_parquet(folder / "events" / "part-0.parquet")  # type: ignore[union-attr]
     write_json(folder / "manifest.json", {"files": ["events/part-0.parquet"], "content_hash": "x"})
+    write_json(folder / "report.json", {"split": {"kind": split}})
 
 
 def test_the_log_is_the_test_part_in_time_order(tmp_path: Path) -> None:
@@ -131,6 +132,13 @@ def test_the_log_is_the_test_part_in_time_order(tmp_path: Path) -> None:
 def test_a_log_without_a_test_part(tmp_path: Path) -> None:
     write_prepared(tmp_path, [("u", "a", 1, 0)])
     with pytest.raises(SpringtideError, match="no test part"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "none"])
+def test_a_log_that_was_not_split_in_time_is_not_replayed(tmp_path: Path, split: str) -> None:
+    write_prepared(tmp_path, [("u", "a", 1, 0), ("u", "b", 2, 2)], split)
+    with pytest.raises(SpringtideError, match=f"data.split: {split}; .* with data.split: temporal"):
         read_log(tmp_path)
 
 

@@ -112,6 +112,16 @@ def test_without_a_token_only_health_and_documentation_answer(client: TestClient
         assert answer.headers["WWW-Authenticate"] == 'Bearer realm="springtide"'
 
 
+def test_the_document_says_which_routes_take_a_token(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert document["components"]["securitySchemes"] == {"token": {"type": "http", "scheme": "bearer"}}
+    assert document["security"] == [{"token": []}]
+    paths = document["paths"]
+    assert paths["/healthz"]["get"]["security"] == [] and "security" not in paths["/v1/recommend"]["post"]
+    with TestClient(create_app(Backend(), Edge()), HERE) as open_to_all:  # type: ignore[arg-type]
+        assert "security" not in open_to_all.get("/openapi.json").json()
+
+
 @pytest.mark.parametrize(
     "header",
     ["Bearer", "Bearer ", "Bearer st_wrong", "Basic dTpw", "bearer\u00e9", "Bearer " + "x" * 5000, "Bearer \u00e9"],
@@ -256,7 +266,9 @@ def test_the_command_writes_an_entry_and_shows_the_token_once(tmp_path: Path, ca
     assert main(arguments) == 1
     assert "already" in capsys.readouterr().err
     assert main(["new", "--name", "shop two", "--scopes", "read"]) == 1
-    assert main(["new", "--name", "other", "--scopes", "root"]) == 1
+    capsys.readouterr()
+    assert main(["new", "--name", "other", "--scopes", "read,root"]) == 1
+    assert capsys.readouterr().err.startswith("--scopes 'root': ")
     assert [entry.name for entry in path.parent.iterdir()] == ["tokens.json"]
 
 

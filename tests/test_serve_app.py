@@ -80,6 +80,7 @@ class FakeRecommender:
     actions = ["<unknown>", "view", "buy"]
     index = {f"i{n}": n for n in range(ITEMS)}
     item_vectors = np.eye(ITEMS, dtype=np.float32)
+    popularity = np.arange(ITEMS, 0, -1) - 1  # nobody took the last item
     text_vectors: np.ndarray | None = np.ones((ITEMS, WIDTH), np.float32)
     retrieval = None  # an index, of a large catalogue alone
 
@@ -311,6 +312,10 @@ def test_every_item_is_explained(client: TestClient) -> None:
     assert second["explanation"]["because"] == []
     assert second["explanation"]["sentence"] == "Many people take it."
     assert "explanation" not in recommend(client, history=history).json()["items"][0]
+    borrowed = recommend(client, history=[{"item_id": f"i{ITEMS - 2}"}], k=1, explain=True).json()["items"][0]
+    assert borrowed["explanation"]["sentence"] == (
+        f'Because you took "Title {ITEMS - 2}", and people who did often take what is like this.'
+    )
 
 
 def test_an_allow_list(client: TestClient) -> None:
@@ -616,11 +621,27 @@ def test_sentences_name_the_field(client: TestClient, large: bool, monkeypatch: 
         return str(recommend(client, **body).json()["error"]["message"])
 
     assert message(user_id="u", k=0).startswith("k: input should be greater than or equal to 1")
-    assert message(user_id="u", dversity=1) == "dversity: unknown field"
+    assert message(user_id="u", dversity=1) == "dversity: unknown field; did you mean diversity?"
+    assert message(user_id="u", xyz=1) == "xyz: unknown field"
+    assert message(user_id="u", filters={"catgories": ["a"]}).startswith(
+        "filters.catgories: unknown field; did you mean"
+    )
+    assert message(history=["a"]) == "history.0: must be an object"
+    assert message(user_id="u", filters={"categories": "a"}) == "filters.categories: must be a list"
     assert message(history=[{"item_id": "a"}, {}]) == "history.1.item_id: field required"
     assert message(k=3) == "give at least one of user_id, history and query"
     posted = client.post("/v1/events", json=[{"user_id": "u"}])
     assert posted.json()["error"]["message"] == "0.item_id: field required"
+    for body, sentence in (
+        ([], "body: must not be empty"),
+        (5, "body: must be an object"),
+        ({"user": "u", "item": "i"}, "user: unknown field; did you mean user_id? (and 3 more)"),
+        ([{"user_id": "u", "itm_id": "i"}], "0.itm_id: unknown field; did you mean item_id?"),
+    ):
+        told = client.post("/v1/events", json=body).json()["error"]["message"]
+        assert told.startswith(sentence), told
+    bare = client.post("/v1/recommend", content=b'{"user_id": "u"}', headers={"Content-Type": "text/plain"})
+    assert bare.json()["error"]["message"] == "body: send JSON with Content-Type: application/json"
 
 
 def test_a_long_history_is_answered_and_a_longer_one_refused(client: TestClient) -> None:
@@ -656,7 +677,7 @@ def test_many_small_values_are_read_apart_and_refused_at_the_first_wrong_one(
         (
             {"history": [0] * 9999},
             422,
-            "history.0: input should be a valid dictionary or object to extract fields from",
+            "history.0: must be an object",
         ),
         ({"history": [{}] * 9999}, 422, "history.0.item_id: field required"),
         ({"user_id": "u", "filters": {"exclude_items": [*ids, "a", "b"]}}, 422, "filters.exclude_items: list should"),
@@ -702,9 +723,18 @@ def test_a_large_body_is_refused_before_it_is_read(client: TestClient) -> None:
 
 
 def test_other_routes_and_methods(client: TestClient) -> None:
-    assert client.get("/v2/none").json() == {"error": {"code": "not_found", "message": "Not Found"}}
-    assert client.get("/v1/recommend").status_code == 405
-    assert client.get("/v1/recommend").json()["error"]["code"] == "method_not_allowed"
+    none = "there is no such route; GET /docs tells all of them"
+    assert client.get("/v2/none").json() == {"error": {"code": "not_found", "message": none}}
+    assert client.post("/v1/items", json={"text": "t"}).status_code == 404  # not sent on to a route that takes it
+    wrong = client.get("/v1/recommend")
+    assert wrong.status_code == 405 and wrong.headers["Allow"] == "POST"
+    assert wrong.json()["error"] == {"code": "method_not_allowed", "message": "this route takes POST"}
+
+
+def test_health_is_told_by_head_too(client: TestClient) -> None:
+    for route in ("/healthz", "/readyz"):
+        asked = client.head(route)
+        assert (asked.status_code, asked.content) == (client.get(route).status_code, b"")
 
 
 def test_a_repeated_query_needs_no_encoder(client: TestClient, parts: Parts, service: Service) -> None:

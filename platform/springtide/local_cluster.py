@@ -166,4 +166,6 @@ def _pids_of(temp_dir: Path) -> list[int]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("local_cluster: give the folder of the cluster that is to end, as its start printed it")
     stop(Path(sys.argv[1]))

@@ -162,7 +162,12 @@ def read_events(source: str, exposures: Path, actions: tuple[str, ...]) -> pl.Da
     if actions:
         if "action" not in events.columns:
             raise SpringtideError(f"the events in {source} have no column action, so none can be chosen by it")
+        there = events["action"].drop_nulls().unique().sort().to_list()
         events = events.filter(pl.col("action").is_in(list(actions)))
+        if there and not len(events):
+            raise SpringtideError(
+                f"no event in {source} has the action {', '.join(actions)}; there are {', '.join(there[:10])}"
+            )
     salt = salt_of(exposures)
     if salt is not None:
         users = events["user_id"].unique()

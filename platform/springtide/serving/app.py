@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from springtide.serving.responses import (
     SimilarResponse,
 )
 from springtide.serving.schemas import (
+    FIELDS,
     MAX_BODY_BYTES,
     ApiError,
     Count,
@@ -41,7 +43,7 @@ from springtide.serving.schemas import (
     ItemBody,
     RecommendRequest,
 )
-from springtide.serving.security import Authorised, OwnHosts, SafeHeaders
+from springtide.serving.security import Authorised, OwnHosts, SafeHeaders, needed_scope
 from springtide.serving.service import Backend
 from springtide.serving.tokens import TokenBook
 
@@ -73,6 +75,7 @@ class Edge:
     metrics: PrometheusMetrics = field(default_factory=PrometheusMetrics)  # what GET /metrics shows
     also: Metrics | None = None  # counted there too
     access_log: bool = False
+    numbered: bool = False  # what serves the application adds X-Request-ID to every answer
     max_concurrent: int = MAX_CONCURRENT  # requests under way at once; more are refused with 503
 
     @property
@@ -94,6 +97,7 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
     app = FastAPIOffline(
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,
         title="Springtide",
         version="1",
         description="Recommendations that fuse long-term and short-term interest. "
@@ -108,7 +112,7 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
         app.add_middleware(OwnHosts, names=edge.hosts)
     if edge.access_log:
         start_access_log()
-    app.add_middleware(Observed, metrics=metrics, access_log=edge.access_log)
+    app.add_middleware(Observed, metrics=metrics, access_log=edge.access_log, numbered=edge.numbered)
     app.add_middleware(SafeHeaders)  # the outermost: answers to faults of ours carry them too
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -116,7 +120,26 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
     _add_recommending(app, backend)
     _add_operations(app, backend)
     _add_metrics(app, edge.metrics)
+    if edge.tokens is not None:
+        _describe_tokens(app)
     return app
+
+
+def _describe_tokens(app: FastAPI) -> None:
+    """Say in the OpenAPI document that the routes take a bearer token, so that `/docs` can send one."""
+    described = app.openapi
+
+    def with_tokens() -> dict[str, Any]:
+        document = described()
+        document.setdefault("components", {})["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                if needed_scope(method.upper(), path) is None:
+                    operation["security"] = []
+        return document
+
+    app.openapi = with_tokens  # type: ignore[method-assign]
 
 
 def _add_recommending(app: FastAPI, backend: Backend) -> None:
@@ -172,6 +195,9 @@ def _add_operations(app: FastAPI, backend: Backend) -> None:
         state = await backend.ready()
         return JSONResponse(state, status_code=200 if state["ready"] else 503)
 
+    for path, endpoint in (("/healthz", healthz), ("/readyz", readyz)):  # some load balancers ask by HEAD
+        app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+
     @app.get("/", include_in_schema=False)
     async def home(request: Request) -> RedirectResponse:
         return RedirectResponse(request.scope.get("root_path", "") + "/docs")
@@ -193,12 +219,25 @@ async def _api_error(_: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
-    code = _CODES.get(error.status_code, "error")
-    message = "the body cannot be read as JSON" if error.status_code == 400 else str(error.detail)
+    code, message = _CODES.get(error.status_code, "error"), str(error.detail)
+    if error.status_code == 400:
+        message = "the body cannot be read as JSON"
+    elif error.status_code == 404:
+        message = "there is no such route; GET /docs tells all of them"
+    elif error.status_code == 405:
+        message = f"this route takes {(error.headers or {}).get('Allow', 'another method')}"
     return error_reply(error.status_code, code, message, error.headers)
 
 
-async def _invalid(_: Request, error: Exception) -> JSONResponse:
+_SAID = {
+    "model_attributes_type": "must be an object",
+    "dict_type": "must be an object",
+    "list_type": "must be a list",
+    "too_short": "must not be empty",
+}
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """The first problem, by its place in the request; the values sent are not repeated."""
     assert isinstance(error, RequestValidationError)
     problems = error.errors()
@@ -206,13 +245,17 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     if first["type"] == "json_invalid":
         return error_reply(400, "invalid_json", f"the body is not JSON (at character {first['loc'][-1]})")
     where = ".".join(str(part) for part in first["loc"][1:] if part not in ("event", "list"))
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "unknown field"
-    if first["type"] == "missing" and not where:
-        where, message = "body", "send a JSON body with Content-Type: application/json"
-    if first["type"] in ("model_attributes_type", "dict_type") and not where:
-        where, message = "body", "send a JSON object with Content-Type: application/json"
+    message = _SAID.get(first["type"], str(first["msg"]).removeprefix("Value error, "))
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    if unknown and first["type"] in ("extra_forbidden", "missing"):  # a misspelt field is also missing
+        where = ".".join(str(part) for part in unknown[0]["loc"][1:] if part not in ("event", "list"))
+        near = difflib.get_close_matches(str(unknown[0]["loc"][-1]), FIELDS, n=1)
+        message = f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
+    if not where and (first["type"] == "missing" or first["type"] in _SAID):
+        where = "body"
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not kind.endswith("json"):
+            message = "send JSON with Content-Type: application/json"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     sentence = f"{where}: {message[0].lower()}{message[1:]}{more}" if where else f"{message}{more}"
     return error_reply(422, "invalid_request", _printable(sentence))

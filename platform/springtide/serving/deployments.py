@@ -234,6 +234,7 @@ class Ingress:
             hosts=tuple(options.allowed_hosts),
             also=RayMetrics() if options.ray_metrics else None,
             access_log=options.access_log,
+            numbered=True,  # by Serve
             max_concurrent=options.max_concurrent,
         )
         limits = options.limits()

@@ -229,7 +229,8 @@ class Engine:
             damping = self._policies.popularity_damping
             damped = damping and (known or request.query is not None)
             added = damping_of(self._recommender.popularity[rows], damping) if damped else None
-            told = explain_items(reasons, interests, lambda place: self._event(history, place), added)
+            taken = self._recommender.popularity[rows] > 0
+            told = explain_items(reasons, interests, lambda place: self._event(history, place), taken, added)
             for item, explanation in zip(items, told, strict=True):
                 item["explanation"] = explanation
             answer["explanation"] = self._explain(history, interests)

@@ -99,10 +99,16 @@ def _listeners(config: Json, allow_public: bool) -> Iterator[str]:
     if host is None:
         yield "http_options.host is missing, and Ray would then listen on every interface; give 127.0.0.1"
     elif not allow_public and not _is_loopback(str(host)):
-        yield f"http_options.host {host} can be reached from other machines; give 127.0.0.1, or allow it explicitly"
+        yield (
+            f"http_options.host {host} can be reached from other machines; give 127.0.0.1, or set "
+            "serve.allow_public=true"
+        )
     grpc = config.get("grpc_options")
     if isinstance(grpc, dict) and grpc.get("grpc_servicer_functions") and not allow_public:
-        yield "grpc_options.grpc_servicer_functions opens a port on every interface; remove it, or allow it explicitly"
+        yield (
+            "grpc_options.grpc_servicer_functions opens a port on every interface; remove it, or set "
+            "serve.allow_public=true"
+        )
 
 
 def _open_doors(config: Json) -> Iterator[str]:

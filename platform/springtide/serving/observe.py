@@ -23,17 +23,20 @@ CLOSED_BY_CALLER = 499  # as nginx logs it
 
 class Observed:
     """Every answer carries an X-Request-ID, the caller's own if it is plain. access_log: write a line of JSON for each
-    request, free of ids and texts of users and items."""
+    request, free of ids and texts of users and items. numbered: what is around it adds the id that the request came
+    with."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool) -> None:
-        self._app, self._metrics, self._access_log = app, metrics, access_log
+    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool, numbered: bool = False) -> None:
+        self._app, self._metrics, self._access_log, self._numbered = app, metrics, access_log, numbered
         self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        note = Note(request_id_from(Headers(scope=scope).get("x-request-id")))
+        given = Headers(scope=scope).get("x-request-id")
+        note = Note(request_id_from(given))
+        told = self._numbered and given == note.request_id
         began, status, header = time.perf_counter(), CLOSED_BY_CALLER, (b"x-request-id", note.request_id.encode())
         started = False
 
@@ -41,7 +44,8 @@ class Observed:
             nonlocal started, status
             if message["type"] == "http.response.start":
                 started, status = True, message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), header]}
+                if not told:
+                    message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
         self._flying(+1)

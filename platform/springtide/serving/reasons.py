@@ -16,12 +16,17 @@ LONGEST_TITLE = 80  # characters of a title that a sentence quotes
 
 
 def explain_items(
-    reasons: Reasons, interests: Interests | None, event: Callable[[int], Json], adjusted: np.ndarray | None = None
+    reasons: Reasons,
+    interests: Interests | None,
+    event: Callable[[int], Json],
+    taken: np.ndarray,
+    adjusted: np.ndarray | None = None,
 ) -> list[Json]:
     """{shares, because, sentence} of each of N items.
 
-    interests: of the same history, None without one; event: tells the event at a place of the history; adjusted: [N]
-    what policies added to the scores, then the share `policy`.
+    interests: of the same history, None without one; event: tells the event at a place of the history; taken: [N]
+    whether anybody took the item, else what counts say of it is borrowed; adjusted: [N] what policies added to the
+    scores, then the share `policy`.
     """
     shares = reasons.shares if adjusted is None else reasons.shares | {"policy": adjusted}
     fitting = {} if interests is None else _fitting(interests, event)
@@ -32,15 +37,17 @@ def explain_items(
         order = np.argsort(-through, kind="stable")[:BECAUSE]
         because = [{**event(int(i)), "weight": round(float(through[i]), 6)} for i in order if through[i] > 0]
         told = {name: round(value, 6) + 0.0 for name, value in own.items()}  # no -0.0
-        out.append({"shares": told, "because": because, "sentence": sentence(own, because, fitting)})
+        out.append(
+            {"shares": told, "because": because, "sentence": sentence(own, because, fitting, bool(taken[column]))}
+        )
     return out
 
 
-def sentence(shares: Mapping[str, float], because: list[Json], fitting: Mapping[str, Json]) -> str:
+def sentence(shares: Mapping[str, float], because: list[Json], fitting: Mapping[str, Json], taken: bool = True) -> str:
     """One readable sentence on the greatest share.
 
     because: past events that the score came through, heaviest first; fitting: the event that weighs most in a branch,
-    by the branch's share.
+    by the branch's share; taken: whether anybody took the item.
     """
     name = max((name for name in shares if name != "policy"), key=lambda name: shares[name])
     if shares[name] <= 0:
@@ -51,7 +58,8 @@ def sentence(shares: Mapping[str, float], because: list[Json], fitting: Mapping[
         case "popularity":
             return "Many people take it."
         case "memory" if because:
-            return f"Because you took {_quoted(because[0])}, and people who did often take this too."
+            what = "this too" if taken else "what is like this"
+            return f"Because you took {_quoted(because[0])}, and people who did often take {what}."
         case "text" if because:
             return f"Because its description is close to that of {_quoted(because[0])}, which you took."
         case "short" if name in fitting:

@@ -70,6 +70,12 @@ class Outcome:
 def read_log(workspace: str | Path, limit: int | None = None) -> Log:
     """The test part of a workspace's prepared log, its first `limit` events. Raises SpringtideError without any."""
     prepared = load_prepared(workspace)
+    split = prepared.report["split"]["kind"]
+    if split != "temporal":
+        raise SpringtideError(
+            f"the log in {prepared.path} was prepared with data.split: {split}; prepare it with data.split: temporal, "
+            "whose test part is a stretch of time"
+        )
     columns = ["user_id", "item_id", "timestamp", "action", "rating", "position", "part"]
     table = pl.read_parquet(prepared.path / "events" / "*.parquet", columns=columns)
     later = table.filter(pl.col("part") == PARTS["test"]).sort("timestamp", "user_id", "position")

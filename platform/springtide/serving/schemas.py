@@ -216,6 +216,11 @@ EventsBody = Annotated[
 ]
 
 
+FIELDS = sorted(
+    {name for kind in (RecommendRequest, Filters, Event, EncodeRequest, ItemBody) for name in kind.model_fields}
+)
+
+
 class ApiError(Exception):
     """An error that a caller sees: an HTTP status, a short code and one sentence."""
 

@@ -95,7 +95,10 @@ class Authorised:
                 await self._app(scope, receive, send)
                 return
             reply = error_reply(
-                429, "too_many_requests", "the token's rate or daily quota is used up", {"Retry-After": str(wait_s)}
+                429,
+                "too_many_requests",
+                f"the token's rate or daily quota is used up; it may ask again in {wait_s} s",
+                {"Retry-After": str(wait_s)},
             )
         await reply(scope, receive, send)
 

@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(token.model_dump_json(exclude_none=True), file=sys.stderr)
     except ValidationError as error:
         first = error.errors()[0]
-        print(f"--{first['loc'][0]}: {first['msg']}", file=sys.stderr)
+        print(f"--{first['loc'][0]} {first['input']!r}: {first['msg']}", file=sys.stderr)
         return 1
     except SpringtideError as error:
         print(error, file=sys.stderr)
