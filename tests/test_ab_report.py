@@ -14,7 +14,7 @@ import pytest
 
 from springtide.cli import main
 from springtide.errors import SpringtideError
-from springtide.serving.ab_report import Question, report
+from springtide.serving.ab_report import Question, report, table
 from springtide.serving.exposures import ExposureLog, exposure
 from springtide.serving.options import ExposureOptions, TrafficOptions
 from springtide.serving.store import open_store
@@ -136,8 +136,9 @@ def test_actions_and_times_choose(tmp_path: Path) -> None:
     take(tmp_path / "e.sqlite3", [("bob", "x", NOW + 2 * HOUR + 1)], "view")
     bought = report(shown, events, Question(DAY.window_ms, "a", ("buy",), resamples=50))
     assert (bought["arms"]["a"]["hit_rate"].value, bought["arms"]["b"]["hit_rate"].value) == (1, 0)
-    with pytest.raises(SpringtideError, match=r"no event in .* has the action purchase; there are buy, view$"):
-        report(shown, events, Question(DAY.window_ms, actions=("purchase",), resamples=50))
+    none = report(shown, events, Question(DAY.window_ms, "a", ("purchase", "buy"), resamples=50))
+    assert none["actions_without_an_event"] == ["purchase"] and not bought["actions_without_an_event"]
+    assert "no event has the action purchase" in table(none) and "no event has" not in table(bought)
     late = report(shown, events, Question(DAY.window_ms, since=NOW + 1, resamples=50))
     assert list(late["arms"]) == ["b"]
     early = report(shown, events, Question(DAY.window_ms, until=NOW + 1, resamples=50))

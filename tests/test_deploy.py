@@ -20,12 +20,13 @@ from ray.serve.schema import DeploymentSchema
 from springtide.errors import SpringtideError
 from springtide.files import write_json, write_manifest
 from springtide.serving import deploy, readiness
-from springtide.serving.deploy import _applied, _call, _check_listener, _Cluster, filled
+from springtide.serving.deploy import _applied, _check_listener, filled
 from springtide.serving.lint import lint, load_config
 from springtide.serving.models import Told, merged_encoders, merged_models
-from springtide.serving.named import warnings
+from springtide.serving.named import named_in_vain
 from springtide.serving.plan import RESTARTING, SCALING, Step, normal, plan, told
-from springtide.serving.readiness import Refused, Untold, serving, versions, wait_ready, wait_running, why
+from springtide.serving.reach import Cluster, call
+from springtide.serving.readiness import Refused, serving, versions, wait_ready, wait_running, why
 from toy import toy_settings
 
 LOCAL = load_config(Path(__file__).parents[1] / "serve_configs" / "local.yaml")
@@ -215,35 +216,64 @@ def test_every_replica_must_serve_what_was_asked_for() -> None:
     assert told([new], [new], asked=3) == {"models": [new], "replicas": 2, "replicas_asked": 3}
 
 
-class Apps:
-    """Plays Serve: what was applied last is `states` of it, the last of which stays."""
+class Serve:
+    """Plays a cluster: each configuration that is applied gets the state that its `says` has, or runs."""
 
-    def __init__(self, *states: str) -> None:
+    def __init__(self, before: Any, **says: str) -> None:
+        """before: the configuration that runs, None: none; says: state of what is applied first, second ..."""
         self.applied: list[Any] = []
-        self.states = list(states)
+        self.says, self.faults = list(says.values()), list[Exception | None]()
+        self.now = running(before) if before is not None else {"applications": {}}
+        self.packages = {"gcs://one.zip", "gcs://two.zip"}
 
     def deploy_applications(self, config: Any) -> None:
+        self.fail()
+        status = self.says[len(self.applied)] if len(self.applied) < len(self.says) else "RUNNING"
         self.applied.append(config)
+        self.now = running(config, status)
+        part = {"status": status, "message": "RuntimeError: Ingress cannot start: no tokens"}
+        for app in self.now["applications"].values():
+            app["deployments"] = {"Ingress": part}
 
     def get_serve_details(self) -> Any:
-        status = self.states.pop(0) if len(self.states) > 1 else self.states[0]
-        part = {"status": status, "message": "RuntimeError: Ingress cannot start: no tokens"}
-        return {"applications": {"springtide": {"status": status, "deployments": {"Ingress": part}}}}
+        self.fail()
+        return self.now
+
+    def fail(self) -> None:
+        if self.faults and (fault := self.faults.pop(0)) is not None:
+            raise fault
+
+    def _package_exists(self, package: str) -> bool:
+        return package in self.packages
 
 
-WANTED = {**OLD, "applications": [{"name": "springtide", "deployments": []}]}
+def new(app: Any, parts: dict[str, Any]) -> None:
+    app["runtime_env"] = {"py_modules": ["gcs://two.zip"]}
+
+
+NEW = normal(changed(new))
+FAILED = "Serve could not deploy springtide: Ingress cannot start: no tokens"
 PUT_BACK = "; the configuration before was put back"
 
 
-def applied(apps: Apps, effect: str, running: Any) -> str:
-    """What is said when a configuration is applied that never serves."""
+def applied(serve: Serve, before: Any = None, effect: str = "restarts", seconds: float = 2) -> str:
+    """What is said when NEW is applied and does not come to serve. before: what Serve told at first."""
+    cluster = Cluster(serve, serve, serve.now if before is None else before)
     with pytest.raises(SpringtideError) as caught:
-        _applied(_Cluster("here", apps, running), WANTED, [Step("springtide", "Scorer", effect)], in_s(2), print)
+        _applied(cluster, NEW, [Step("springtide", "Scorer", effect)], time.monotonic() + seconds, seconds, said.append)
     return str(caught.value)
 
 
-def in_s(seconds: float) -> float:
-    return time.monotonic() + seconds
+said: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> None:
+    said.clear()
+
+
+def of(config: Any) -> Any:
+    return config["applications"]
 
 
 @pytest.mark.parametrize("effect", ["reconfigured", "unchanged", "restarts"])
@@ -254,40 +284,97 @@ def test_a_refused_configuration_is_not_left_in_place(effect: str, monkeypatch: 
         raise Refused("the model was refused")
 
     monkeypatch.setattr(deploy, "wait_ready", refuse)
-    apps = Apps("RUNNING")
-    said = applied(apps, effect, running(OLD))
-    assert said == "the model was refused" + PUT_BACK * (effect != "restarts")
-    assert apps.applied[1:] == [{**OLD, "applications": normal(OLD)["applications"]}] * (effect != "restarts")
+    serve = Serve(OLD)
+    assert applied(serve, effect=effect) == "the model was refused" + PUT_BACK * (effect != "restarts")
+    assert list(map(of, serve.applied)) == [of(NEW), of(normal(OLD))][: 1 + (effect != "restarts")]
 
 
 def test_a_configuration_that_does_not_start_is_not_left_in_place() -> None:
-    apps = Apps("DEPLOY_FAILED", "RUNNING")
-    failed = "Serve could not deploy springtide: Ingress cannot start: no tokens"
-    assert applied(apps, "restarts", running(OLD)) == failed + PUT_BACK
-    assert apps.applied == [WANTED, {**OLD, "applications": normal(OLD)["applications"]}]
-    first = Apps("DEPLOY_FAILED")
-    assert applied(first, "starts", {"applications": {}}) == failed and first.applied == [WANTED]
-    both = applied(Apps("DEPLOY_FAILED"), "restarts", running(OLD))
-    assert both.startswith(f"{failed}{PUT_BACK} and does not serve either: ")
+    serve = Serve(OLD, first="DEPLOY_FAILED")
+    assert applied(serve) == FAILED + PUT_BACK
+    assert list(map(of, serve.applied)) == [of(NEW), of(normal(OLD))]
+    assert said == ["putting the configuration before back"]
+    both = applied(Serve(OLD, first="DEPLOY_FAILED", second="DEPLOY_FAILED"))
+    assert both == f"{FAILED}{PUT_BACK} and does not serve yet: {FAILED}"
 
 
-def test_a_configuration_that_is_never_ready_is_not_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_is_not_running_in_time_is_not_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readiness, "TELL_S", 0.2)
-    apps, lines = Apps("UPDATING"), []
-    with pytest.raises(SpringtideError, match=r"springtide is not ready in time.*put back and does not serve either"):
-        monkeypatch.setattr(deploy, "PUT_BACK_S", 1.0)
-        _applied(_Cluster("here", apps, running(OLD)), WANTED, [], in_s(1), lines.append)
-    assert lines and set(lines) == {"waiting for springtide: Ingress cannot start: no tokens"}
+    serve = Serve(OLD, first="UNHEALTHY")
+    late = applied(serve, seconds=1)
+    assert late.startswith("springtide is not ready in time, Serve says UNHEALTHY: ") and late.endswith(PUT_BACK)
+    assert said[0] == "waiting for springtide, Serve says UNHEALTHY: Ingress cannot start: no tokens"
 
 
-def test_what_serves_and_does_not_tell_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("before", "status"), [(None, ""), (OLD, "DEPLOYING"), (OLD, "DEPLOY_FAILED")])
+def test_where_nothing_served_before_it_stays(before: Any, status: str) -> None:
+    serve = Serve(None, first="DEPLOY_FAILED")
+    told = running(before, status) if before is not None else {"applications": {}}
+    assert applied(serve, told) == f"{FAILED}; it is left in place, as nothing served before"
+    assert len(serve.applied) == 1
+
+
+def test_what_ran_before_is_not_applied_twice() -> None:
+    serve = Serve(NEW, first="DEPLOY_FAILED")
+    assert applied(serve) == FAILED and len(serve.applied) == 1
+
+
+def test_applications_that_were_stopped_are_started_again_and_new_ones_stopped() -> None:
+    def named(config: Any, name: str) -> Any:
+        return {**of(config)[0], "name": name, "route_prefix": f"/{name}"}
+
+    before = {**normal(OLD), "applications": [of(normal(OLD))[0], named(normal(OLD), "other")]}
+    serve = Serve(before, first="DEPLOY_FAILED")
+    assert applied(serve) == FAILED + PUT_BACK
+    assert [app["name"] for app in of(serve.applied[1])] == ["springtide", "other"]
+
+
+def test_a_dashboard_that_fails_once_undoes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "wait_ready", lambda *_: ["springtide@1"])
+    serve = Serve(OLD)
+    serve.faults = [None, ConnectionError("reset by peer"), None]
+    cluster = Cluster(serve, serve, serve.now)
+    assert _applied(cluster, NEW, [], time.monotonic() + 9, 9, print)[1] == ["springtide@1"]
+    silent = Serve(OLD)
+    silent.faults = [None, *[ConnectionError("reset by peer")] * 99]
+    assert "reset by peer" in applied(silent, seconds=1) and len(silent.applied) == 1
+
+
+def test_what_somebody_else_deployed_meanwhile_stays() -> None:
+    serve, real = Serve(OLD, first="DEPLOY_FAILED"), Serve.get_serve_details
+    looks = []
+
+    def details() -> Any:
+        looks.append(1)
+        return real(serve) if len(looks) == 1 else running(OLD)
+
+    serve.get_serve_details = details  # type: ignore[method-assign]
+    assert applied(serve) == f"{FAILED}; another configuration was deployed meanwhile, so nothing was undone"
+    assert len(serve.applied) == 1
+
+
+def test_what_cannot_be_put_back_is_told() -> None:
+    serve = Serve(OLD, first="DEPLOY_FAILED")
+    serve.packages.clear()
+    gone = "; the code of the configuration before is no longer on the cluster, so deploy it from its checkout"
+    assert applied(serve) == FAILED + gone and len(serve.applied) == 1
+    serve = Serve(OLD, first="DEPLOY_FAILED")
+    serve.faults = [None, None, None, RuntimeError("no such package")]
+    assert applied(serve).startswith(f"{FAILED}; the configuration before could not be put back: ")
+
+
+def test_what_runs_and_does_not_answer_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def hide(*_: Any) -> None:
-        raise Untold("it serves, but has no token for us")
+        raise SpringtideError("it answers, but has no token for us")
 
     monkeypatch.setattr(deploy, "wait_ready", hide)
-    apps = Apps("RUNNING")
-    assert applied(apps, "restarts", running(OLD)) == "it serves, but has no token for us"
-    assert apps.applied == [WANTED]
+    serve = Serve(OLD)
+    assert applied(serve) == "it answers, but has no token for us" and len(serve.applied) == 1
+
+
+def test_nothing_is_applied_when_the_time_is_up() -> None:
+    serve = Serve(OLD)
+    assert "did not answer in time" in applied(serve, seconds=-1) and not serve.applied
 
 
 def test_another_address_than_that_of_serve_is_refused_with_the_way_to_keep_it() -> None:
@@ -313,18 +400,21 @@ def test_names_in_vain_are_told(tmp_path: Path) -> None:
         parts["Scorer"]["user_config"]["policies"] = policies
         app["args"]["auth"] = {"tokens_file": str(tmp_path / "none.json")}
 
-    told = list(warnings(changed(set_policies), ["<unknown>", "rating", "purchase"], tmp_path))
+    write_json(tmp_path / "config.json", {"actions": ["<unknown>", "rating", "purchase"]})
+    told = named_in_vain(changed(set_policies), tmp_path)
     assert told[0].startswith(f"the token file {tmp_path / 'none.json'} cannot be read")
     assert told[1:4] == [
         "policies.action_weights: wiew is no action of the log",
         "policies.seen_actions: purchse is no action of the log; did you mean purchase?",
-        "policies.exclude_categories: comedy is no category of the catalogue; did you mean Comedy?",
+        "policies.exclude_categories: comedy is no category of the trained catalogue; did you mean Comedy?",
     ]
     assert told[4:] == [
-        *(f"policies.block_items: {n} is no item of the catalogue" for n in range(60, 65)),
-        "policies.block_items: and 3 more that are no item of the catalogue",
+        *(f"policies.block_items: {n} is no item of the trained catalogue" for n in range(60, 65)),
+        "policies.block_items: and 3 more that are no item of the trained catalogue",
     ]
-    assert not list(warnings(OLD, [], tmp_path / "none"))  # nothing is named, so nothing is read
+    assert not named_in_vain(OLD, tmp_path / "none")  # nothing is named, so nothing is read
+    (tmp_path / "items.parquet").write_bytes(b"torn")
+    assert named_in_vain(changed(set_policies), tmp_path) == told[:3]  # the rest is not known
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -466,16 +556,16 @@ def test_waiting_for_serve_is_bounded_and_says_which_part() -> None:
 def test_a_dashboard_that_hangs_is_not_waited_for_beyond_the_deadline() -> None:
     release, began = threading.Event(), time.monotonic()
     with pytest.raises(SpringtideError, match="did not answer in time"):
-        _call(lambda: release.wait(60), began + 0.2)
+        call(lambda: release.wait(60), began + 0.2)
     assert time.monotonic() - began < 30
     release.set()
 
     def refuse() -> None:
         raise ConnectionError("no route")
 
-    assert _call(lambda: 5, time.monotonic() + 20) == 5
+    assert call(lambda: 5, time.monotonic() + 20) == 5
     with pytest.raises(SpringtideError, match="refused or did not answer: no route"):
-        _call(refuse, time.monotonic() + 20)
+        call(refuse, time.monotonic() + 20)
 
 
 def test_reasons() -> None:

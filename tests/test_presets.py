@@ -166,6 +166,21 @@ def test_the_future_never_changes_an_earlier_interest(system: str, seed: int, mo
 MODELS = {system: build(system) for system in SYSTEMS}
 
 
+@pytest.mark.parametrize("system", [name for name, model in MODELS.items() if model.channels.weigh is not None])
+def test_few_moments_teach_the_channels_what_many_do(system: str) -> None:
+    """Texts are summed in another way where each history has one moment; training meets that in small blocks."""
+    model, vectors = MODELS[system], MODELS[system].item_vectors()
+    assert model.channels.weigh is not None
+    batch = scoring_batch([history(LENGTH, 0), history(5, 1)], 1000)
+    few = torch.tensor([[0, LENGTH - 1], [1, 3]])
+    gradients = []
+    for moments, every in ((few, 1), (few.repeat_interleave(2, 0), 2)):
+        logits = model.logits_at(batch, model.interest(batch, vectors), vectors, moments)[::every]
+        gradients.append(torch.autograd.grad(logits.square().sum(), model.channels.weigh.weight, retain_graph=True)[0])
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_shapes_weights_and_padding(system: str) -> None:
     model = MODELS[system]

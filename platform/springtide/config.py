@@ -227,7 +227,8 @@ class ServeConfig(Section):
     store: str | None = None  # replaces the file's event log; a relative path is below the workspace
     port: int | None = Field(None, ge=1, le=65535)  # replaces the file's http_options.port
     allow_public: bool = False  # let the linter accept an address that other machines can reach
-    timeout_s: float = Field(180.0, gt=0)  # longest wait for the applications to be ready
+    # Longest wait for the applications to be ready; where they are not, as long again for those before to be back.
+    timeout_s: float = Field(180.0, gt=0)
     plan_only: bool = False  # print what would restart and what would be reconfigured, and apply nothing
 
 

@@ -94,7 +94,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "text": {"max_tokens": 16},
         "model": {"dim": 16, "text_dim": 8, "short_window": 4, "memory_recent": 4},
         "train": {"epochs": 2, "workers": 2, "batch_size": 16},
-        "tune": {"space": {"model.gate": ["channel", "scalar"]}, "trials": 2, "epochs": 1, "grace_epochs": 1},
+        "tune": {"space": {"model.gate": ["channel", "scalar"]}, "trials": 1, "epochs": 1, "grace_epochs": 1},
         "recommend": {"k": 5, "cpus_per_actor": 0.5},
     }
     path = folder / "tea.yaml"
@@ -143,7 +143,8 @@ def test_every_job_runs_and_the_log_is_served(cluster: LocalCluster, experiment:
     assert len(ranked) == 80 * 5
     assert set(ranked["item_id"].to_pylist()) <= set(experiment["goods"])
     best = yaml.safe_load((workspace / "tune" / "best.yaml").read_text())
-    assert best["model"]["gate"] in ("channel", "scalar")
+    (trial,) = json.loads((workspace / "tune" / "trials.json").read_text())
+    assert best["model"]["gate"] == trial["settings"]["model.gate"]
     assert (workspace / "report.html").stat().st_size > 10_000
 
     url = deploy(cluster, experiment)
@@ -169,6 +170,22 @@ def test_every_job_runs_and_the_log_is_served(cluster: LocalCluster, experiment:
         i["item_id"] for i in call(f"{url}/v1/recommend", {"user_id": "newcomer", "k": 10})["items"]
     ]
 
+    # An Ingress that cannot start is not left in place of the one that served.
+    broken = yaml.safe_load((ROOT / "serve_configs" / "local.yaml").read_text())
+    broken["applications"][0]["args"]["auth"] = {"tokens_file": str(workspace / "none.json")}
+    (workspace / "broken.yaml").write_text(yaml.safe_dump(broken))
+    port = url.rpartition(":")[2]
+    done = run_deploy(cluster, experiment, f"serve.port={port}", f"serve.config={workspace / 'broken.yaml'}")
+    assert done.returncode == 1
+    assert "none.json cannot be read" in done.stdout  # before anything is applied
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("deploy: Serve could not deploy springtide: Ingress")
+    assert said.endswith("; the configuration before was put back")
+    again = retry(lambda: whole(call(f"{url}/v1/recommend", {"user_id": "newcomer", "k": 3})), seconds=60)
+    assert again["source"] == "history" and again["items"]
+    still = run_deploy(cluster, experiment, f"serve.port={port}", "serve.plan_only=true").stdout
+    assert [line.split()[1] for line in still.splitlines() if line.startswith("  ")] == ["unchanged"] * 3
+
 
 def test_a_failing_job_exits_non_zero_with_one_sentence(cluster: LocalCluster, experiment: dict[str, Any]) -> None:
     done = submit(
@@ -191,16 +208,20 @@ def test_a_relative_workspace_is_refused_in_a_job(cluster: LocalCluster, experim
     assert "give an absolute path" in done.stdout + done.stderr
 
 
-def deploy(cluster: LocalCluster, experiment: dict[str, Any]) -> str:
+def run_deploy(cluster: LocalCluster, experiment: dict[str, Any], *settings: str) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "jobs/deploy.py",
         "--config",
         experiment["config"],
-        f"--set=serve.port={free_ports(1)[0]}",
+        *(f"--set={one}" for one in settings),
     ]
     environment = {**cluster.environment, "RAY_API_SERVER_ADDRESS": cluster.dashboard}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def deploy(cluster: LocalCluster, experiment: dict[str, Any]) -> str:
+    done = run_deploy(cluster, experiment, f"serve.port={free_ports(1)[0]}")
     assert done.returncode == 0, done.stdout + done.stderr
     return str(json.loads((experiment["workspace"] / "results" / "deploy.json").read_text())["url"])
 

@@ -189,7 +189,7 @@ class RunningMlp(nn.Module):
         place = torch.arange(events.shape[1], device=events.device)
         ago = ((place[:, None] if at is None else at[:, None, None]) - place).float()  # [L, L] or [B, 1, L]
         weight = torch.stack([decay ** ago.clamp(min=0) * (ago >= 0) for decay in DECAYS])
-        weight = weight / weight.sum(-1, keepdim=True)  # [3, L, L]
+        weight = weight / weight.sum(-1, keepdim=True)  # [3, L, L] or [3, B, 1, L]
         means = [each @ events for each in weight]
         told = context if self.use_time else context[..., 1:2]  # the history's length alone
         interest = self.norm(self.net(self.standardise(torch.cat([*means, told], -1))))

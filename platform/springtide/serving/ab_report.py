@@ -72,6 +72,7 @@ def report(exposures: Path, events: str, question: Question, now: int | None = N
         "sample_ratio": None if ratio is None else asdict(ratio),
         "arms": {name: {**_told(shown.filter(pl.col("arm") == name), arms[name]), **own[name]} for name in arms},
         "differences": apart,
+        "actions_without_an_event": [action for action in question.actions if action not in taken["action"]],
     }
 
 
@@ -143,7 +144,7 @@ def _check_one_test(drawn: pl.DataFrame, where: Path) -> None:
 
 
 def read_events(source: str, exposures: Path, actions: tuple[str, ...]) -> pl.DataFrame:
-    """What users took, as user, item_id and timestamp, with users named as in the exposures.
+    """What users took, as user, item_id, timestamp and, of chosen actions, action; users named as in the exposures.
 
     source: an event log's file or address, or a Parquet file or folder with its columns. Raises SpringtideError if it
     cannot be read.
@@ -162,18 +163,13 @@ def read_events(source: str, exposures: Path, actions: tuple[str, ...]) -> pl.Da
     if actions:
         if "action" not in events.columns:
             raise SpringtideError(f"the events in {source} have no column action, so none can be chosen by it")
-        there = events["action"].drop_nulls().unique().sort().to_list()
         events = events.filter(pl.col("action").is_in(list(actions)))
-        if there and not len(events):
-            raise SpringtideError(
-                f"no event in {source} has the action {', '.join(actions)}; there are {', '.join(there[:10])}"
-            )
     salt = salt_of(exposures)
     if salt is not None:
         users = events["user_id"].unique()
         hidden = pl.Series([pseudonym(salt, user) for user in users], dtype=pl.String)
         events = events.with_columns(pl.col("user_id").replace_strict(users, hidden, return_dtype=pl.String))
-    return events.select("item_id", "timestamp", user="user_id")
+    return events.select("item_id", "timestamp", *(["action"] if actions else []), user="user_id")
 
 
 def _stored(source: str) -> Iterable[Json]:
@@ -266,6 +262,8 @@ def table(found: Json) -> str:
         lines.append(f"{name + ' - ' + found['control']:<20} {'':>8} {'':>10}" + _cells(apart))
     notes = [f"{count} exposures {reason.replace('_', ' ')}" for reason, count in found["exposures"].items() if count]
     lines += ["", "; ".join(notes), f"an item counts as taken within {found['window_hours']:g} h; intervals are 95 %"]
+    for action in found["actions_without_an_event"]:
+        lines.append(f"no event has the action {action}")
     if not found["drawn_at_random"]:
         lines.append(
             "no split was on: users were not divided at random, so differences may be theirs and not the models'"

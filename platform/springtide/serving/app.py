@@ -15,7 +15,7 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from springtide.serving.bodies import BodyRoute
+from springtide.serving.bodies import BodyRoute, is_json
 from springtide.serving.haproxy_config import MAX_CONCURRENT
 from springtide.serving.limits import Bodies, Crowd
 from springtide.serving.metrics import Metrics, PrometheusMetrics, SeveralMetrics
@@ -33,8 +33,9 @@ from springtide.serving.responses import (
     SimilarResponse,
 )
 from springtide.serving.schemas import (
-    FIELDS,
+    BODIES,
     MAX_BODY_BYTES,
+    PARTS,
     ApiError,
     Count,
     EncodeRequest,
@@ -97,7 +98,6 @@ def create_app(backend: Backend, edge: Edge | None = None) -> FastAPI:
     app = FastAPIOffline(
         lifespan=lifespan,
         redoc_url=None,
-        redirect_slashes=False,
         title="Springtide",
         version="1",
         description="Recommendations that fuse long-term and short-term interest. "
@@ -248,17 +248,23 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     message = _SAID.get(first["type"], str(first["msg"]).removeprefix("Value error, "))
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     if unknown and first["type"] in ("extra_forbidden", "missing"):  # a misspelt field is also missing
-        where = ".".join(str(part) for part in unknown[0]["loc"][1:] if part not in ("event", "list"))
-        near = difflib.get_close_matches(str(unknown[0]["loc"][-1]), FIELDS, n=1)
-        message = f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
-    if not where and (first["type"] == "missing" or first["type"] in _SAID):
+        place = [str(part) for part in unknown[0]["loc"][1:] if part not in ("event", "list")]
+        near = difflib.get_close_matches(place[-1], _fields_at(request, place), n=1)
+        where, message = ".".join(place), f"unknown field{f'; did you mean {near[0]}?' if near else ''}"
+    if not where and first["type"] in ("missing", *_SAID):
         where = "body"
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if not kind.endswith("json"):
+        if first["type"] == "missing" or not is_json(request.headers):
             message = "send JSON with Content-Type: application/json"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     sentence = f"{where}: {message[0].lower()}{message[1:]}{more}" if where else f"{message}{more}"
     return error_reply(422, "invalid_request", _printable(sentence))
+
+
+def _fields_at(request: Request, place: list[str]) -> list[str]:
+    """The fields of the object in which a field is, whose path in the body is `place`."""
+    body = BODIES.get(getattr(request.scope.get("route"), "name", ""))
+    within = PARTS.get(place[0]) if len(place) > 1 else None
+    return [] if body is None else list((within or body).model_fields)
 
 
 def _printable(text: str) -> str:

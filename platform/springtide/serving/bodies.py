@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, get_type_hints
 
@@ -58,8 +58,7 @@ class BodyRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             body = await request.body()
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if not body or not (kind == "application/json" or kind.endswith("+json")):
+            if not body or not is_json(request.headers):
                 return await usual(request)
             given = {name: _fitting(request.path_params[name], adapters[name], "path", name) for name in of_path}
             given[last] = await read_apart(weight(body), lambda: parsed(body, adapters[last]))
@@ -67,6 +66,12 @@ class BodyRoute(APIRoute):
             return response
 
         return handler
+
+
+def is_json(headers: Mapping[str, str]) -> bool:
+    """Whether a body is said to be JSON, as FastAPI reads it."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
 
 
 def parsed(body: bytes, adapter: TypeAdapter[Any]) -> Any:

@@ -4,33 +4,29 @@ wait until it answers."""
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from springtide.config import Settings
 from springtide.errors import SpringtideError
 from springtide.files import verify_manifest
 from springtide.serving.lint import check_config, load_config
-from springtide.serving.named import warnings
+from springtide.serving.named import named_in_vain
 from springtide.serving.options import IMPORT_PATH
 from springtide.serving.plan import RECONFIGURE, SCALE, UNCHANGED, Step, normal, plan, told
-from springtide.serving.readiness import Refused, Untold, wait_ready, wait_running
+from springtide.serving.reach import Cluster, call, clients, is_there, packages_of, upload_code
+from springtide.serving.readiness import NotServing, Refused, wait_ready, wait_running
 from springtide.serving.served import keep, prune, served_path, version_of
 from springtide.serving.store import file_of
+from springtide.serving.undo import undo
 
 Json = dict[str, Any]
-Result = TypeVar("Result")
-GRACE_S = 5.0  # for the call under way at the deadline, so that the reason is told and not only that time is up
-PUT_BACK_S = 120.0
 STORE_FILE = "history.sqlite3"  # in the workspace
+_KEEPING = {"port": "add --set serve.port={}", "host": "write host: {} in the Serve file"}  # what runs
 
 
 def run(settings: Settings) -> Json:
@@ -54,19 +50,20 @@ def deploy(
     "applied", "seconds"}; with plan_only, tell what would restart and what would only be reconfigured, and stop.
 
     address: the cluster's dashboard (http://host:8265); None finds it as `ray job submit` does. port replaces
-    http_options.port. Raises SpringtideError for a configuration that fails the linter, a damaged bundle, an
-    application that Serve reports as failed or that does not answer within timeout_s (None: serve.timeout_s), and a
-    model that was refused while the old one goes on serving.
+    http_options.port. A configuration that Serve reports as failed, or not as running within timeout_s (None:
+    serve.timeout_s), is undone, for which it waits as long again; so is one that is refused while the old one goes on
+    serving. Raises SpringtideError for these, for one that fails the linter, a damaged bundle, and an application that
+    runs but does not answer in time.
     """
-    started = time.monotonic()
-    deadline = started + (timeout_s or settings.serve.timeout_s)
+    started, patience = time.monotonic(), timeout_s or settings.serve.timeout_s
     linted = load_config(config_path or settings.serve.config, allow_public)
     config = filled(linted, settings, port)
     check_config(config, "filled-in Serve configuration", allow_public)
+    in_vain = list(named_in_vain(config, Path(settings.workspace) / "bundle"))
+    deadline = time.monotonic() + patience
     cluster = _reached(address, config, deadline)
     steps = plan(cluster.running, normal(config))
-    trained = json.loads((Path(settings.workspace) / "bundle" / "config.json").read_text(encoding="utf-8"))
-    for line in (*told(steps), *warnings(config, trained["actions"], Path(settings.workspace) / "bundle")):
+    for line in (*told(steps), *in_vain):
         say(line)
     if plan_only:
         say("nothing was applied: serve.plan_only is on")
@@ -76,8 +73,8 @@ def deploy(
         keep(source, workspace, version_of(source))
     check_kept(config)
     names = [app["name"] for app in config["applications"]]
-    say(f"deploying {', '.join(names)} through the dashboard {cluster.address}")
-    url, models = _applied(cluster, config, steps, deadline, say)
+    say(f"deploying {', '.join(names)} through the dashboard {cluster.jobs.get_address()}")
+    url, models = _applied(cluster, config, steps, deadline, patience, say)
     _prune(cluster, config, workspace, deadline, say)
     say(f"serving {', '.join(models)} at {url}, API documentation at {url}/docs")
     return {
@@ -91,69 +88,45 @@ def deploy(
     }
 
 
-@dataclass(frozen=True)
-class _Cluster:
-    """A cluster that has our code."""
-
-    address: str  # of its dashboard
-    apps: Any  # Serve's client
-    running: Json  # what Serve told before anything was applied
-
-
-def _reached(address: str | None, config: Json, deadline: float) -> _Cluster:
+def _reached(address: str | None, config: Json, deadline: float) -> Cluster:
     """The cluster with the code on it, which is written into the configuration."""
-    jobs, apps = _clients(address, deadline)
-    running = _call(apps.get_serve_details, deadline)
+    jobs, apps = clients(address, deadline)
+    running = call(apps.get_serve_details, deadline)
     _check_listener(running, config)
+    for package in packages_of(running.get("applications") or {}):
+        is_there(jobs, package, deadline)  # so that the cluster keeps it for as long as it may have to be put back
     code = upload_code(jobs, deadline)
     for app in config["applications"]:
         app.setdefault("runtime_env", {}).setdefault("py_modules", []).append(code)
-    return _Cluster(jobs.get_address(), apps, running)
+    return Cluster(jobs, apps, running)
 
 
 def _applied(
-    cluster: _Cluster, config: Json, steps: list[Step], deadline: float, say: Callable[[str], None]
+    cluster: Cluster, config: Json, steps: list[Step], deadline: float, patience: float, say: Callable[[str], None]
 ) -> tuple[str, list[str]]:
-    """Apply a configuration and wait until it answers; where, and by which models. One that does not is undone."""
-    apps = cluster.apps
-    _call(lambda: apps.deploy_applications(config), deadline)
+    """Apply a configuration and wait until it answers; where, and by which models.
+
+    What Serve does not call running, or a replica refuses, is undone in up to `patience` seconds. What runs and does
+    not answer as it should is not: the fault may be of the store, of a token, or of the way from here. Raises
+    SpringtideError for all of these.
+    """
+    call(lambda: cluster.apps.deploy_applications(config), deadline)
     http = config["http_options"]
     url = f"http://{_bracketed(str(http['host']))}:{http.get('port', 8000)}"
     try:
-        wait_running(lambda: _call(apps.get_serve_details, deadline + GRACE_S), config, deadline, say)
-        return url, wait_ready(url, config, deadline)
-    except Untold:
-        raise  # it serves
+        wait_running(lambda: cluster.details(deadline), config, deadline, say)
+        return url, wait_ready(url, config, deadline, say)
+    except NotServing as error:
+        raise SpringtideError(f"{error}{undo(cluster, config, patience, say)}") from None
     except Refused as error:
         in_place = all(step.effect in (RECONFIGURE, SCALE, UNCHANGED) for step in steps)
         # Replicas that were replaced serve without what they refused, and would be replaced once more.
-        raise SpringtideError(f"{error}{_put_back(cluster, config) if in_place else ''}") from None
-    except SpringtideError as error:
-        raise SpringtideError(f"{error}{_put_back(cluster, config)}") from None
+        raise SpringtideError(f"{error}{undo(cluster, config, patience, say) if in_place else ''}") from None
 
 
-def _put_back(cluster: _Cluster, config: Json) -> str:
-    """Apply the applications' configurations that ran before, wait for them, and say what became of it.
-
-    A replica that started later would find only the one that failed; where replicas were replaced for that, nobody may
-    be answering.
-    """
-    running = cluster.running.get("applications") or {}
-    before = [(running.get(app["name"]) or {}).get("deployed_app_config") for app in config["applications"]]
-    if not all(before):
-        return ""
-    old, deadline = {**config, "applications": before}, time.monotonic() + PUT_BACK_S
+def _prune(cluster: Cluster, config: Json, workspace: Path, deadline: float, say: Callable[[str], None]) -> None:
     try:
-        _call(lambda: cluster.apps.deploy_applications(old), deadline)
-        wait_running(lambda: _call(cluster.apps.get_serve_details, deadline + GRACE_S), old, deadline)
-    except SpringtideError as error:
-        return f"; the configuration before was put back and does not serve either: {error}"
-    return "; the configuration before was put back"
-
-
-def _prune(cluster: _Cluster, config: Json, workspace: Path, deadline: float, say: Callable[[str], None]) -> None:
-    try:
-        prune(workspace, [cluster.running, config, _call(cluster.apps.get_serve_details, deadline + GRACE_S)])
+        prune(workspace, [cluster.running, config, cluster.details(deadline)])
     except SpringtideError as error:
         say(f"old copies of bundles stay for now: {error}")
 
@@ -262,63 +235,6 @@ def _fill_models(app: Json, workspace: Path, encoder: str) -> None:
                 )
 
 
-def upload_code(jobs: Any, deadline: float) -> str:
-    """Put the `springtide` package on the cluster and return its gcs:// address, the same for the same code.
-
-    Serve takes no local folders, so this goes the way that `ray job submit` sends py_modules: over the dashboard, with
-    its token. The copy leaves out caches, or every start of Python would count as new code and restart the replicas.
-    """
-    import springtide
-
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / "springtide"
-        shutil.copytree(Path(springtide.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-        runtime_env: Json = {"py_modules": [str(copy)]}
-        _call(lambda: jobs._upload_py_modules_if_needed(runtime_env), deadline)
-    return str(runtime_env["py_modules"][0])
-
-
-def _clients(address: str | None, deadline: float) -> tuple[Any, Any]:
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-    from ray.job_submission import JobSubmissionClient
-
-    jobs = _call(lambda: JobSubmissionClient(address), deadline)
-    return jobs, _call(lambda: ServeSubmissionClient(jobs.get_address()), deadline)
-
-
-def _call(work: Callable[[], Any], deadline: float) -> Any:
-    """Run one call to the cluster; any refusal, and no answer by the deadline (time.monotonic), becomes a sentence."""
-    try:
-        return in_time(work, deadline)
-    except TimeoutError:
-        raise SpringtideError(
-            "the Ray cluster did not answer in time; check that its dashboard answers, or raise serve.timeout_s"
-        ) from None
-    except Exception as error:  # the client raises RuntimeError, ConnectionError, AuthenticationError and requests'
-        reason = " ".join(str(error).split())
-        raise SpringtideError(
-            f"the Ray cluster refused or did not answer: {reason[:600]}; check that it runs (ray start --head), "
-            "its dashboard address and RAY_AUTH_MODE"
-        ) from error
-
-
-def in_time(work: Callable[[], Result], deadline: float) -> Result:
-    """What `work` returns or raises; TimeoutError at the deadline. Ray's clients wait for a dashboard without end.
-
-    The call goes on in a thread that does not keep the process: nothing can take it back.
-    """
-    future: Future[Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="dashboard", daemon=True).start()
-    return future.result(max(0.0, deadline - time.monotonic()))
-
-
 def _check_listener(details: Json, config: Json) -> None:
     """Serve keeps the address it was started with and only logs that it ignores a new one."""
     running, wanted = details.get("http_options") or {}, config["http_options"]
@@ -328,9 +244,6 @@ def _check_listener(details: Json, config: Json) -> None:
                 f"Serve already runs on this cluster with http_options.{key} {running[key]} and cannot change it to "
                 f"{wanted[key]}; {_KEEPING[key].format(running[key])}, or run `serve shutdown` first, which stops it"
             )
-
-
-_KEEPING = {"port": "add --set serve.port={}", "host": "write host: {} in the Serve file"}
 
 
 def _bracketed(host: str) -> str:

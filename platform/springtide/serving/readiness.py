@@ -19,8 +19,8 @@ TELL_S = 15.0  # without a word
 TOKEN_VARIABLE = "SPRINGTIDE_TOKEN"
 
 
-class Untold(SpringtideError):
-    """It serves, but does not tell which model."""
+class NotServing(SpringtideError):
+    """Serve could not start a configuration, or not in time."""
 
 
 class Refused(SpringtideError):
@@ -32,30 +32,45 @@ def wait_running(
 ) -> None:
     """Wait until Serve calls every application of a configuration running, and say now and then what it waits for.
 
-    details: asks Serve's REST API. Raises SpringtideError with Serve's reason when an application fails, or is not
-    running by the deadline (time.monotonic).
+    details: asks Serve's REST API. Raises NotServing with Serve's reason when an application could not be deployed, or
+    is not running by the deadline (time.monotonic), and SpringtideError where Serve tells nothing by then.
     """
-    names = [app["name"] for app in config["applications"]]
-    told = time.monotonic()
+    names, tell = [app["name"] for app in config["applications"]], now_and_then(say)
     while True:
-        applications = details().get("applications", {})
+        try:
+            applications = details().get("applications", {})
+        except SpringtideError:  # a dashboard that fails once says nothing of what it was asked about
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
+            continue
         states = {name: applications.get(name, {}) for name in names}
-        failed = [name for name, app in states.items() if app.get("status") in ("DEPLOY_FAILED", "UNHEALTHY")]
+        failed = [name for name, app in states.items() if app.get("status") == "DEPLOY_FAILED"]
         if failed:
-            raise SpringtideError(f"Serve could not deploy {failed[0]}: {why(states[failed[0]])}")
-        waiting = [name for name, app in states.items() if app.get("status") != "RUNNING"]
+            raise NotServing(f"Serve could not deploy {failed[0]}: {why(states[failed[0]])}")
+        waiting = [name for name, app in states.items() if app.get("status") != "RUNNING"]  # UNHEALTHY may pass
         if not waiting:
             return
+        reason = f"Serve says {states[waiting[0]].get('status', 'NOT_STARTED')}: {why(states[waiting[0]])}"
         if time.monotonic() > deadline:
-            app = states[waiting[0]]
-            raise SpringtideError(
-                f"{waiting[0]} is not ready in time, Serve says {app.get('status', 'NOT_STARTED')}: {why(app)}; "
-                "free resources of the cluster or raise serve.timeout_s"
+            raise NotServing(
+                f"{waiting[0]} is not ready in time, {reason}; free resources of the cluster or raise serve.timeout_s"
             )
-        if time.monotonic() - told > TELL_S:
-            told = time.monotonic()
-            say(f"waiting for {waiting[0]}: {why(states[waiting[0]])}")
+        tell(f"waiting for {waiting[0]}, {reason}")
         time.sleep(POLL_S)
+
+
+def now_and_then(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Says what it is given if nothing was said for TELL_S."""
+    last = time.monotonic()
+
+    def tell(line: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > TELL_S:
+            last = time.monotonic()
+            say(line)
+
+    return tell
 
 
 def why(app: Json) -> str:
@@ -81,24 +96,24 @@ def _running(part: Json) -> str:
     return f"{running} of {part.get('target_num_replicas', len(replicas))} replicas running"
 
 
-def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
+def wait_ready(url: str, config: Json, deadline: float, say: Callable[[str], None] = lambda line: None) -> list[str]:
     """Wait for /readyz, for every model and version that a configuration asks for, and, where items have texts, for its
-    text encoder; return the models' labels.
+    text encoder; return the models' labels, and say now and then what it waits for.
 
-    Raises Refused at once when a model or the encoder was, which leaves the old ones serving, Untold where it serves
-    and does not tell what, and SpringtideError at the deadline.
+    Raises Refused at once when a model or the encoder was, which leaves the old ones serving, and SpringtideError where
+    nobody tells which models serve, and at the deadline.
     """
-    wanted, encoder = versions(config), encoder_of(config)
+    wanted, encoder, tell = versions(config), encoder_of(config), now_and_then(say)
     reason = "no answer"
     while time.monotonic() < deadline:
         try:
             status, state = get(f"{url}/readyz")
             if status == 200:
                 status, answer = get(f"{url}/v1/models")
-                if status in (401, 403):
-                    raise Untold(
-                        "it was applied and serves, but /v1/models refused to tell which model; set "
-                        f"{TOKEN_VARIABLE} to a token that has the scope read"
+                if status in (401, 403, 429):
+                    raise SpringtideError(
+                        f"it was applied and answers, but /v1/models refused ({status}) to tell which models serve; "
+                        f"set {TOKEN_VARIABLE} to a token that has the scope read and may ask now"
                     )
                 served = serving(answer["models"], wanted)
                 reading = encoder if any(model.get("text") for model in answer["models"]) else None
@@ -114,6 +129,7 @@ def wait_ready(url: str, config: Json, deadline: float) -> list[str]:
                 reason = f"/readyz says {json.dumps(state)[:300]}"
         except (OSError, ValueError, KeyError) as error:
             reason = f"{type(error).__name__}: {error}"
+        tell(f"waiting for {url}: {reason}")
         time.sleep(POLL_S)
     raise SpringtideError(f"{url} is not ready in time: {reason}; see the Serve logs, or raise serve.timeout_s")
 

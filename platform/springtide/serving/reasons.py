@@ -56,7 +56,7 @@ def sentence(shares: Mapping[str, float], because: list[Json], fitting: Mapping[
         case "query":
             return "It matches what you asked for."
         case "popularity":
-            return "Many people take it."
+            return "Many people take it." if taken else "It is new."
         case "memory" if because:
             what = "this too" if taken else "what is like this"
             return f"Because you took {_quoted(because[0])}, and people who did often take {what}."

@@ -68,7 +68,10 @@ class Outcome:
 
 
 def read_log(workspace: str | Path, limit: int | None = None) -> Log:
-    """The test part of a workspace's prepared log, its first `limit` events. Raises SpringtideError without any."""
+    """The test part of a workspace's prepared log, its first `limit` events.
+
+    Raises SpringtideError without any, or where it is no stretch of time.
+    """
     prepared = load_prepared(workspace)
     split = prepared.report["split"]["kind"]
     if split != "temporal":

@@ -216,9 +216,13 @@ EventsBody = Annotated[
 ]
 
 
-FIELDS = sorted(
-    {name for kind in (RecommendRequest, Filters, Event, EncodeRequest, ItemBody) for name in kind.model_fields}
-)
+BODIES: dict[str, type[Request]] = {  # of the routes, by the names of their functions
+    "recommend": RecommendRequest,
+    "events": Event,
+    "put_item": ItemBody,
+    "encode": EncodeRequest,
+}
+PARTS: dict[str, type[Request]] = {"filters": Filters, "history": HistoryEvent}  # what is within a body
 
 
 class ApiError(Exception):
