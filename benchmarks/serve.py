@@ -1,6 +1,7 @@
 """What does Serve cost? POST /v1/recommend and /v1/events: Springtide, and the bare model behind FastAPI and uvicorn.
 
     python benchmarks/serve.py [--rounds 2] [--seconds 4] [--connections 1 8 32] [--keep DIR]
+    python benchmarks/serve.py --pairs 5 [--seconds 3]     # FastAPI and `tuned` alone, side by side
 
 Systems with the same bundle, histories and load generator, one after the other in every round: the model in a loop
 without HTTP (`in process`, in batches of as many requests as others have connections), `fastapi` (one process),
@@ -9,6 +10,9 @@ request, by a stored user, with queries that are all new, and with queries that 
 requests per second that the system answered so, requests come at a fixed rate, and the 99th percentile counts from when
 each was due. Figures are medians of the rounds. CPU is that of all the system's processes, the cluster's own included;
 the load generator runs on the same cores and is not in it. Before any load all systems must give the same answers.
+
+Minutes lie between the systems of a round, in which shared machines change their speed. With --pairs both run all the
+time and are asked in turn, so that it strikes both; an idle cluster takes some hundredths of a core meanwhile.
 """
 
 from __future__ import annotations
@@ -105,6 +109,34 @@ def run_rounds(place: Place, root: Path, workspace: Path, args: argparse.Namespa
     return runs
 
 
+def in_pairs(root: Path, workspace: Path, args: argparse.Namespace) -> list[list[str]]:
+    """FastAPI and `tuned`, asked one right after the other: medians, and the ratio of each pair's rates."""
+    requests, rows = Requests(workspace, args.histories), []
+    with (
+        isolated_place() as first,
+        isolated_place() as second,
+        started(first, root, workspace, "fastapi") as bare,
+        started(second, root, workspace, "tuned") as own,
+    ):
+        for kind in ("history", "query"):
+            for count in args.connections:
+                found: list[tuple[Figures, Figures]] = []
+                for pair in range(args.pairs + 1):  # the first one warms up
+                    bodies = write_lines(root / "bodies.jsonl", requests.recommend(kind, 100 * count + pair))
+                    one, other = (each.load("/v1/recommend", bodies, count, args.seconds) for each in (bare, own))
+                    found.append((one, other))
+                ratios = [other["requests_per_second"] / one["requests_per_second"] for one, other in found[1:]]
+                row = [f"{TOLD[kind]}, {count}"]
+                for side in range(2):
+                    row += [
+                        f"{statistics.median(pair[side][key] for pair in found[1:]):.1f}"
+                        for key in ("requests_per_second", "p50_ms", "p99_ms", "cpu_ms_per_request")
+                    ]
+                rows.append([*row, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}"])
+                print("  " + "  ".join(rows[-1]), flush=True)
+    return rows
+
+
 def alone(workspace: Path, requests: Requests, root: Path, args: argparse.Namespace) -> dict[str, Figures]:
     """The model in a loop, without HTTP."""
     bodies = write_lines(root / "bodies.jsonl", requests.recommend("history", 0))
@@ -158,6 +190,7 @@ def text_rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=0, help="ask FastAPI and `tuned` in turn, so often, and stop")
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
@@ -170,6 +203,13 @@ def main() -> None:
     facts = machine()
     with scratch(args.keep) as root:
         workspace = make_bundle(root, args.items)
+        if args.pairs:
+            rows = in_pairs(root, workspace, args)
+            sides = [f"{side} {key}" for side in ("fastapi", "tuned") for key in ("/s", "p50 ms", "p99 ms", "CPU ms")]
+            print(f"\n{describe(facts)}; {args.items:,} items, {args.pairs} pairs of {args.seconds:g} s")
+            print(table(["POST /v1/recommend, connections", *sides, "tuned/fastapi", "least-most"], rows))
+            print(f"written to {write_result('serve-pairs', {'machine': facts, 'rows': rows}).relative_to(REPO)}")
+            return
         with isolated_place() as place:
             if not place.isolated:
                 print("note: no network namespace (not root): Ray's ports are open on every interface while this runs")
