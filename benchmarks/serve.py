@@ -28,6 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from harness import REPO, describe, job, machine, run_measured, scratch, table, write_experiment, write_result
 from isolation import Place, isolated_place
 from serve_requests import KINDS, Requests, write_lines
@@ -195,7 +197,7 @@ def main() -> None:
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--items", type=int, default=20_000, help="size of the synthetic catalogue")
+    parser.add_argument("--items", type=int, default=20_000, help="of the made-up log, before k-core")
     parser.add_argument("--histories", type=int, default=500)
     parser.add_argument("--keep", type=Path, help="folder for logs and data, kept afterwards")
     args = parser.parse_args()
@@ -203,10 +205,11 @@ def main() -> None:
     facts = machine()
     with scratch(args.keep) as root:
         workspace = make_bundle(root, args.items)
+        catalogue = pq.read_metadata(workspace / "bundle" / "items.parquet").num_rows  # without those of too few events
         if args.pairs:
             rows = in_pairs(root, workspace, args)
             sides = [f"{side} {key}" for side in ("fastapi", "tuned") for key in ("/s", "p50 ms", "p99 ms", "CPU ms")]
-            print(f"\n{describe(facts)}; {args.items:,} items, {args.pairs} pairs of {args.seconds:g} s")
+            print(f"\n{describe(facts)}; {catalogue:,} items, {args.pairs} pairs of {args.seconds:g} s")
             print(table(["POST /v1/recommend, connections", *sides, "tuned/fastapi", "least-most"], rows))
             print(f"written to {write_result('serve-pairs', {'machine': facts, 'rows': rows}).relative_to(REPO)}")
             return
@@ -219,13 +222,13 @@ def main() -> None:
     facts["load_after"] = [round(value, 2) for value in os.getloadavg()]
     summary = {name: summarise(own) for name, own in runs.items()}
     print(f"\n{describe(facts)}; load afterwards {facts['load_after'][0]:g}; "
-          f"{'network namespace' if isolated else 'loopback'}; {args.items:,} items, {args.rounds} rounds")  # fmt: skip
+          f"{'network namespace' if isolated else 'loopback'}; {catalogue:,} items, {args.rounds} rounds")  # fmt: skip
     head = ["requests/s", "p50 ms", "p99 ms", "CPU ms/request", "errors", "of fastapi"]
     print(table(["POST /v1/recommend, connections", *head], recommend_rows(summary, args)))
     print("\n" + table(["POST /v1/events", "events/s", "p50 ms", "p99 ms", "errors"], event_rows(summary)))
     columns = list(next(iter(texts.values())))
     print("\n" + table(["texts per CPU second, tokens x together", *columns], text_rows(texts)))
-    results = {"machine": facts, "isolated": isolated, "items": args.items, "systems": summary, "texts": texts,
+    results = {"machine": facts, "isolated": isolated, "items": catalogue, "systems": summary, "texts": texts,
                "rounds": runs}  # fmt: skip
     print(f"written to {write_result('serve', results).relative_to(REPO)}")
 
