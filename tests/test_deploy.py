@@ -306,7 +306,13 @@ def test_one_that_is_not_running_in_time_is_not_left_in_place(monkeypatch: pytes
     assert said[0] == "waiting for springtide, Serve says UNHEALTHY: Ingress cannot start: no tokens"
 
 
-@pytest.mark.parametrize(("before", "status"), [(None, ""), (OLD, "DEPLOYING"), (OLD, "DEPLOY_FAILED")])
+@pytest.mark.parametrize("status", ["UNHEALTHY", "DEPLOYING"])
+def test_what_was_recovering_is_put_back(status: str) -> None:
+    serve = Serve(OLD, first="DEPLOY_FAILED")
+    assert applied(serve, running(OLD, status)) == FAILED + PUT_BACK
+
+
+@pytest.mark.parametrize(("before", "status"), [(None, ""), (OLD, "NOT_STARTED"), (OLD, "DEPLOY_FAILED")])
 def test_where_nothing_served_before_it_stays(before: Any, status: str) -> None:
     serve = Serve(None, first="DEPLOY_FAILED")
     told = running(before, status) if before is not None else {"applications": {}}

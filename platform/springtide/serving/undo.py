@@ -12,6 +12,8 @@ from springtide.serving.reach import Cluster, call, is_there, packages_of
 from springtide.serving.readiness import wait_running
 
 Json = dict[str, Any]
+# Others may be recovering from a fault, in which they may be answering: Serve then calls them DEPLOYING or UNHEALTHY.
+NEVER_SERVED = ("NOT_STARTED", "DEPLOY_FAILED", "DELETING")
 
 
 def undo(cluster: Cluster, config: Json, seconds: float, say: Callable[[str], None]) -> str:
@@ -24,7 +26,7 @@ def undo(cluster: Cluster, config: Json, seconds: float, say: Callable[[str], No
     served = {
         name: app
         for name, app in (cluster.running.get("applications") or {}).items()
-        if app.get("deployed_app_config") and app.get("status") == "RUNNING"
+        if app.get("deployed_app_config") and app.get("status") not in NEVER_SERVED
     }
     if not served:
         return "; it is left in place, as nothing served before"
