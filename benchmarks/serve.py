@@ -117,7 +117,7 @@ def in_pairs(root: Path, workspace: Path, args: argparse.Namespace) -> list[list
     with (
         isolated_place() as first,
         isolated_place() as second,
-        started(first, root, workspace, "fastapi") as bare,
+        started(first, root, workspace, "fastapi", *["--inline"] * args.inline) as bare,
         started(second, root, workspace, "tuned") as own,
     ):
         for kind in ("history", "query"):
@@ -193,6 +193,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=0, help="ask FastAPI and `tuned` in turn, so often, and stop")
+    parser.add_argument("--inline", action="store_true", help="with --pairs: FastAPI scores each request by itself")
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--connections", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
