@@ -25,7 +25,7 @@ from springtide.serving.lint import lint, load_config
 from springtide.serving.models import Told, merged_encoders, merged_models
 from springtide.serving.named import named_in_vain
 from springtide.serving.plan import RESTARTING, SCALING, Step, normal, plan, told
-from springtide.serving.reach import Cluster, call
+from springtide.serving.reach import Cluster, call, packages_of
 from springtide.serving.readiness import Refused, serving, versions, wait_ready, wait_running, why
 from toy import toy_settings
 
@@ -367,6 +367,12 @@ def test_what_cannot_be_put_back_is_told() -> None:
     serve = Serve(OLD, first="DEPLOY_FAILED")
     serve.faults = [None, None, None, RuntimeError("no such package")]
     assert applied(serve).startswith(f"{FAILED}; the configuration before could not be put back: ")
+
+
+def test_code_that_lies_elsewhere_is_not_looked_for() -> None:
+    environment = {"py_modules": ["s3://bucket/own.zip", "gcs://one.zip"]}
+    apps = {"a": {"deployed_app_config": {"runtime_env": environment}}, "b": {"deployed_app_config": None}}
+    assert packages_of(apps) == ["gcs://one.zip"]
 
 
 def test_what_runs_and_does_not_answer_is_left_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "text": {"max_tokens": 16},
         "model": {"dim": 16, "text_dim": 8, "short_window": 4, "memory_recent": 4},
         "train": {"epochs": 2, "workers": 2, "batch_size": 16},
-        "tune": {"space": {"model.gate": ["channel", "scalar"]}, "trials": 1, "epochs": 1, "grace_epochs": 1},
+        "tune": {"space": {"model.gate": ["channel", "scalar"]}, "trials": 2, "epochs": 1, "grace_epochs": 1},
         "recommend": {"k": 5, "cpus_per_actor": 0.5},
     }
     path = folder / "tea.yaml"
@@ -143,8 +143,8 @@ def test_every_job_runs_and_the_log_is_served(cluster: LocalCluster, experiment:
     assert len(ranked) == 80 * 5
     assert set(ranked["item_id"].to_pylist()) <= set(experiment["goods"])
     best = yaml.safe_load((workspace / "tune" / "best.yaml").read_text())
-    (trial,) = json.loads((workspace / "tune" / "trials.json").read_text())
-    assert best["model"]["gate"] == trial["settings"]["model.gate"]
+    first, _ = json.loads((workspace / "tune" / "trials.json").read_text())
+    assert best["model"]["gate"] == first["settings"]["model.gate"] in ("channel", "scalar")
     assert (workspace / "report.html").stat().st_size > 10_000
 
     url = deploy(cluster, experiment)

@@ -154,7 +154,8 @@ def served(ray_session: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 def test_every_endpoint_answers(served: Served) -> None:
     client = served.client
-    assert client.get("/healthz", headers={"X-Request-ID": "mine"}).headers.get_list("X-Request-ID") == ["mine"]
+    health = client.get("/healthz", headers={"X-Request-ID": "mine"})
+    assert health.status_code == 200 and health.headers.get_list("X-Request-ID") == ["mine"]
     assert client.get("/docs").status_code == 200
     stranger = served.recommend(user_id="stranger", k=3)
     assert (stranger["source"], len(stranger["items"])) == ("popular", 3)

@@ -39,7 +39,7 @@ def test_a_search_fits_the_cluster_and_cleans_up(ray_session: Any, tmp_path: Pat
     assert len(rows) == 3 and all(row["error"] is None for row in rows)
     scores = [row["ndcg"] for row in rows]  # over all ranks: by this a trial's best epoch is kept, and the best trial
     assert scores == sorted(scores, reverse=True)
-    assert result["epochs_run"] == sum(row["epochs"] for row in rows)
+    assert result["epochs_run"] == sum(row["epochs"] for row in rows) <= 6
     best = Settings.model_validate(yaml.safe_load((tmp_path / "tune" / "best.yaml").read_text()))
     assert best.model.gate == rows[0]["settings"]["model.gate"]
     assert best.train.learning_rate == pytest.approx(rows[0]["settings"]["train.learning_rate"])

@@ -59,7 +59,8 @@ def upload_code(jobs: Any, deadline: float) -> str:
 def packages_of(applications: Json) -> list[str]:
     """gcs:// addresses of the code that applications run, as Serve tells of them."""
     environments = [(app.get("deployed_app_config") or {}).get("runtime_env") or {} for app in applications.values()]
-    return [str(uri) for environment in environments for uri in environment.get("py_modules") or ()]
+    named = [str(uri) for environment in environments for uri in environment.get("py_modules") or ()]
+    return [uri for uri in named if uri.startswith("gcs://")]  # others, such as s3://, do not lie on the cluster
 
 
 def is_there(jobs: Any, package: str, deadline: float) -> bool:
